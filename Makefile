@@ -1,0 +1,72 @@
+# `make demo` and `make test` do all of their own set-up in .venv; see README.md.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A stamp names what it was made from: edited requirements, or another Python, make a new one.
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
+VENV_DONE := $(VENV)/.stamp-venv-$(PYTHON_VERSION)
+TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -v '^\#' requirements.txt | grep -E '^(torch|numpy|setuptools|wheel|ninja|psutil)' | cksum | cut -d' ' -f1)
+MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(shell grep '^mmcv==' requirements.txt))
+SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt setup.py | cksum | cut -d' ' -f1)
+
+.PHONY: help setup test demo clean
+help:
+	@echo 'make setup   create .venv, install the pinned requirements, compile mmcv (about 15 minutes, once)'
+	echo 'make test    set up, then run the tests'
+	echo 'make demo    set up, then train PVT and PVT+DGE on the demo data, test them and draw the gates'
+	echo 'make clean   remove .venv, the demo data and work_dirs/demo'
+
+setup: $(SETUP_DONE)
+
+$(VENV_DONE):
+	@case '$(PYTHON_VERSION)' in
+	3.10.*|3.11.*|3.12.*) ;;
+	*) echo "mmdyn needs CPython 3.10, 3.11 or 3.12, but '$(PYTHON)' is '$(PYTHON_VERSION)'. Give another one with: make PYTHON=python3.11 ..." >&2; exit 1;;
+	esac
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(TORCH_DONE): $(VENV_DONE)
+	@command -v $${CXX:-c++} >/dev/null || { echo "No C++ compiler ('$${CXX:-c++}'), which mmcv is compiled with. Install one (Debian: apt-get install g++) or name it with CXX=..." >&2; exit 1; }
+	$(BIN)/python -c 'import os, sys, sysconfig; d = sysconfig.get_path("include"); os.path.isfile(os.path.join(d, "Python.h")) or sys.exit(f"No Python.h in {d}, which mmcv is compiled with. Install the headers of this Python (Debian: apt-get install python3-dev).")'
+	echo '== torch (1/3) =='
+	$(BIN)/pip install -c <(grep -v '^mmcv==' requirements.txt) torch torchvision numpy setuptools wheel ninja psutil
+	touch $@
+
+# No build isolation, so that the operators are compiled against the torch of .venv; a wheel cache of its own for
+# each torch, because pip would hand a wheel that was compiled for one torch to another.
+$(MMCV_DONE): $(TORCH_DONE)
+	@echo '== mmcv with its operators (2/3): compiled here, about 11 minutes on 2 cores, log in $(VENV)/mmcv.log =='
+	cache=$$($(BIN)/pip cache dir)/mmcv-for-$$($(BIN)/python -c 'import torch; print(f"torch-{torch.__version__}")')
+	MMCV_WITH_OPS=1 $(BIN)/pip install -v --cache-dir "$$cache" --no-deps --no-build-isolation $$(grep '^mmcv==' requirements.txt) > $(VENV)/mmcv.log 2>&1 &
+	pip=$$!
+	trap 'kill $$pip 2>/dev/null' INT TERM
+	while kill -0 $$pip 2>/dev/null; do
+		sleep 5
+		step=$$(grep -oE '^ *\[[0-9]+/[0-9]+\]' $(VENV)/mmcv.log | tail -n 1 || true)
+		[ "$$step" = "$${last-}" ] || echo "mmcv: compiled $$step"
+		last=$$step
+	done
+	wait $$pip || { tail -n 40 $(VENV)/mmcv.log; echo 'mmcv did not compile; the whole log is $(VENV)/mmcv.log' >&2; exit 1; }
+	touch $@
+
+$(SETUP_DONE): $(MMCV_DONE)
+	@echo '== everything else (3/3) =='
+	$(BIN)/pip install -r requirements.txt
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+test: setup
+	@$(BIN)/python -m pytest tests
+
+clean:
+	rm -rf $(VENV) data/demo work_dirs/demo build *.egg-info .pytest_cache

@@ -1,0 +1,118 @@
+"""What a forward pass cost, in multiply-adds (supplement B.3 of the DGE paper).
+
+Counted are linear layers, convolutions and both matrix products of attention; norms, activations, softmax, pooling and
+additions are not. A *layer* is an encoder block. Its cost is split into what an image costs in any case (keys and
+values, the router) and what each query costs (C^l of eq. 7: its projections, its share of attention, its FFN).
+"""
+import weakref
+from dataclasses import dataclass
+from typing import List, Optional
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LayerCost:
+    """Cost of one encoder block in one forward pass.
+
+    Attributes:
+        name: name of the block in its backbone.
+        per_query: multiply-adds of one query.
+        static: multiply-adds of an image that do not depend on the number of queries, without the router.
+        router: multiply-adds of an image's router.
+        queries: (B,) queries of each image, extra tokens included.
+        dense_queries: queries of an image without DGE.
+        dynamic: whether the block has a router.
+    """
+    name: str
+    per_query: int
+    static: int
+    router: int
+    queries: Tensor
+    dense_queries: int
+    dynamic: bool
+
+    @property
+    def spent(self) -> Tensor:
+        """(B,) multiply-adds of each image."""
+        return self.static + self.router + self.per_query * self.queries
+
+    @property
+    def dense(self) -> int:
+        """Multiply-adds of an image without DGE."""
+        return self.static + self.per_query * self.dense_queries
+
+    @property
+    def query_ratio(self) -> Tensor:
+        """(B,) share of the dense block's queries."""
+        return self.queries / self.dense_queries
+
+
+@dataclass
+class BackboneCost:
+    """Cost of a backbone in one forward pass.
+
+    Attributes:
+        layers: the encoder blocks.
+        stem: multiply-adds of an image outside of them (patch embeddings).
+    """
+    layers: List[LayerCost]
+    stem: int
+
+    @property
+    def spent(self) -> Tensor:
+        """(B,) multiply-adds of each image."""
+        return self.stem + sum(layer.spent.double() for layer in self.layers)
+
+    @property
+    def dense(self) -> int:
+        """Multiply-adds of an image without DGE."""
+        return self.stem + sum(layer.dense for layer in self.layers)
+
+    @property
+    def query_ratio(self) -> Tensor:
+        """(B,) beta of eq. 7: the spent share of what DGE can save on. 1 for a model without DGE."""
+        dynamic = [layer for layer in self.layers if layer.dynamic]
+        if not dynamic:
+            return torch.ones(len(self.layers[0].queries))
+        return self._weigh(dynamic, [layer.queries for layer in dynamic])
+
+    def spent_at(self, query_ratio: float) -> float:
+        """Multiply-adds of an image if the routers chose ``query_ratio`` of the dynamic queries' cost."""
+        dynamic = [layer for layer in self.layers if layer.dynamic]
+        saved = (1 - query_ratio) * sum(layer.per_query * layer.dense_queries for layer in dynamic)
+        return self.dense + sum(layer.router for layer in dynamic) - saved
+
+    @staticmethod
+    def _weigh(layers, queries):
+        total = sum(layer.per_query * layer.dense_queries for layer in layers)
+        return sum(layer.per_query / total * count for layer, count in zip(layers, queries))
+
+
+class CostMeter:
+    """Collects the costs of the forward passes of dynamic backbones for as long as it is referenced.
+
+    Args:
+        training: collect passes in training mode, or those in evaluation mode.
+        backbones: the backbones to listen to. Defaults to all.
+    """
+    _meters: 'weakref.WeakSet[CostMeter]' = weakref.WeakSet()
+
+    def __init__(self, training: bool, backbones: Optional[list] = None):
+        self.training, self.backbones = training, backbones
+        self.costs: List[BackboneCost] = []
+        self._meters.add(self)
+
+    @classmethod
+    def publish(cls, backbone) -> None:
+        """Called by a backbone at the end of its forward pass."""
+        for meter in cls._meters:
+            if meter.training == backbone.training and (meter.backbones is None or any(
+                    backbone is other for other in meter.backbones)):
+                meter.costs.append(backbone.cost)
+
+    def take(self) -> List[BackboneCost]:
+        """The costs since the last call."""
+        costs, self.costs = self.costs, []
+        return costs

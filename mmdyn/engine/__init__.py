@@ -1,0 +1,3 @@
+from .hooks import BudgetHook, LossGuardHook
+
+__all__ = ['BudgetHook', 'LossGuardHook']

@@ -1,0 +1,3 @@
+from .dynamic_flops import DynamicFLOPs
+
+__all__ = ['DynamicFLOPs']

@@ -1,0 +1,3 @@
+from .backbones import DeiT, PVT
+
+__all__ = ['DeiT', 'PVT']

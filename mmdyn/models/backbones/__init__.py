@@ -1,0 +1,4 @@
+from .deit import DeiT
+from .pvt import PVT
+
+__all__ = ['DeiT', 'PVT']

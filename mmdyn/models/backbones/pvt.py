@@ -1,0 +1,160 @@
+"""Pyramid Vision Transformer, with and without DGE."""
+from typing import List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ...registry import MODELS
+from ..layers import Attention, EncoderBlock, PatchEmbed, position_embedding, resize_position_embedding
+from .base import (OUT_TYPES, DynamicBackbone, choose_arch, choose_out_indices, dge_of_stages, image_sides, make_blocks)
+
+_COMMON = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
+ARCHS = {
+    'tiny': dict(depths=(2, 2, 2, 2), **_COMMON),
+    'small': dict(depths=(3, 4, 6, 3), **_COMMON),
+    'medium': dict(depths=(3, 4, 18, 3), **_COMMON),
+    'large': dict(depths=(3, 8, 27, 3), **_COMMON),
+}
+
+
+class PVTStage(nn.Module):
+    """Patch embedding, position embedding and the blocks of one resolution.
+
+    Args:
+        in_channels, dim: channels before and after the patch embedding.
+        patch_size: its stride.
+        shape: (h, w) that the position embedding is made for.
+        blocks: the encoder blocks.
+        num_extra: 1 if a class token is put in front of the tokens.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int, shape: Tuple[int, int], blocks: List[EncoderBlock],
+                 num_extra: int, dge: Optional[dict], with_cp: bool, norm_eps: float):
+        super().__init__()
+        self.num_extra, self.shape = num_extra, shape
+        self.patch_embed = PatchEmbed(in_channels, dim, patch_size, norm_eps=norm_eps)
+        self.pos_embed = position_embedding(num_extra, shape, dim)
+        make_blocks(self, blocks, dim, dge, with_cp)
+
+    def embed(self, x: Tensor, cls_token: Optional[Tensor], mode: str) -> Tuple[Tensor, Tuple[int, int]]:
+        """(B, C_in, H, W) -> (B, E + h*w, C) tokens with their position embedding, and (h, w)."""
+        tokens, shape = self.patch_embed(x)
+        if self.num_extra:
+            tokens = torch.cat([cls_token.expand(len(tokens), -1, -1).type_as(tokens), tokens], dim=1)
+        return tokens + resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra, mode), shape
+
+
+@MODELS.register_module()
+class PVT(DynamicBackbone):
+    """`PVT <https://arxiv.org/abs/2102.12122>`_ and PVT+DGE for classification and dense prediction.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, or a dict of ``embed_dims, depths, num_heads,
+            mlp_ratios, sr_ratios`` with one number for each stage.
+        img_size: side of the images, or (height, width), that position embeddings are made for. They resize to images
+            of any size.
+        in_channels: channels of the images.
+        patch_size: stride of the first stage; the others halve the resolution.
+        dge: None for the dense model, or a dict of the options of
+            :class:`~mmdyn.models.dge.DynamicGrainedEncoder`, e.g. ``dict(granularities=(1, 2, 4))``.
+        out_type: ``'featmap'`` returns the (B, C, h, w) maps of the stages ``out_indices``. The others add a final
+            norm and return the last stage's class token (B, C) for ``'cls_token'``, mean (B, C) of all its tokens for
+            ``'avg_featmap'``, or tokens (B, 1 + h*w, C) for ``'raw'``. A class token exists for ``'cls_token'`` and
+            ``'raw'``, in the last stage only.
+        out_indices: stages to return. Defaults to all for ``'featmap'``, otherwise to the last, the only one allowed.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        frozen_stages: -1 freezes nothing, 0 the first patch and position embedding, n > 0 also the first n stages.
+        with_cp: recompute the blocks in the backward pass.
+        interpolate_mode: how position embeddings are resized.
+        norm_eps: epsilon of all norms.
+        init_cfg: initialisation; a ``Pretrained`` checkpoint may be of the dense or the dynamic model, of other sizes of
+            images, and have a class token or not.
+    """
+
+    def __init__(self,
+                 arch: Union[str, dict] = 'small',
+                 img_size: Union[int, Sequence[int]] = 256,
+                 in_channels: int = 3,
+                 patch_size: int = 4,
+                 dge: Optional[dict] = None,
+                 out_type: str = 'featmap',
+                 out_indices: Union[int, Sequence[int], None] = None,
+                 drop_path_rate: float = 0.,
+                 frozen_stages: int = -1,
+                 with_cp: bool = False,
+                 interpolate_mode: str = 'bilinear',
+                 norm_eps: float = 1e-6,
+                 init_cfg: Union[dict, List[dict], None] = None):
+        super().__init__(frozen_stages, with_cp, interpolate_mode, init_cfg)
+        arch = choose_arch(arch, ARCHS)
+        num_stages = len(arch['depths'])
+        if any(len(numbers) != num_stages for numbers in arch.values()):
+            raise ValueError(f'arch={arch} must have as many numbers for each key: one for each stage.')
+        if out_type not in OUT_TYPES:
+            raise ValueError(f'out_type={out_type!r}: choose from {OUT_TYPES}.')
+        last = num_stages - 1
+        self.out_type = out_type
+        self.out_indices = choose_out_indices(out_indices, num_stages,
+                                              range(num_stages) if out_type == 'featmap' else [last])
+        if out_type != 'featmap' and self.out_indices != [last]:
+            raise ValueError(f'out_type={out_type!r} returns the last stage only, but out_indices={out_indices}: leave '
+                             "it out, or use out_type='featmap'.")
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(f'frozen_stages={frozen_stages}: choose from -1 (none) to {num_stages}.')
+
+        height, width = image_sides(img_size, patch_size * 2**last)
+        rates = torch.linspace(0, drop_path_rate, sum(arch['depths'])).tolist()
+        dims, dges = (in_channels, *arch['embed_dims']), dge_of_stages(dge, num_stages)
+        self.stages = nn.ModuleList()
+        for i, depth in enumerate(arch['depths']):
+            dim, stride = dims[i + 1], patch_size * 2**i
+            blocks = [
+                EncoderBlock(dim, Attention(dim, arch['num_heads'][i], arch['sr_ratios'][i], norm_eps),
+                             arch['mlp_ratios'][i], rates.pop(0), norm_eps) for _ in range(depth)
+            ]
+            self.stages.append(
+                PVTStage(dims[i], dim, 2 if i else patch_size, (height // stride, width // stride), blocks,
+                         int(i == last and out_type in ('cls_token', 'raw')), dges[i], with_cp, norm_eps))
+        if self.stages[-1].num_extra:
+            self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dims[-1]), std=0.02))
+        if out_type != 'featmap':
+            self.norm = nn.LayerNorm(dims[-1], norm_eps)
+        self.freeze()
+
+    @property
+    def stage_shapes(self) -> List[Tuple[int, int]]:
+        """(h, w) of each stage's map on images of ``img_size``."""
+        return [stage.shape for stage in self.stages]
+
+    def named_stages(self):
+        return ((stage, f'stages.{i}.') for i, stage in enumerate(self.stages))
+
+    def frozen_modules(self):
+        if self.frozen_stages >= 0:
+            yield self.stages[0].patch_embed
+            yield self.stages[0].pos_embed
+        yield from self.stages[:max(self.frozen_stages, 0)]
+        if self.frozen_stages == len(self.stages) and self.out_type != 'featmap':
+            yield self.norm
+            if self.stages[-1].num_extra:
+                yield self.cls_token
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """(B, 3, H, W) images -> the outputs that ``out_type`` and ``out_indices`` name."""
+        outs, shapes = [], []
+        for i, stage in enumerate(self.stages):
+            tokens, shape = stage.embed(x, getattr(self, 'cls_token', None), self.interpolate_mode)
+            shapes.append(shape)
+            for j in range(len(stage.blocks)):
+                tokens = self.run_block(stage, j, tokens, shape)
+            if self.out_type == 'featmap' or i < len(self.stages) - 1:
+                x = tokens.transpose(1, 2).unflatten(2, shape)
+                if i in self.out_indices:
+                    outs.append(x)
+        self.account(len(x), shapes)
+        if self.out_type == 'featmap':
+            return tuple(outs)
+        tokens = self.norm(tokens)
+        return (tokens[:, 0] if self.out_type == 'cls_token' else
+                tokens.mean(1) if self.out_type == 'avg_featmap' else tokens, )

@@ -1,0 +1,189 @@
+"""The dynamic grained encoder: a router, and the way of an encoder block's tokens through it (DGE paper, fig. 1)."""
+import math
+from typing import NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .grains import candidate_of_cell, candidate_values, compress, decompress, grid, pool, route
+
+
+def check_granularities(granularities: Sequence[int], region_size: Optional[int] = None) -> Tuple[int, ...]:
+    """Return the granularities as a tuple, or raise ValueError if they are no set of patch sides of one region."""
+    phis = tuple(granularities)
+    if not phis or not any(phis):
+        raise ValueError(f'granularities={phis} leave no query: give at least one side greater than 0, e.g. (1, 2, 4).')
+    if not all(isinstance(phi, int) and phi >= 0 for phi in phis):
+        raise ValueError(f'granularities={phis}: each is the side of a patch in cells, an integer >= 0 (0 skips).')
+    if list(phis) != sorted(set(phis)):
+        raise ValueError(f'granularities={phis} must be in ascending order without repeats: '
+                         f'write {tuple(sorted(set(phis)))}.')
+    region = region_size or max(phis)
+    uneven = [phi for phi in phis if phi and region % phi]
+    if uneven:
+        raise ValueError(f'granularities {uneven} do not divide the region of {region} x {region} cells: '
+                         f'choose sides that divide {region}, or another region_size.')
+    return phis
+
+
+def straight_through_gates(logits: Tensor, tau: float) -> Tuple[Tensor, Tensor]:
+    """Sample hard gates with Gumbel noise (eq. 4) that have the gradient of the soft score (eq. 5).
+
+    Args:
+        logits: (..., K) gating logits.
+        tau: temperature of the softmax.
+
+    Returns:
+        (..., K) gates, exactly 0 or 1, and the (...) indices of the ones.
+    """
+    noise = -torch.empty_like(logits).exponential_().log()
+    soft = ((logits + noise) / tau).softmax(-1)
+    choice = soft.argmax(-1)
+    return F.one_hot(choice, logits.shape[-1]) + (soft - soft.detach()), choice
+
+
+class Router(nn.Module):
+    """Gating logits of eq. 1: the mean of a region, projected to K logits.
+
+    Its parameters are not an ``nn.Linear``, so that a model-wide initialisation of linear layers leaves the bias alone
+    with which the finest granularity starts at a probability of 0.95. It computes in float32, also under autocast.
+    """
+
+    def __init__(self, dim: int, granularities: Tuple[int, ...]):
+        super().__init__()
+        num = len(granularities)
+        self.weight = nn.Parameter(torch.empty(num, dim))
+        self.bias = nn.Parameter(torch.empty(num))
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.constant_(self.bias, math.log(0.05 / max(num - 1, 1)))
+        finest = next(k for k, phi in enumerate(granularities) if phi)
+        nn.init.constant_(self.bias[finest:finest + 1], math.log(0.95))
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """(..., C) means of regions -> (..., K) logits."""
+        with torch.autocast(regions.device.type, enabled=False):
+            return F.linear(regions.float(), self.weight.float(), self.bias.float())
+
+
+class Decision(NamedTuple):
+    """What an encoder decided in its last forward pass.
+
+    Attributes:
+        choice: (B, rows, columns) index of each region's granularity.
+        queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7.
+    """
+    choice: Tensor
+    queries: Tensor
+
+
+class DynamicGrainedEncoder(nn.Module):
+    """Wraps an encoder block so that each region of its input chooses its number of queries.
+
+    The block is an argument of the forward pass, not a submodule: the names of its weights are those of the dense model.
+    It is called as ``block.change(queries, tokens, shape, lengths, num_extra)`` and returns enc(q) - q.
+
+    Args:
+        dim: channels of the tokens.
+        granularities: sides of the candidate patches in cells, ascending; 0 skips the region.
+        region_size: side of a region in cells. Defaults to the largest granularity.
+        routing: ``'region'``, or ``'layer'`` for one decision per image.
+        train_mode: ``'sparse'`` runs the chosen granularities (eq. 6), ``'dense'`` runs all of them and lets the gates
+            select afterwards, so that each logit gets a gradient.
+        tau: temperature of eq. 5.
+        with_cp: recompute the block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self,
+                 dim: int,
+                 granularities: Sequence[int] = (1, 2, 4),
+                 region_size: Optional[int] = None,
+                 routing: str = 'region',
+                 train_mode: str = 'sparse',
+                 tau: float = 1.,
+                 with_cp: bool = False):
+        super().__init__()
+        self.granularities = check_granularities(granularities, region_size)
+        self.region = region_size or max(self.granularities)
+        for name, value, allowed in (('routing', routing, ('region', 'layer')),
+                                     ('train_mode', train_mode, ('sparse', 'dense'))):
+            if value not in allowed:
+                raise ValueError(f'dge {name}={value!r}: choose from {allowed}.')
+        if not tau > 0:
+            raise ValueError(f'dge tau={tau}: the temperature must be greater than 0.')
+        self.routing, self.train_mode, self.tau, self.with_cp = routing, train_mode, tau, with_cp
+        self.router = Router(dim, self.granularities)
+        self.decision: Optional[Decision] = None
+
+    def extra_repr(self) -> str:
+        return f'granularities={self.granularities}, region={self.region}, routing={self.routing}'
+
+    def query_bounds(self, shape: Tuple[int, int], num_extra: int = 0) -> Tuple[int, int]:
+        """Fewest and most queries of an image with a map of ``shape``."""
+        counts = [math.prod(grid(phi, shape)) if phi else 0 for phi in self.granularities]
+        return num_extra + min(counts), num_extra + max(counts)
+
+    def macs(self, shape: Tuple[int, int]) -> int:
+        """Multiply-adds of the router on an image with a map of ``shape``."""
+        decisions = 1 if self.routing == 'layer' else math.prod(grid(self.region, shape))
+        return decisions * self.router.weight.numel()
+
+    def forward(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0) -> Tensor:
+        """Run ``block`` on as many queries as the router grants.
+
+        Args:
+            block: the vanilla encoder block.
+            tokens: (B, E + H*W, C), the E extra tokens first.
+            shape: (H, W) of the map.
+            num_extra: E; extra tokens are always queries.
+
+        Returns:
+            (B, E + H*W, C), equal to the block's own output where the granularity is 1.
+        """
+        phis, cells = self.granularities, tokens[:, num_extra:]
+        pooled = {phi: pool(cells, shape, phi) for phi in {*phis, self.region} - {0}}
+        logits = self.router(cells.mean(1, keepdim=True) if self.routing == 'layer' else pooled[self.region])
+        if self.training:
+            gates, choice = straight_through_gates(logits, self.tau)
+            if self.train_mode == 'sparse':
+                gates = gates * F.one_hot(choice, len(phis))
+            gates = self._per_region(gates, shape)
+        choice = self._per_region((choice if self.training else logits.argmax(-1))[..., None], shape)[..., 0]
+
+        candidates = [pooled[phi] for phi in phis if phi]
+        # Extra tokens and cells lie together already where the cells are candidates themselves.
+        candidates[:1] = [tokens] if candidates[0] is cells else [tokens[:, :num_extra], candidates[0]]
+        candidates = torch.cat(candidates, dim=1)
+
+        if self.training:
+            scores = F.pad(candidate_values(gates, shape, phis, self.region), (num_extra, 0), value=1.)
+            self.decision = Decision(choice, scores.sum(1))
+        if self.training and self.train_mode == 'dense':
+            change = self._change(block, candidates, tokens, shape, None, num_extra) * scores[..., None].type_as(tokens)
+            return tokens + self._sum_over_granularities(change, shape, num_extra)
+
+        routing = route(choice, shape, phis, self.region, num_extra)
+        change = self._change(block, compress(candidates, routing), tokens, shape, routing.lengths, num_extra)
+        if self.training:
+            change = change * scores.flatten()[routing.source][:, None].type_as(change)
+        else:
+            self.decision = Decision(choice, torch.tensor(routing.lengths))
+        return tokens + decompress(change, routing)
+
+    def _per_region(self, decisions: Tensor, shape: Tuple[int, int]) -> Tensor:
+        """(B, regions or 1, K) -> (B, rows, columns, K)."""
+        rows, columns = grid(self.region, shape)
+        return decisions.expand(-1, rows * columns, -1).unflatten(1, (rows, columns))
+
+    def _change(self, block, *args) -> Tensor:
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(block.change, *args, use_reentrant=False)
+        return block.change(*args)
+
+    def _sum_over_granularities(self, change: Tensor, shape: Tuple[int, int], num_extra: int) -> Tensor:
+        """(B, E + P, C) gated changes of all candidates -> (B, E + H*W, C)."""
+        table = candidate_of_cell(shape, self.granularities, change.device)
+        cells = sum(change[:, num_extra + table[k]] for k, phi in enumerate(self.granularities) if phi)
+        return torch.cat([change[:, :num_extra], cells], dim=1)

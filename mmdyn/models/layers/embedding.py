@@ -1,0 +1,82 @@
+"""From images to tokens."""
+import math
+from typing import Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, projected linearly: (B, C_in, H, W) -> (B, h*w, C) and (h, w) = (H//patch, W//patch).
+
+    Args:
+        in_channels: channels of the input map.
+        dim: channels of the tokens.
+        patch_size: side of a patch.
+        norm: whether a LayerNorm follows.
+        norm_eps: its epsilon.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int, norm: bool = True, norm_eps: float = 1e-6):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
+        self.norm = nn.LayerNorm(dim, norm_eps) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
+        patch = self.proj.kernel_size[0]
+        if min(x.shape[-2:]) < patch:
+            raise ValueError(f'An input of {x.shape[-2]} x {x.shape[-1]} is smaller than one patch of {patch} x {patch}: '
+                             'use larger images.')
+        x = self.proj(x)
+        return self.norm(x.flatten(2).transpose(1, 2)), tuple(x.shape[-2:])
+
+    def macs(self, shape: Tuple[int, int]) -> int:
+        """Multiply-adds of an image whose tokens form a map of ``shape``."""
+        return math.prod(shape) * self.proj.weight.numel()
+
+
+def position_embedding(num_extra: int, shape: Tuple[int, int], dim: int) -> nn.Parameter:
+    """(1, E + h*w, C), truncated normal with std 0.02."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_extra + math.prod(shape), dim), std=0.02))
+
+
+def resize_position_embedding(embedding: Tensor, source: Tuple[int, int], target: Tuple[int, int],
+                              num_extra: int = 0, mode: str = 'bilinear') -> Tensor:
+    """Interpolate the map of (1, E + h*w, C) position embeddings to another shape; the extra rows stay."""
+    if source == target:
+        return embedding
+    maps = embedding[:, num_extra:].transpose(1, 2).unflatten(2, source)
+    maps = F.interpolate(maps, target, mode=mode).flatten(2).transpose(1, 2)
+    return torch.cat([embedding[:, :num_extra], maps], dim=1)
+
+
+def fit_position_embedding(saved: Tensor, current: Tensor, shape: Tuple[int, int], num_extra: int,
+                           mode: str = 'bilinear') -> Tensor:
+    """Make a checkpoint's position embedding fit a model: resize its map, drop or add the rows of extra tokens.
+
+    Args:
+        saved: (1, n, C) of the checkpoint. If n is not that of the model, it must be a square map with 0 to 2 extra
+            tokens in front.
+        current: (1, E + h*w, C) of the model; it lends the rows of extra tokens that the checkpoint has not.
+        shape: (h, w) of the model's map.
+        num_extra: E.
+
+    Raises:
+        ValueError: if the checkpoint's rows are no square map.
+    """
+    if saved.shape == current.shape:
+        return saved
+    rows = saved.shape[1]
+    if rows == math.prod(shape):
+        saved_extra, source = 0, shape
+    else:
+        saved_extra = next((e for e in range(3) if rows > e and math.isqrt(rows - e)**2 == rows - e), None)
+        if saved_extra is None:
+            raise ValueError(f'A position embedding of {rows} rows is no square map with 0, 1 or 2 extra tokens: '
+                             f'give img_size so that the model has as many rows (it has {current.shape[1]}).')
+        source = (math.isqrt(rows - saved_extra), ) * 2
+    resized = resize_position_embedding(saved[:, saved_extra:], source, shape, 0, mode)
+    extra = saved[:, :saved_extra] if saved_extra >= num_extra else current.detach().to(saved)
+    return torch.cat([extra[:, :num_extra], resized], dim=1)
