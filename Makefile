@@ -62,11 +62,18 @@ $(MMCV_DONE): $(TORCH_DONE)
 $(SETUP_DONE): $(MMCV_DONE)
 	@echo '== everything else (3/3) =='
 	$(BIN)/pip install -r requirements.txt
-	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	$(BIN)/pip install --no-deps -e .
 	touch $@
 
 test: setup
 	@$(BIN)/python -m pytest tests
+
+demo: setup
+	@$(BIN)/python tools/dataset_tools/make_demo_dataset.py
+	$(BIN)/python tools/demo.py configs/demo/pvt-mini_digits.py configs/demo/pvt-mini-dge_digits.py
+	run=work_dirs/demo/pvt-mini-dge_digits
+	$(BIN)/python tools/visualizations/draw_gates.py configs/demo/pvt-mini-dge_digits.py "$$(cat $$run/last_checkpoint)" \
+		--images data/demo/imagenet/val --masks data/demo/imagenet/masks/val --out $$run/gates
 
 clean:
 	rm -rf $(VENV) data/demo work_dirs/demo build *.egg-info .pytest_cache

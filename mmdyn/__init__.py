@@ -8,6 +8,9 @@ from .version import __version__
 check_versions()
 allow_mmengine_checkpoints()
 
-from . import engine, evaluation, models  # noqa: E402
+from . import datasets, engine, evaluation, models  # noqa: E402
+from .registry import expose_bare_names  # noqa: E402
 
-__all__ = ['__version__', 'engine', 'evaluation', 'models']
+expose_bare_names()
+
+__all__ = ['__version__', 'datasets', 'engine', 'evaluation', 'models']

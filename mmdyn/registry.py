@@ -2,8 +2,18 @@
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmdyn', locations=['mmdyn.models'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmdyn', locations=['mmdyn.engine'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='mmdyn', locations=['mmdyn.evaluation'])
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmdyn', locations=['mmdyn.datasets'])
+
+
+def expose_bare_names() -> None:
+    """Let every scope find the classes without the prefix too, where nothing else has the name."""
+    for registry in (MODELS, HOOKS, METRICS, TRANSFORMS):
+        for name, cls in registry.module_dict.items():
+            if name not in registry.parent.module_dict:
+                registry.parent.register_module(name=name, module=cls)

@@ -48,6 +48,11 @@ class LayerCost:
         """(B,) share of the dense block's queries."""
         return self.queries / self.dense_queries
 
+    def spent_at(self, query_ratio: float) -> float:
+        """Multiply-adds of an image if the router granted this share of the dense block's queries."""
+        granted = query_ratio if self.dynamic else 1.
+        return self.static + self.router + self.per_query * granted * self.dense_queries
+
 
 @dataclass
 class BackboneCost:
@@ -76,18 +81,12 @@ class BackboneCost:
         dynamic = [layer for layer in self.layers if layer.dynamic]
         if not dynamic:
             return torch.ones(len(self.layers[0].queries))
-        return self._weigh(dynamic, [layer.queries for layer in dynamic])
+        total = sum(layer.per_query * layer.dense_queries for layer in dynamic)
+        return sum(layer.per_query / total * layer.queries for layer in dynamic)
 
     def spent_at(self, query_ratio: float) -> float:
-        """Multiply-adds of an image if the routers chose ``query_ratio`` of the dynamic queries' cost."""
-        dynamic = [layer for layer in self.layers if layer.dynamic]
-        saved = (1 - query_ratio) * sum(layer.per_query * layer.dense_queries for layer in dynamic)
-        return self.dense + sum(layer.router for layer in dynamic) - saved
-
-    @staticmethod
-    def _weigh(layers, queries):
-        total = sum(layer.per_query * layer.dense_queries for layer in layers)
-        return sum(layer.per_query / total * count for layer, count in zip(layers, queries))
+        """Multiply-adds of an image if each router granted this share of its block's queries."""
+        return self.stem + sum(layer.spent_at(query_ratio) for layer in self.layers)
 
 
 class CostMeter:

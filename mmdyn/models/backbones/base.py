@@ -90,7 +90,7 @@ class DynamicBackbone(BaseModule):
             dict(type='Constant', layer='LayerNorm', val=1., bias=0.)
         ])
         self.frozen_stages, self.with_cp, self.interpolate_mode = frozen_stages, with_cp, interpolate_mode
-        self._shapes: List[Tuple[int, int]] = []
+        self.last_shapes: List[Tuple[int, int]] = []
         self._batch = 0
         self._register_load_state_dict_pre_hook(fit_checkpoint, with_module=True)
 
@@ -105,7 +105,7 @@ class DynamicBackbone(BaseModule):
 
     def account(self, batch: int, shapes: List[Tuple[int, int]]) -> None:
         """Note the shapes of a forward pass, which its cost follows from, and tell those who listen."""
-        self._batch, self._shapes = batch, shapes
+        self._batch, self.last_shapes = batch, shapes
         CostMeter.publish(self)
 
     @property
@@ -123,9 +123,9 @@ class DynamicBackbone(BaseModule):
         Raises:
             ValueError: if there was none.
         """
-        if not self._shapes:
+        if not self.last_shapes:
             raise ValueError(f'{type(self).__name__} has not run yet: call it on images before you ask for its cost.')
-        return self._cost_of(self._shapes, lambda encoder, bounds: encoder.decision.queries)
+        return self._cost_of(self.last_shapes, lambda encoder, bounds: encoder.decision.queries)
 
     def ratio_bounds(self) -> Tuple[float, float]:
         """Least and greatest query ratio that the granularities allow on images of ``img_size``."""

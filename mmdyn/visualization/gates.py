@@ -1,0 +1,56 @@
+"""Pictures of the routing, in the colours of the DGE paper's figure 4."""
+from typing import Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+
+from ..models.dge import DynamicGrainedEncoder
+
+# RGB for the granularities from fine to coarse; black for skipped regions.
+COLOURS = ((230, 60, 60), (60, 200, 80), (60, 100, 230), (230, 200, 60), (180, 80, 200))
+
+
+def granularity_of_pixels(encoder: DynamicGrainedEncoder, shape: Tuple[int, int], size: Tuple[int, int],
+                          image: int = 0) -> np.ndarray:
+    """The granularity that served each pixel in the encoder's last forward pass.
+
+    Args:
+        encoder: wrapper of an encoder block.
+        shape: (h, w) of its map in cells.
+        size: (H, W) of the network's input in pixels.
+        image: index in the batch.
+
+    Returns:
+        (H, W) granularities.
+    """
+    choice = encoder.decision.choice[image].cpu().numpy()
+    cells = np.asarray(encoder.granularities)[choice].repeat(encoder.region, 0).repeat(encoder.region, 1)
+    rows, columns = (np.arange(side) * count // side for side, count in zip(size, shape))
+    return cells[np.ix_(rows, columns)]
+
+
+def draw_gates(image: np.ndarray, granularities: np.ndarray, candidates: Sequence[int],
+               mask: Optional[np.ndarray] = None, opacity: float = 0.45) -> np.ndarray:
+    """Lay the colours of the granularities over an image.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        granularities: (H, W) granularity of each pixel.
+        candidates: the granularities to choose from, ascending.
+        mask: (H, W) object, whose outline is drawn in white.
+        opacity: of the colours.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    colour = np.zeros_like(image)
+    for phi, rgb in zip([phi for phi in candidates if phi], COLOURS):
+        colour[granularities == phi] = rgb
+    drawn = cv2.addWeighted(image, 1 - opacity, colour, opacity, 0)
+    return drawn if mask is None else draw_outline(drawn, mask)
+
+
+def draw_outline(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draw the outline of a (H, W) mask in white on a copy of a (H, W, 3) image."""
+    contours, _ = cv2.findContours((mask > 0).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(image.copy(), contours, -1, (255, 255, 255), 1)

@@ -1,0 +1,173 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from mmengine.registry import MODELS, init_default_scope
+from torch.nn.parallel import DistributedDataParallel
+
+import mmdyn  # noqa: F401
+from mmdyn.engine import BudgetHook
+from mmdyn.models.dge.budget import budget_loss, mean_over_processes
+
+ARCH = dict(embed_dims=(16, 32), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1))
+BACKBONE = dict(type='mmdyn.PVT', arch=ARCH, img_size=32, dge=dict(granularities=(1, 2, 4)))
+
+
+def classifier(**backbone):
+    init_default_scope('mmpretrain')
+    return MODELS.build(
+        dict(type='ImageClassifier', backbone={**BACKBONE, 'out_type': 'avg_featmap', **backbone},
+             head=dict(type='LinearClsHead', num_classes=3, in_channels=32)))
+
+
+def classification_batch(images=4, side=32):
+    from mmpretrain.structures import DataSample
+    return dict(inputs=torch.rand(images, 3, side, side),
+                data_samples=[DataSample().set_gt_label(i % 3) for i in range(images)])
+
+
+def watch(model, **kwargs):
+    hook = BudgetHook(**kwargs)
+    hook.before_train(SimpleNamespace(model=model))
+    return hook
+
+
+def test_loss_is_the_weighted_squared_distance_from_the_budget():
+    torch.manual_seed(0)
+    model = classifier().train()
+    for stage in model.backbone.stages:
+        torch.nn.init.zeros_(stage.dge[0].router.bias)
+    watch(model, budget=0.3, weight=2.)
+    losses = model(**classification_batch(), mode='loss')
+    beta = model.backbone.cost.query_ratio.mean()
+    assert beta < 1
+    torch.testing.assert_close(losses['loss_budget'], 2. * (beta - 0.3)**2)
+    torch.testing.assert_close(losses['query_ratio'], beta.detach())
+    assert not losses['query_ratio'].requires_grad
+    total, log = model.parse_losses(losses)
+    torch.testing.assert_close(total, losses['loss'] + losses['loss_budget'])
+    assert 'query_ratio' in log
+
+
+def test_gradient_moves_the_query_ratio_towards_the_budget():
+    torch.manual_seed(0)
+    model = classifier().train()
+    watch(model, budget=0.4, weight=1.)
+    optimizer = torch.optim.Adam(model.backbone.parameters(), lr=3e-3)
+    ratios = []
+    for _ in range(150):
+        losses = model(**classification_batch(8), mode='loss')
+        optimizer.zero_grad()
+        losses['loss_budget'].backward()
+        optimizer.step()
+        ratios.append(losses['query_ratio'].item())
+    assert ratios[0] > 0.85
+    assert abs(sum(ratios[-50:]) / 50 - 0.4) < 0.05
+
+
+def test_evaluation_and_finished_training_are_left_alone():
+    model = classifier()
+    hook = watch(model)
+    batch = classification_batch()
+    assert 'loss_budget' not in model.eval()(**batch, mode='loss')
+    assert 'loss_budget' in model.train()(**batch, mode='loss')
+    hook.after_train(None)
+    assert 'loss_budget' not in model(**batch, mode='loss')
+
+
+def test_detector():
+    pytest.importorskip('mmdet')
+    from mmdet.testing import demo_mm_inputs
+    init_default_scope('mmdet')
+    model = MODELS.build(
+        dict(type='RetinaNet', data_preprocessor=dict(type='DetDataPreprocessor', pad_size_divisor=8), backbone=dict(BACKBONE, img_size=64),
+             neck=dict(type='FPN', in_channels=[16, 32], out_channels=16, num_outs=2),
+             bbox_head=dict(type='RetinaHead', num_classes=4, in_channels=16, stacked_convs=1, feat_channels=16,
+                            anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=1,
+                                                  ratios=[1.], strides=[4, 8]),
+                            bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
+                            loss_cls=dict(type='FocalLoss', use_sigmoid=True), loss_bbox=dict(type='L1Loss')),
+             train_cfg=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=.5, neg_iou_thr=.4, min_pos_iou=0),
+                            allowed_border=-1, pos_weight=-1, debug=False))).train()
+    watch(model)
+    data = model.data_preprocessor(demo_mm_inputs(2, [[3, 64, 64], [3, 48, 64]], num_classes=4), True)
+    losses = model(**data, mode='loss')
+    total, log = model.parse_losses(losses)
+    total.backward()
+    torch.testing.assert_close(losses['loss_budget'], (losses['query_ratio'] - 0.5)**2, check_stride=False)
+    assert {'loss_cls', 'loss_bbox', 'loss_budget', 'query_ratio'} <= set(log)
+
+
+def test_segmentor():
+    pytest.importorskip('mmseg')
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+    init_default_scope('mmseg')
+    model = MODELS.build(
+        dict(type='EncoderDecoder', backbone=dict(BACKBONE, img_size=64),
+             neck=dict(type='FPN', in_channels=[16, 32], out_channels=16, num_outs=2),
+             decode_head=dict(type='FPNHead', in_channels=[16, 16], in_index=[0, 1], feature_strides=[4, 8], channels=8,
+                              num_classes=4, norm_cfg=dict(type='BN')),
+             train_cfg=dict(), test_cfg=dict(mode='whole'))).train()
+    watch(model)
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, 4, (1, 64, 64)))) for _ in range(2)]
+    losses = model(torch.rand(2, 3, 64, 64), samples, mode='loss')
+    model.parse_losses(losses)[0].backward()
+    assert {'decode.loss_ce', 'loss_budget', 'query_ratio'} <= set(losses)
+
+
+def _distributed_worker(rank, world, path, ratios):
+    dist.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=world)
+    weight = torch.nn.Parameter(torch.tensor(2.))
+    budget_loss(mean_over_processes(weight * ratios[rank]), 0.5).backward()
+    dist.all_reduce(weight.grad)  # data parallel training averages the gradients of the processes
+    everything = torch.cat(ratios)
+    alone = torch.tensor(2., requires_grad=True)
+    loss = ((alone * everything).mean() - 0.5)**2
+    loss.backward()
+    torch.testing.assert_close(weight.grad / world, alone.grad)
+    torch.testing.assert_close(mean_over_processes(2. * ratios[rank]), 2. * everything.mean())
+
+    torch.manual_seed(rank)
+    model = classifier().train()
+    hook = watch(model)
+    parallel = DistributedDataParallel(model)
+    losses = parallel(**classification_batch(2 + rank), mode='loss')
+    model.parse_losses(losses)[0].backward()
+    betas = [torch.zeros(()) for _ in range(world)]
+    dist.all_gather(betas, losses['query_ratio'])
+    assert betas[0] == betas[1]
+    grads = [torch.zeros_like(model.backbone.stages[0].dge[0].router.bias) for _ in range(world)]
+    dist.all_gather(grads, model.backbone.stages[0].dge[0].router.bias.grad)
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
+    hook.after_train(None)
+    dist.destroy_process_group()
+
+
+def test_beta_is_averaged_over_processes_differentiably(tmp_path):
+    ratios = [torch.tensor([0.1, 0.4, 0.3]), torch.tensor([0.9])]  # batches of different sizes
+    mp.start_processes(_distributed_worker, (2, tmp_path / 'rendezvous', ratios), nprocs=2, start_method='fork')
+
+
+@pytest.mark.parametrize('budget', [0, -0.5, 1.01])
+def test_budget_out_of_range(budget):
+    with pytest.raises(ValueError, match=f'budget={budget} must be greater than 0 and at most 1'):
+        BudgetHook(budget=budget)
+
+
+def test_negative_weight():
+    with pytest.raises(ValueError, match='weight=-1 must not be negative'):
+        BudgetHook(weight=-1)
+
+
+def test_model_without_dge():
+    with pytest.raises(ValueError, match='found no DGE in the model'):
+        watch(classifier(dge=None))
+
+
+@pytest.mark.parametrize('granularities, budget', [((1, 2), 0.2), ((2, 4), 0.5)])
+def test_budget_that_the_granularities_cannot_reach(granularities, budget):
+    with pytest.raises(ValueError, match=rf'budget={budget} cannot be reached.*from 0\.\d+ to \d\.\d+'):
+        watch(classifier(dge=dict(granularities=granularities)), budget=budget)

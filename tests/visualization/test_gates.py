@@ -1,0 +1,31 @@
+import numpy as np
+import torch
+
+from mmdyn.models.dge import DynamicGrainedEncoder
+from mmdyn.models.dge.encoder import Decision
+from mmdyn.visualization import draw_gates, draw_outline, granularity_of_pixels
+from mmdyn.visualization.gates import COLOURS
+
+
+def test_granularity_of_pixels_with_a_region_over_the_edge():
+    encoder = DynamicGrainedEncoder(4, (1, 2, 4))
+    encoder.decision = Decision(torch.tensor([[[0, 1]], [[2, 0]]]), torch.zeros(2))
+    # A map of 4 x 6 cells on 8 x 12 pixels: the second region has two columns of cells, 8 to 11 in pixels.
+    pixels = granularity_of_pixels(encoder, (4, 6), (8, 12), image=1)
+    assert pixels.shape == (8, 12)
+    assert (pixels[:, :8] == 4).all() and (pixels[:, 8:] == 1).all()
+
+
+def test_colours_stand_for_granularities_in_order():
+    image = np.full((2, 4, 3), 100, np.uint8)
+    drawn = draw_gates(image, np.array([[0, 1, 2, 4]] * 2), (0, 1, 2, 4), opacity=1.)
+    assert [tuple(pixel) for pixel in drawn[0]] == [(0, 0, 0), *COLOURS[:3]]
+    assert (draw_gates(image, np.ones((2, 4)), (1, 2), opacity=0.) == image).all()
+
+
+def test_outline_is_white_and_on_the_object_only():
+    image, mask = np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9), np.uint8)
+    mask[2:7, 2:7] = 255
+    drawn = draw_outline(image, mask)
+    assert (drawn[2, 2:7] == 255).all() and (drawn[4, 4] == 0).all() and (drawn[mask == 0] == 0).all()
+    assert (image == 0).all()

@@ -1,0 +1,52 @@
+"""Count parameters and multiply-adds of a config's model, dense and as spent with DGE.
+
+Protocol: multiply-adds of linear layers, convolutions and both matrix products of attention, on one image, of the whole
+model. Spent are those that do not depend on the routing, the routers, and C^l of eq. 7 for each query that is used.
+"""
+import argparse
+import json
+
+import mmdyn  # noqa: F401
+from mmdyn.analysis.flops import report
+from mmengine.config import Config
+
+
+def default_shape(cfg: Config) -> tuple:
+    """(H, W) of the images that the config's backbone is made for."""
+    size = cfg.model.backbone.get('img_size', 256)
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('--checkpoint', help='weights, for --images')
+    parser.add_argument('--shape', nargs=2, type=int, metavar=('H', 'W'), help="default: the backbone's img_size")
+    parser.add_argument('--query-ratio', type=float, help="default: the budget of the config's BudgetHook")
+    parser.add_argument('--images', help='count what the routers choose on the images of this folder')
+    parser.add_argument('--layers', action='store_true', help='print each encoder block')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    args = parser.parse_args()
+
+    cfg = Config.fromfile(args.config)
+    shape = tuple(args.shape or default_shape(cfg))
+    budgets = [hook['budget'] for hook in cfg.get('custom_hooks', []) if hook['type'].endswith('BudgetHook')]
+    ratio = args.query_ratio if args.query_ratio is not None else (budgets or [None])[0]
+    try:
+        result = report(cfg, shape, ratio, args.images, args.checkpoint)
+    except ValueError as error:
+        raise SystemExit(f'get_flops.py: {error}')
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f'{args.config} at {f"the sizes of the images in {args.images}" if args.images else f"{shape[0]} x {shape[1]}"}')
+    print(f'parameters            {result["params"] / 1e6:10.2f} M')
+    print(f'multiply-adds, dense  {result["flops_dense"] / 1e9:10.3f} G')
+    print(f'multiply-adds, spent  {result["flops"] / 1e9:10.3f} G  at query ratio {result["query_ratio"]:.4f}')
+    for layer in result['layers'] if args.layers else []:
+        print(f'  {layer["name"]:20} {layer["flops_dense"] / 1e9:10.4f} G dense {layer["flops"] / 1e9:10.4f} G spent  '
+              f'query ratio {layer["query_ratio"]:.4f}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,42 @@
+"""Test a checkpoint of a config's model, whatever its task."""
+import mmdyn  # noqa: F401
+from mmdyn.engine.launch import build_runner, config_parser, load_config
+from mmengine.config import ConfigDict
+from mmengine.evaluator import DumpResults
+
+
+def main() -> None:
+    parser = config_parser(__doc__)
+    parser.add_argument('checkpoint')
+    parser.add_argument('--out', help='write the predictions to this .pkl file')
+    parser.add_argument('--show-dir', help='draw the predictions into this folder')
+    parser.add_argument('--tta', action='store_true', help="test-time augmentation: the config's tta_model and pipeline")
+    args = parser.parse_args()
+
+    cfg = load_config(args)
+    cfg.load_from = args.checkpoint
+    if args.amp:
+        cfg.test_cfg.fp16 = True
+    if args.show_dir:
+        hook = cfg.default_hooks.get('visualization')
+        if hook is None:
+            raise ValueError(f'--show-dir needs a visualization hook in the default_hooks of {args.config}.')
+        # mmpretrain's hook calls its options otherwise than mmdet's and mmseg's.
+        mmpretrain = hook.type.endswith('VisualizationHook') and cfg.default_scope == 'mmpretrain'
+        hook.update(dict(enable=True, out_dir=args.show_dir) if mmpretrain else dict(draw=True))
+        cfg.visualizer.update(save_dir=args.show_dir)
+    if args.tta:
+        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+            raise ValueError(f'--tta needs tta_model and tta_pipeline in {args.config}.')
+        cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    runner = build_runner(cfg)
+    if args.out:
+        if not args.out.endswith(('.pkl', '.pickle')):
+            raise ValueError(f'--out {args.out}: give a file that ends in .pkl.')
+        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()

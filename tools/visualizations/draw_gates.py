@@ -1,0 +1,85 @@
+"""Draw which granularity each region of an image got, and tell how objects and background differ.
+
+Writes a row of pictures for each image: the image, then each DGE layer whose map has more than one region. Red is the
+finest granularity, then green, blue, yellow. With --masks, folders of the same names, the object's outline is drawn and
+the share of pixels that the finest granularity serves is printed, on objects and on background, over all images.
+"""
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+import mmdyn  # noqa: F401
+from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, run_on_images
+from mmdyn.visualization import draw_gates, draw_outline, granularity_of_pixels
+from mmengine.config import Config
+from mmengine.runner import load_checkpoint
+
+
+def dge_layers(backbone, shapes):
+    """(name, encoder, shape of its map) of the layers that have something to show."""
+    for (stage, prefix), shape in zip(backbone.named_stages(), shapes):
+        for i, encoder in enumerate(stage.dge):
+            if encoder.decision.choice[0].numel() > 1:
+                yield f'{prefix}{i}', encoder, shape
+
+
+def labelled(picture: np.ndarray, text: str, side: int) -> np.ndarray:
+    """The picture enlarged to ``side`` pixels of height below a line of text."""
+    picture = cv2.resize(picture, (round(picture.shape[1] * side / picture.shape[0]), side),
+                         interpolation=cv2.INTER_NEAREST)
+    title = np.full((18, picture.shape[1], 3), 255, np.uint8)
+    cv2.putText(title, text, (2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.pad(np.concatenate([title, picture]), ((0, 4), (0, 4), (0, 0)), constant_values=255)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--images', required=True, help='folder of images')
+    parser.add_argument('--masks', help='folder of masks with the same names, 0 is background')
+    parser.add_argument('--out', required=True, help='folder of the pictures')
+    parser.add_argument('--num', type=int, default=16, help='number of pictures')
+    parser.add_argument('--side', type=int, default=160, help='height of a picture in pixels')
+    args = parser.parse_args()
+
+    cfg = Config.fromfile(args.config)
+    model = build_model(cfg)
+    load_checkpoint(model, args.checkpoint, map_location='cpu')
+    backbone = dynamic_backbone(model)
+    if backbone is None or not backbone.has_dge:
+        raise SystemExit(f'draw_gates.py: the model of {args.config} has no DGE, so there is nothing to draw.')
+    files, out = image_files(args.images), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = set(files[::max(1, len(files) // args.num)][:args.num])
+    finest = {}
+    for path, _ in run_on_images(model, cfg, files if args.masks else sorted(drawn)):
+        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        mask = None
+        if args.masks:
+            mask_file = Path(args.masks) / path.relative_to(args.images)
+            mask = cv2.imread(str(mask_file), cv2.IMREAD_GRAYSCALE)
+            if mask is None:
+                raise SystemExit(f'draw_gates.py: no mask {mask_file} for {path}.')
+        row = [labelled(image if mask is None else draw_outline(image, mask), path.stem, args.side)]
+        for name, encoder, shape in dge_layers(backbone, backbone.last_shapes):
+            phi = granularity_of_pixels(encoder, shape, image.shape[:2])
+            if mask is not None:
+                fine = phi == min(p for p in encoder.granularities if p)
+                counts = finest.setdefault(name, np.zeros(4))
+                counts += fine[mask > 0].sum(), (mask > 0).sum(), fine[mask == 0].sum(), (mask == 0).sum()
+            if path in drawn:
+                row.append(labelled(draw_gates(image, phi, encoder.granularities, mask), name, args.side))
+        if path in drawn:
+            cv2.imwrite(str(out / f'{"-".join(path.relative_to(args.images).with_suffix("").parts)}.png'),
+                        cv2.cvtColor(np.concatenate(row, axis=1), cv2.COLOR_RGB2BGR))
+    print(f'{len(drawn)} pictures in {out}')
+    for name, (on, objects, off, background) in finest.items():
+        print(f'{name:12} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the '
+              'background')
+
+
+if __name__ == '__main__':
+    main()
