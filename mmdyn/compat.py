@@ -31,11 +31,22 @@ def check_versions(required: dict = REQUIRED) -> None:
                               f'with: pip install "{module}>={least},<{unfit}"')
 
 
+def statistic_of_history_buffer(owner, name: str):
+    """What ``getattr`` may do in a checkpoint: name a statistic of mmengine's log buffer."""
+    from mmengine.logging import HistoryBuffer
+    if owner is not HistoryBuffer or name not in HistoryBuffer._statistics_methods:
+        raise ValueError(f'The checkpoint asks for {owner!r}.{name}, which is no statistic of an mmengine log buffer: do '
+                         'not trust this file.')
+    return HistoryBuffer._statistics_methods[name]
+
+
 def allow_mmengine_checkpoints() -> None:
     """Let torch's safe loader read what mmengine itself writes beside the weights: its log buffers, which hold numpy."""
-    from mmengine.logging.history_buffer import HistoryBuffer
+    from mmengine.logging import HistoryBuffer
+    HistoryBuffer()  # the first one registers the statistics that every checkpoint names
     numpy_core = getattr(np, '_core', None) or np.core
     torch.serialization.add_safe_globals([
-        HistoryBuffer, np.ndarray, np.dtype, numpy_core.multiarray._reconstruct, numpy_core.multiarray.scalar,
+        HistoryBuffer, (statistic_of_history_buffer, 'builtins.getattr'), np.ndarray, np.dtype,
+        numpy_core.multiarray._reconstruct, numpy_core.multiarray.scalar,
         *(type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'int32', 'bool'))
     ])

@@ -1,6 +1,9 @@
-import pytest
+import os
 
-from mmdyn.compat import check_versions
+import pytest
+from mmengine.logging import HistoryBuffer
+
+from mmdyn.compat import check_versions, statistic_of_history_buffer
 
 
 def test_installed_versions_fit():
@@ -21,3 +24,10 @@ def test_missing_package():
 
 def test_fork_of_another_distribution_name_counts():
     check_versions({'mmengine': (('onedl-not-installed', 'mmengine'), '0.1', '99')})
+
+
+def test_checkpoints_may_name_statistics_of_log_buffers_only():
+    assert statistic_of_history_buffer(HistoryBuffer, 'mean') is HistoryBuffer.mean
+    for owner, name in ((os, 'system'), (HistoryBuffer, '__init__')):
+        with pytest.raises(ValueError, match=f'asks for .*{name}, which is no statistic'):
+            statistic_of_history_buffer(owner, name)

@@ -80,7 +80,7 @@ class BackboneCost:
         """(B,) beta of eq. 7: the spent share of what DGE can save on. 1 for a model without DGE."""
         dynamic = [layer for layer in self.layers if layer.dynamic]
         if not dynamic:
-            return torch.ones(len(self.layers[0].queries))
+            return torch.ones_like(self.layers[0].queries, dtype=torch.float)
         total = sum(layer.per_query * layer.dense_queries for layer in dynamic)
         return sum(layer.per_query / total * layer.queries for layer in dynamic)
 

@@ -62,7 +62,7 @@ def dge_of_stages(dge: Optional[dict], num_stages: int) -> List[Optional[dict]]:
     if unknown:
         raise ValueError(f'dge has no option {sorted(unknown)}: it takes {sorted(allowed)}.')
     sets = dge.get('granularities', (1, 2, 4))
-    if not len(sets) or isinstance(sets[0], int):
+    if not isinstance(sets, (tuple, list)) or not sets or not isinstance(sets[0], (tuple, list)):
         return [dge] * num_stages
     if len(sets) != num_stages:
         raise ValueError(f'granularities={sets} are {len(sets)} sets for {num_stages} stages: give one for each stage, '
@@ -129,22 +129,23 @@ class DynamicBackbone(BaseModule):
 
     def ratio_bounds(self) -> Tuple[float, float]:
         """Least and greatest query ratio that the granularities allow on images of ``img_size``."""
-        least = self._cost_of(self.stage_shapes, lambda encoder, bounds: torch.tensor([bounds[0]]))
-        most = self._cost_of(self.stage_shapes, lambda encoder, bounds: torch.tensor([bounds[1]]))
+        least = self._cost_of(self.stage_shapes, lambda encoder, bounds: bounds[:1])
+        most = self._cost_of(self.stage_shapes, lambda encoder, bounds: bounds[1:])
         return least.query_ratio.item(), most.query_ratio.item()
 
     def _cost_of(self, shapes, queries_of) -> BackboneCost:
-        layers, stem = [], 0
+        layers, stem, device = [], 0, next(self.parameters()).device
         for (stage, prefix), shape in zip(self.named_stages(), shapes):
             dense = stage.num_extra + math.prod(shape)
             stem += stage.patch_embed.macs(shape)
             for i, block in enumerate(stage.blocks):
                 encoder = stage.dge[i] if len(stage.dge) else None
-                queries = torch.full((self._batch, ), dense) if encoder is None else queries_of(
+                queries = [dense] * self._batch if encoder is None else queries_of(
                     encoder, encoder.query_bounds(shape, stage.num_extra))
                 layers.append(
                     LayerCost(f'{prefix}blocks.{i}', *block.macs(shape, stage.num_extra),
-                              encoder.macs(shape) if encoder else 0, queries, dense, encoder is not None))
+                              encoder.macs(shape) if encoder else 0, torch.as_tensor(queries, device=device), dense,
+                              encoder is not None))
         return BackboneCost(layers, stem)
 
     def frozen_modules(self) -> Iterator[Union[nn.Module, nn.Parameter]]:

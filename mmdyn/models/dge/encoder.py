@@ -13,6 +13,8 @@ from .grains import candidate_of_cell, candidate_values, compress, decompress, g
 
 def check_granularities(granularities: Sequence[int], region_size: Optional[int] = None) -> Tuple[int, ...]:
     """Return the granularities as a tuple, or raise ValueError if they are no set of patch sides of one region."""
+    if not isinstance(granularities, (tuple, list)):
+        raise ValueError(f'granularities={granularities!r}: give a sequence of sides of patches, e.g. (1, 2, 4).')
     phis = tuple(granularities)
     if not phis or not any(phis):
         raise ValueError(f'granularities={phis} leave no query: give at least one side greater than 0, e.g. (1, 2, 4).')
@@ -21,6 +23,9 @@ def check_granularities(granularities: Sequence[int], region_size: Optional[int]
     if list(phis) != sorted(set(phis)):
         raise ValueError(f'granularities={phis} must be in ascending order without repeats: '
                          f'write {tuple(sorted(set(phis)))}.')
+    if region_size is not None and not (isinstance(region_size, int) and region_size > 0):
+        raise ValueError(f'region_size={region_size!r}: give the side of a region in cells, an integer greater than 0, or '
+                         'None for the largest granularity.')
     region = region_size or max(phis)
     uneven = [phi for phi in phis if phi and region % phi]
     if uneven:
@@ -73,7 +78,8 @@ class Decision(NamedTuple):
 
     Attributes:
         choice: (B, rows, columns) index of each region's granularity.
-        queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7.
+        queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7,
+            otherwise on the CPU, where the lengths are.
     """
     choice: Tensor
     queries: Tensor
@@ -116,6 +122,10 @@ class DynamicGrainedEncoder(nn.Module):
         self.routing, self.train_mode, self.tau, self.with_cp = routing, train_mode, tau, with_cp
         self.router = Router(dim, self.granularities)
         self.decision: Optional[Decision] = None
+
+    def __getstate__(self) -> dict:
+        # A copy, such as a moving average of the model, starts without the graph of the last training pass.
+        return {**self.__dict__, 'decision': None}
 
     def extra_repr(self) -> str:
         return f'granularities={self.granularities}, region={self.region}, routing={self.routing}'
@@ -169,7 +179,7 @@ class DynamicGrainedEncoder(nn.Module):
         if self.training:
             change = change * scores.flatten()[routing.source][:, None].type_as(change)
         else:
-            self.decision = Decision(choice, torch.tensor(routing.lengths))
+            self.decision = Decision(choice, torch.tensor(routing.lengths, device='cpu'))
         return tokens + decompress(change, routing)
 
     def _per_region(self, decisions: Tensor, shape: Tuple[int, int]) -> Tensor:

@@ -78,5 +78,5 @@ def fit_position_embedding(saved: Tensor, current: Tensor, shape: Tuple[int, int
                              f'give img_size so that the model has as many rows (it has {current.shape[1]}).')
         source = (math.isqrt(rows - saved_extra), ) * 2
     resized = resize_position_embedding(saved[:, saved_extra:], source, shape, 0, mode)
-    extra = saved[:, :saved_extra] if saved_extra >= num_extra else current.detach().to(saved)
-    return torch.cat([extra[:, :num_extra], resized], dim=1)
+    both = min(saved_extra, num_extra)
+    return torch.cat([saved[:, :both], current.detach()[:, both:num_extra].to(saved), resized], dim=1)

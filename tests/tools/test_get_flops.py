@@ -1,0 +1,85 @@
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis, parameter_count
+from mmengine.config import Config
+
+import mmdyn
+from mmdyn.analysis.flops import build_model, count_macs, report
+
+ROOT = Path(mmdyn.__file__).parents[1]
+DGE = ROOT / 'configs/demo/pvt-mini-dge_digits.py'
+DENSE = ROOT / 'configs/demo/pvt-mini_digits.py'
+
+
+def get_flops(*args):
+    return subprocess.run([sys.executable, ROOT / 'tools/analysis_tools/get_flops.py', *map(str, args)],
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('config', ['demo/pvt-mini_digits.py', 'dge/deit-tiny_8xb16_in1k-256px.py',
+                                    'dge/pvt-tiny_8xb16_in1k-256px.py'])
+def test_dense_count_is_that_of_fvcore_without_norms(config):
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    model = build_model(cfg)
+    side = cfg.model.backbone.img_size
+    ours = report(cfg, (side, side))
+    counter = FlopCountAnalysis(model, torch.zeros(1, 3, side, side)).unsupported_ops_warnings(False)
+    counter.set_op_handle('aten::scaled_dot_product_attention', attention_macs)
+    theirs = counter.by_operator()
+    norms = theirs.pop('layer_norm')
+    assert ours['flops_dense'] == ours['flops'] == sum(theirs.values())
+    assert norms < 0.02 * ours['flops_dense']
+    assert ours['params'] == parameter_count(model)['']
+
+
+def attention_macs(inputs, outputs):
+    (batch, heads, queries, dim), keys = inputs[0].type().sizes(), inputs[1].type().sizes()[2]
+    return Counter(scaled_dot_product_attention=2 * batch * heads * queries * keys * dim)
+
+
+def test_backbone_account_and_counter_agree_exactly_but_for_the_head():
+    cfg = Config.fromfile(DENSE)
+    model = build_model(cfg)
+    assert count_macs(model, (64, 96)) == model.backbone.cost.dense + 192 * 10
+
+
+def test_json_at_a_ratio():
+    result = json.loads(get_flops(DGE, '--query-ratio', 0.3, '--json', '--shape', 64, 64).stdout.splitlines()[-1])
+    assert set(result) == {'params', 'flops_dense', 'flops', 'query_ratio', 'layers'}
+    assert result['query_ratio'] == 0.3 and len(result['layers']) == 6
+    dense = json.loads(get_flops(DENSE, '--json').stdout.splitlines()[-1])
+    assert result['flops_dense'] == dense['flops_dense'] == dense['flops']
+    saved = sum(layer['flops_dense'] - layer['flops'] for layer in result['layers'])
+    assert result['flops_dense'] - result['flops'] == pytest.approx(saved)
+    assert 0.3 < result['flops'] / result['flops_dense'] < 1
+
+
+def test_text_uses_the_budget_of_the_config():
+    text = get_flops(DGE, '--layers').stdout
+    assert 'at query ratio 0.5000' in text and 'stages.3.blocks.0' in text
+
+
+def test_images(tmp_path):
+    for i, size in enumerate([(64, 64), (32, 64)]):
+        cv2.imwrite(str(tmp_path / f'{i}.png'), np.random.default_rng(i).integers(0, 255, (*size, 3), np.uint8))
+    cfg = Config.fromfile(DGE)
+    result = report(cfg, (64, 64), images=str(tmp_path))
+    alone = [report(cfg, size)['flops_dense'] for size in [(64, 64), (32, 64)]]
+    assert result['flops_dense'] == pytest.approx(sum(alone) / 2)
+    # Fresh routers choose the finest granularity everywhere, so that only they come on top.
+    assert result['query_ratio'] == pytest.approx(1) and result['flops_dense'] < result['flops'] < 1.01 * result['flops_dense']
+
+
+@pytest.mark.parametrize('args, message', [(['--query-ratio', '1.5'], 'query_ratio=1.5 must be greater than 0 and at most 1'),
+                                           (['--images', 'nowhere'], 'No images in nowhere')])
+def test_errors(args, message):
+    result = get_flops(DGE, *args)
+    assert result.returncode and message in result.stderr and 'Traceback' not in result.stderr
