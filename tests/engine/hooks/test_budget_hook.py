@@ -77,6 +77,32 @@ def test_evaluation_and_finished_training_are_left_alone():
     assert 'loss_budget' not in model(**batch, mode='loss')
 
 
+def test_autocast():
+    model = classifier().train()
+    watch(model)
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = model(**classification_batch(), mode='loss')
+    model.parse_losses(losses)[0].backward()
+    assert losses['loss_budget'].dtype == losses['query_ratio'].dtype == torch.float32
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters())
+
+
+def test_gradient_accumulation():
+    from mmengine.optim import OptimWrapper
+    model = classifier().train()
+    watch(model)
+    optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.), accumulative_counts=2)
+    optimizer.initialize_count_status(model, 0, 2)
+    bias = model.backbone.stages[0].dge[0].router.bias
+    before = bias.detach().clone()
+    log = model.train_step(classification_batch(), optimizer)
+    first = bias.grad.clone()
+    assert torch.equal(bias, before) and first.abs().sum() > 0
+    torch.testing.assert_close(log['loss_budget'], (log['query_ratio'] - 0.5)**2)
+    model.train_step(classification_batch(), optimizer)
+    assert not torch.equal(bias, before)
+
+
 def test_detector():
     pytest.importorskip('mmdet')
     from mmdet.testing import demo_mm_inputs
