@@ -9,8 +9,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Threads that spin while they wait take the cores from the data loaders and from whatever else runs.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 # A stamp names what it was made from: edited requirements, or another Python, make a new one.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
