@@ -1,7 +1,7 @@
 """What tests of several modules share: seeds, small models, and a slow encoder block to compare with."""
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmdyn.models.dge import DynamicGrainedEncoder
@@ -18,8 +18,10 @@ BACKBONES = {
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_start():
+    """Each test begins with the same random numbers and the same registry scope, whatever ran before."""
     torch.manual_seed(0)
+    init_default_scope('mmpretrain')
 
 
 @pytest.fixture(params=BACKBONES)
