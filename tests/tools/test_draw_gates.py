@@ -30,10 +30,10 @@ def draw(config, tmp_path, *args):
 def test_draws_and_counts(tmp_path):
     result = draw(ROOT / 'configs/demo/pvt-mini-dge_digits.py', tmp_path, '--masks', tmp_path / 'masks')
     assert result.returncode == 0, result.stderr
-    # Fresh routers choose the finest granularity, red, in the stages of 16 x 16 and 8 x 8 cells that have several regions.
-    assert result.stdout.count('finest granularity on 100.0% of the object, 100.0% of the background') == 3
+    # Fresh routers choose the finest granularity, red, in the five blocks of the stages that have several regions.
+    assert result.stdout.count('finest granularity on 100.0% of the object, 100.0% of the background') == 5
     picture = cv2.imread(str(tmp_path / 'out/3-a.png'))
-    assert picture.shape[1] == 4 * (160 + 4)
+    assert picture.shape[1] == 6 * (160 + 4)
     blue, _, red = picture[30:170, 170:320].mean((0, 1))
     assert red > blue
 
