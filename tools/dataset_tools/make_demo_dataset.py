@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 LAYOUTS = ('imagenet', 'coco', 'ade')
 TOOL = 'mmdyn make_demo_dataset 1'  # raise the number when the pixels change, so that older data is made again
-CLS_SIZE, CLS_SIDES = 64, (36, 48)  # px: side of the canvas, smallest and largest side of a digit
+CLS_SIZE, CLS_SIDES = 64, (40, 52)  # px: side of the canvas, smallest and largest side of a digit
 DENSE_SIZE, DENSE_SIDES = 128, (28, 64)
 STROKE = 0.35  # a pixel belongs to the digit where its alpha is above this
 FINE = 4  # outlines are followed on a grid this many times finer than the pixels
