@@ -22,8 +22,7 @@ def main() -> None:
         if hook is None:
             raise ValueError(f'--show-dir needs a visualization hook in the default_hooks of {args.config}.')
         # mmpretrain's hook calls its options otherwise than mmdet's and mmseg's.
-        mmpretrain = hook.type.endswith('VisualizationHook') and cfg.default_scope == 'mmpretrain'
-        hook.update(dict(enable=True, out_dir=args.show_dir) if mmpretrain else dict(draw=True))
+        hook.update(dict(enable=True, out_dir=args.show_dir) if cfg.default_scope == 'mmpretrain' else dict(draw=True))
         cfg.visualizer.update(save_dir=args.show_dir)
     if args.tta:
         if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.backbones.base import DynamicBackbone
+from ..models.backbones.base import DynamicBackbone, find_backbones
 from .complexity import BackboneCost, CostMeter
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
@@ -28,7 +28,7 @@ def build_model(cfg: Config, dense: bool = False) -> nn.Module:
 
 def dynamic_backbone(model: nn.Module) -> Optional[DynamicBackbone]:
     """The model's backbone if it is one of mmdyn's."""
-    return next((module for module in model.modules() if isinstance(module, DynamicBackbone)), None)
+    return next(iter(find_backbones(model)), None)
 
 
 def count_macs(model: nn.Module, shape: Tuple[int, int]) -> int:

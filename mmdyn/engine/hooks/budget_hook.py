@@ -1,22 +1,16 @@
-from typing import List
+from typing import Optional
 
 import torch
-from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 
 from ...analysis.complexity import CostMeter
-from ...models.backbones.base import DynamicBackbone
+from ...models.backbones.base import find_backbones
 from ...models.dge.budget import budget_loss, mean_over_processes
 from ...registry import HOOKS
-
-
-def dynamic_backbones(model: torch.nn.Module) -> List[DynamicBackbone]:
-    """The backbones of a model that have DGE."""
-    return [module for module in model.modules() if isinstance(module, DynamicBackbone) and module.has_dge]
+from .loss_hook import LossHook
 
 
 @HOOKS.register_module()
-class BudgetHook(Hook):
+class BudgetHook(LossHook):
     """Train any mmpretrain, mmdet or mmseg model with DGE towards a computational budget (eq. 7 and 8).
 
     Adds ``loss_budget`` = weight * (beta - budget)^2 to the losses that the model returns, and ``query_ratio`` = beta to
@@ -37,14 +31,10 @@ class BudgetHook(Hook):
         if weight < 0:
             raise ValueError(f'BudgetHook: weight={weight} must not be negative.')
         self.budget, self.weight = budget, weight
-        self._handle = None
 
-    def before_train(self, runner) -> None:
-        """Check the budget against the model and watch its forward passes."""
-        model = runner.model
-        while is_model_wrapper(model):
-            model = model.module
-        backbones = dynamic_backbones(model)
+    def prepare(self, runner, model: torch.nn.Module) -> None:
+        """Check the budget against the model."""
+        backbones = [backbone for backbone in find_backbones(model) if backbone.has_dge]
         if not backbones:
             raise ValueError('BudgetHook found no DGE in the model: give its backbone dge=dict(granularities=(1, 2, 4)), '
                              'or leave out the hook.')
@@ -56,16 +46,11 @@ class BudgetHook(Hook):
                     f'{type(backbone).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a budget '
                     'between them, or a coarser largest granularity.')
         self._meter = CostMeter(training=True, backbones=backbones)
-        self._handle = model.register_forward_hook(self._add_loss)
 
-    def after_train(self, runner) -> None:
-        """Leave the model as it was."""
-        if self._handle is not None:
-            self._handle.remove()
-
-    def _add_loss(self, model, args, output):
+    def on_forward(self, model: torch.nn.Module, losses: Optional[dict], inputs: dict) -> None:
+        """Add ``loss_budget`` and ``query_ratio``."""
         costs = self._meter.take()
-        if model.training and isinstance(output, dict) and costs:
+        if costs and losses is not None:
             ratio = mean_over_processes(torch.cat([cost.query_ratio for cost in costs]))
-            output['loss_budget'] = self.weight * budget_loss(ratio, self.budget)
-            output['query_ratio'] = ratio.detach()
+            losses['loss_budget'] = self.weight * budget_loss(ratio, self.budget)
+            losses['query_ratio'] = ratio.detach()

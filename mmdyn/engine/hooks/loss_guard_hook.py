@@ -1,12 +1,13 @@
+from typing import Optional
+
 import torch
-from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 
 from ...registry import HOOKS
+from .loss_hook import LossHook
 
 
 @HOOKS.register_module()
-class LossGuardHook(Hook):
+class LossGuardHook(LossHook):
     """Stop a training whose loss is NaN or infinite, before the step that would spoil the weights, and say where.
 
     Args:
@@ -16,27 +17,20 @@ class LossGuardHook(Hook):
     def __init__(self, interval: int = 1):
         self.interval = interval
 
-    def before_train(self, runner) -> None:
-        """Watch the model's forward passes."""
-        model = runner.model
-        while is_model_wrapper(model):
-            model = model.module
+    def prepare(self, runner, model: torch.nn.Module) -> None:
+        """Keep the runner, which knows the iteration."""
         self._runner = runner
-        self._handle = model.register_forward_hook(self._check, with_kwargs=True)
 
-    def after_train(self, runner) -> None:
-        """Leave the model as it was."""
-        self._handle.remove()
-
-    def _check(self, model, args, kwargs, output):
-        if not (model.training and isinstance(output, dict)) or not self.every_n_train_iters(self._runner, self.interval):
+    def on_forward(self, model: torch.nn.Module, losses: Optional[dict], inputs: dict) -> None:
+        """Raise ValueError if a loss is not finite."""
+        if losses is None or not self.every_n_train_iters(self._runner, self.interval):
             return
-        losses = {name: sum(v.mean() for v in value) if isinstance(value, (list, tuple)) else value.mean()
-                  for name, value in output.items() if 'loss' in name}
-        wrong = {name: value.item() for name, value in losses.items() if not torch.isfinite(value)}
+        values = {name: sum(v.mean() for v in value) if isinstance(value, (list, tuple)) else value.mean()
+                  for name, value in losses.items() if 'loss' in name}
+        wrong = {name: value.item() for name, value in values.items() if not torch.isfinite(value)}
         if not wrong:
             return
-        samples = kwargs.get('data_samples') or []
+        samples = inputs.get('data_samples') or []
         images = [path for path in (getattr(sample, 'img_path', None) for sample in samples) if path]
         spoilt = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
         raise ValueError(

@@ -166,6 +166,11 @@ class DynamicBackbone(BaseModule):
         return self
 
 
+def find_backbones(model: nn.Module) -> List[DynamicBackbone]:
+    """The backbones of a model that are mmdyn's, dense or dynamic."""
+    return [module for module in model.modules() if isinstance(module, DynamicBackbone)]
+
+
 def make_blocks(owner: nn.Module, blocks: List[EncoderBlock], dim: int, dge: Optional[dict], with_cp: bool) -> None:
     """Give a stage its blocks and, with ``dge``, a wrapper for each."""
     owner.blocks = nn.ModuleList(blocks)

@@ -77,6 +77,16 @@ def test_evaluation_and_finished_training_are_left_alone():
     assert 'loss_budget' not in model(**batch, mode='loss')
 
 
+def test_passes_without_losses_do_not_enter_the_next_beta():
+    model = classifier().train()
+    for stage in model.backbone.stages:
+        torch.nn.init.zeros_(stage.dge[0].router.bias)
+    watch(model)
+    model(torch.rand(3, 3, 32, 32), mode='tensor')
+    losses = model(**classification_batch(), mode='loss')
+    torch.testing.assert_close(losses['query_ratio'], model.backbone.cost.query_ratio.mean().detach())
+
+
 def test_autocast():
     model = classifier().train()
     watch(model)
