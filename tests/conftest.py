@@ -1,4 +1,9 @@
 """What tests of several modules share: seeds, small models, and a slow encoder block to compare with."""
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
@@ -100,3 +105,22 @@ def slow_change(slow_attention):
         return attended + block.ffn.fc2(hidden) - queries
 
     return change
+
+
+@pytest.fixture
+def run_distributed(tmp_path):
+    """Run ``worker(rank, world)``, a function of a test module, in a group of new processes."""
+
+    def run(worker, world):
+        # Not forked: a fork inherits the locks that another thread holds, and may wait for them for ever.
+        command = [sys.executable, Path(__file__).with_name('run_worker.py'), inspect.getfile(worker), worker.__name__]
+        processes = [subprocess.Popen(list(map(str, [*command, rank, world, tmp_path / 'rendezvous'])),
+                                      stderr=subprocess.PIPE, text=True) for rank in range(world)]
+        try:
+            errors = [process.communicate(timeout=300)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert not any(process.returncode for process in processes), '\n'.join(errors)
+
+    return run

@@ -1,7 +1,5 @@
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import mmdyn  # noqa: F401
 from mmdyn.evaluation import DynamicFLOPs
@@ -71,8 +69,7 @@ def test_training_passes_do_not_count():
         metric.process(None, [{}])
 
 
-def _worker(rank, path):
-    dist.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=2)
+def _worker(rank, world):
     # Three images on two processes: the sampler gives the first one again to the second process.
     everything = images(3)
     model, metric = backbone(), DynamicFLOPs()
@@ -83,8 +80,7 @@ def _worker(rank, path):
     result = metric.evaluate(3)
     for name, value in expected(model, [everything]).items():
         assert result[name] == pytest.approx(value), name
-    dist.destroy_process_group()
 
 
-def test_distributed(tmp_path):
-    mp.start_processes(_worker, (tmp_path / 'rendezvous', ), nprocs=2, start_method='fork')
+def test_distributed(run_distributed):
+    run_distributed(_worker, 2)

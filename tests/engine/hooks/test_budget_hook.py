@@ -3,7 +3,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmengine.registry import MODELS, init_default_scope
 from torch.nn.parallel import DistributedDataParallel
 
@@ -154,8 +153,8 @@ def test_segmentor():
     assert {'decode.loss_ce', 'loss_budget', 'query_ratio'} <= set(losses)
 
 
-def _distributed_worker(rank, world, path, ratios):
-    dist.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=world)
+def _distributed_worker(rank, world):
+    ratios = [torch.tensor([0.1, 0.4, 0.3]), torch.tensor([0.9])]  # batches of different sizes
     weight = torch.nn.Parameter(torch.tensor(2.))
     budget_loss(mean_over_processes(weight * ratios[rank]), 0.5).backward()
     dist.all_reduce(weight.grad)  # data parallel training averages the gradients of the processes
@@ -179,12 +178,10 @@ def _distributed_worker(rank, world, path, ratios):
     dist.all_gather(grads, model.backbone.stages[0].dge[0].router.bias.grad)
     assert torch.equal(*grads) and grads[0].abs().sum() > 0
     hook.after_train(None)
-    dist.destroy_process_group()
 
 
-def test_beta_is_averaged_over_processes_differentiably(tmp_path):
-    ratios = [torch.tensor([0.1, 0.4, 0.3]), torch.tensor([0.9])]  # batches of different sizes
-    mp.start_processes(_distributed_worker, (2, tmp_path / 'rendezvous', ratios), nprocs=2, start_method='fork')
+def test_beta_is_averaged_over_processes_differentiably(run_distributed):
+    run_distributed(_distributed_worker, 2)
 
 
 @pytest.mark.parametrize('budget', [0, -0.5, 1.01])
