@@ -1,3 +1,3 @@
-from .backbones import DeiT, PVT
+from .backbones import DPVT, PVT, DeiT
 
-__all__ = ['DeiT', 'PVT']
+__all__ = ['DPVT', 'DeiT', 'PVT']

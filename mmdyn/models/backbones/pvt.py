@@ -1,5 +1,5 @@
 """Pyramid Vision Transformer, with and without DGE."""
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -72,6 +72,9 @@ class PVT(DynamicBackbone):
             images, and have a class token or not.
     """
 
+    archs: Dict[str, dict] = ARCHS
+    class_token_types = ('cls_token', 'raw')
+
     def __init__(self,
                  arch: Union[str, dict] = 'small',
                  img_size: Union[int, Sequence[int]] = 256,
@@ -87,7 +90,7 @@ class PVT(DynamicBackbone):
                  norm_eps: float = 1e-6,
                  init_cfg: Union[dict, List[dict], None] = None):
         super().__init__(frozen_stages, with_cp, interpolate_mode, init_cfg)
-        arch = choose_arch(arch, ARCHS)
+        arch = choose_arch(arch, self.archs)
         num_stages = len(arch['depths'])
         if any(len(numbers) != num_stages for numbers in arch.values()):
             raise ValueError(f'arch={arch} must have as many numbers for each key: one for each stage.')
@@ -110,17 +113,21 @@ class PVT(DynamicBackbone):
         for i, depth in enumerate(arch['depths']):
             dim, stride = dims[i + 1], patch_size * 2**i
             blocks = [
-                EncoderBlock(dim, Attention(dim, arch['num_heads'][i], arch['sr_ratios'][i], norm_eps),
+                EncoderBlock(dim, self.make_attention({name: numbers[i] for name, numbers in arch.items()}, norm_eps),
                              arch['mlp_ratios'][i], rates.pop(0), norm_eps) for _ in range(depth)
             ]
             self.stages.append(
                 PVTStage(dims[i], dim, 2 if i else patch_size, (height // stride, width // stride), blocks,
-                         int(i == last and out_type in ('cls_token', 'raw')), dges[i], with_cp, norm_eps))
+                         int(i == last and out_type in self.class_token_types), dges[i], with_cp, norm_eps))
         if self.stages[-1].num_extra:
             self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dims[-1]), std=0.02))
         if out_type != 'featmap':
             self.norm = nn.LayerNorm(dims[-1], norm_eps)
         self.freeze()
+
+    def make_attention(self, stage: dict, norm_eps: float) -> nn.Module:
+        """The attention layer of a block, from the numbers that ``arch`` has for its stage."""
+        return Attention(stage['embed_dims'], stage['num_heads'], stage['sr_ratios'], norm_eps)
 
     @property
     def stage_shapes(self) -> List[Tuple[int, int]]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .grains import candidate_of_cell, candidate_values, compress, decompress, grid, pool, route
+from .grains import candidate_centres, candidate_of_cell, candidate_values, compress, decompress, grid, pool, route
 
 
 def check_granularities(granularities: Sequence[int], region_size: Optional[int] = None) -> Tuple[int, ...]:
@@ -89,7 +89,8 @@ class DynamicGrainedEncoder(nn.Module):
     """Wraps an encoder block so that each region of its input chooses its number of queries.
 
     The block is an argument of the forward pass, not a submodule: the names of its weights are those of the dense model.
-    It is called as ``block.change(queries, tokens, shape, lengths, num_extra)`` and returns enc(q) - q.
+    It is called as ``block.change(queries, tokens, shape, lengths, num_extra, points)`` and returns enc(q) - q. A block
+    that has a true attribute ``uses_points`` gets the centres of the queries' patches, others None.
 
     Args:
         dim: channels of the tokens.
@@ -170,12 +171,18 @@ class DynamicGrainedEncoder(nn.Module):
         if self.training:
             scores = F.pad(candidate_values(gates, shape, phis, self.region), (num_extra, 0), value=1.)
             self.decision = Decision(choice, scores.sum(1))
+        points = None
+        if getattr(block, 'uses_points', False):
+            points = F.pad(candidate_centres(shape, phis, tokens.device), (0, 0, num_extra, 0))
         if self.training and self.train_mode == 'dense':
-            change = self._change(block, candidates, tokens, shape, None, num_extra) * scores[..., None].type_as(tokens)
+            change = self._change(block, candidates, tokens, shape, None, num_extra, points)
+            change = change * scores[..., None].type_as(tokens)
             return tokens + self._sum_over_granularities(change, shape, num_extra)
 
         routing = route(choice, shape, phis, self.region, num_extra)
-        change = self._change(block, compress(candidates, routing), tokens, shape, routing.lengths, num_extra)
+        if points is not None:
+            points = points[routing.source % len(points)]
+        change = self._change(block, compress(candidates, routing), tokens, shape, routing.lengths, num_extra, points)
         if self.training:
             change = change * scores.flatten()[routing.source][:, None].type_as(change)
         else:

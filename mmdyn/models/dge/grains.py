@@ -62,6 +62,14 @@ def candidate_of_cell(shape: Tuple[int, int], granularities: Tuple[int, ...], de
     return torch.stack(tables)
 
 
+@lru_cache(maxsize=256)
+def candidate_centres(shape: Tuple[int, int], granularities: Tuple[int, ...], device: torch.device) -> Tensor:
+    """Centres of an image's candidates, the means of their valid cells' places: (P, 2) x and y in cells."""
+    row, column = torch.arange(shape[0], device=device), torch.arange(shape[1], device=device)
+    places = torch.stack(torch.meshgrid(column, row, indexing='xy'), -1).float().flatten(0, 1)[None]
+    return torch.cat([pool(places, shape, phi)[0] for phi in granularities if phi])
+
+
 @dataclass(frozen=True)
 class Routing:
     """One decision in both directions: which candidates are queries, and which query serves each token.

@@ -37,6 +37,7 @@ class Attention(nn.Module):
         sr_ratio: a convolution turns each sr_ratio x sr_ratio patch of the map into one key. Extra tokens stay.
         norm_eps: epsilon of the norm after the reduction.
     """
+    uses_points = False
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, norm_eps: float = 1e-6):
         super().__init__()
@@ -62,12 +63,15 @@ class Attention(nn.Module):
         return torch.cat([tokens[:, :num_extra], reduced], dim=1) if num_extra else reduced
 
     def forward(self, queries: Tensor, tokens: Tensor, shape: Tuple[int, int], lengths: Optional[List[int]] = None,
-                num_extra: int = 0) -> Tensor:
+                num_extra: int = 0, points: Optional[Tensor] = None) -> Tensor:
         """Attend from the queries to the tokens.
 
         Args:
             queries: (B, n, C), or packed (N, C) with the ``lengths`` of the images.
             tokens: (B, E + H*W, C).
+            shape: (H, W).
+            num_extra: E.
+            points: unused; the content of the tokens is all that counts.
 
         Returns:
             as ``queries``.

@@ -42,7 +42,7 @@ class EncoderBlock(nn.Module):
 
     Args:
         dim: channels.
-        attn: an attention layer that takes (queries, tokens, shape, lengths, num_extra).
+        attn: an attention layer that takes (queries, tokens, shape, lengths, num_extra, points).
         mlp_ratio: hidden channels of the feed-forward network, in multiples of ``dim``.
         drop_path_rate: probability to drop each of the two branches of an image in training.
         norm_eps: epsilon of the norms.
@@ -56,11 +56,15 @@ class EncoderBlock(nn.Module):
         self.ffn = FFN(dim, int(dim * mlp_ratio))
         self.drop_path_rate = drop_path_rate
 
+    @property
+    def uses_points(self) -> bool:
+        return self.attn.uses_points
+
     def extra_repr(self) -> str:
         return f'drop_path_rate={self.drop_path_rate:.4f}'
 
     def change(self, queries: Tensor, tokens: Tensor, shape: Tuple[int, int], lengths: Optional[List[int]] = None,
-               num_extra: int = 0) -> Tensor:
+               num_extra: int = 0, points: Optional[Tensor] = None) -> Tensor:
         """What the block adds to its queries, attn + ffn.
 
         Args:
@@ -68,13 +72,14 @@ class EncoderBlock(nn.Module):
             tokens: (B, E + H*W, C), which keys and values come from.
             shape: (H, W).
             num_extra: E.
+            points: (n, 2) or (N, 2) places of the queries, x and y in cells, where the attention layer uses them.
 
         Returns:
             as ``queries``.
         """
         normed = self.norm1(tokens)
-        attended = self.attn(normed if queries is tokens else self.norm1(queries), normed, shape, lengths, num_extra)
-        attended = self._drop(attended, lengths)
+        queries_normed = normed if queries is tokens else self.norm1(queries)
+        attended = self._drop(self.attn(queries_normed, normed, shape, lengths, num_extra, points), lengths)
         return attended + self._drop(self.ffn(self.norm2(queries + attended)), lengths)
 
     def forward(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0) -> Tensor:

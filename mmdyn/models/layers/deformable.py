@@ -1,0 +1,177 @@
+"""Deformable attention: a query attends to a few points of the map, which it chooses itself (DPVT)."""
+import math
+from typing import List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dge.grains import candidate_centres
+
+
+def sample_by_embedding_bag(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[int, int],
+                            lengths: List[int]) -> Tensor:
+    """:func:`deformable_sampling` as sums of weighted rows: each point is the mean of its four neighbouring cells."""
+    (height, width), heads = shape, value.shape[2]
+    corner = points.floor()
+    x, y = (torch.stack([low, low + 1], -1) for low in corner.unbind(-1))
+    to_x, to_y = (torch.stack([1 - part, part], -1) for part in (points - corner).unbind(-1))
+    to_x, to_y = to_x * ((x >= 0) & (x < width)), to_y * ((y >= 0) & (y < height))
+    shares = (weights[..., None] * to_y)[..., None] * to_x[..., None, :]
+
+    rows = y.int().clamp(0, height - 1)[..., None] * width + x.int().clamp(0, width - 1)[..., None, :]
+    image = torch.arange(len(lengths), device=value.device, dtype=torch.int32).repeat_interleave(
+        torch.tensor(lengths, device=value.device), output_size=len(points))
+    rows = (rows + (image * (height * width)).view(-1, 1, 1, 1, 1)) * heads
+    rows = rows + torch.arange(heads, device=value.device, dtype=torch.int32).view(-1, 1, 1, 1)
+    sums = F.embedding_bag(rows.flatten(0, 1).flatten(1), value.flatten(0, 2), mode='sum',
+                           per_sample_weights=shares.flatten(0, 1).flatten(1))
+    return sums.view(len(points), heads * value.shape[-1])
+
+
+def sample_by_mmcv(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[int, int],
+                   lengths: List[int]) -> Tensor:
+    """:func:`deformable_sampling` with mmcv's operator for accelerators.
+
+    Raises:
+        ImportError: if mmcv lacks the operator for the device of ``value``; it says how to install it.
+    """
+    try:
+        from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+    except ImportError as error:
+        raise ImportError(_needs_operators(value.device)) from error
+    # The operator takes as many queries of each image: shorter images are filled up with points of weight 0.
+    images, most = len(lengths), max(1, *lengths)
+    ragged = set(lengths) != {most}
+    if ragged:
+        starts = range(0, images * most, most)
+        slots = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths)]).to(value.device)
+        points, weights = (
+            x.new_zeros(images * most, *x.shape[1:]).index_copy(0, slots, x) for x in (points, weights))
+    sides = torch.tensor([shape], device=value.device)
+    where = ((points + 0.5) / sides.flip(1)).unflatten(0, (images, most))[:, :, :, None]
+    try:
+        sums = MultiScaleDeformableAttnFunction.apply(value.contiguous(), sides, sides.new_zeros(1), where.contiguous(),
+                                                      weights.unflatten(0, (images, most))[:, :, :, None].contiguous(),
+                                                      images)
+    except RuntimeError as error:
+        if 'implementation for device' not in str(error):
+            raise
+        raise ImportError(_needs_operators(value.device)) from error
+    sums = sums.flatten(0, 1)
+    return sums[slots] if ragged else sums
+
+
+def _needs_operators(device: torch.device) -> str:
+    return (f"Deformable attention on {device} needs mmcv's operators, but the installed mmcv has none for this device. "
+            'With the CUDA toolkit of your torch in place, compile them: MMCV_WITH_OPS=1 FORCE_CUDA=1 pip install '
+            '--force-reinstall --no-deps --no-cache-dir --no-build-isolation mmcv==2.1.0. Or move the model to the CPU.')
+
+
+SAMPLERS = {'embedding_bag': sample_by_embedding_bag, 'mmcv': sample_by_mmcv}
+
+
+def deformable_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[int, int], lengths: List[int],
+                        sampler: Optional[str] = None) -> Tensor:
+    """Weighted sums of values at points of a map, interpolated bilinearly; outside of the map they are 0.
+
+    Args:
+        value: (B, H*W, heads, D).
+        points: (N, heads, P, 2), x and y in cells; (0, 0) is the centre of the first cell.
+        weights: (N, heads, P).
+        shape: (H, W).
+        lengths: queries of each of the B images; they sum to N.
+        sampler: a key of ``SAMPLERS``. Defaults to mmcv's operator on accelerators, which it is written for.
+
+    Returns:
+        (N, heads * D).
+    """
+    sampler = sampler or ('embedding_bag' if value.device.type == 'cpu' else 'mmcv')
+    # A position on a map of some hundred cells does not fit into half precision.
+    with torch.autocast(value.device.type, enabled=False):
+        full = torch.promote_types(value.dtype, torch.float32)
+        return SAMPLERS[sampler](value.to(full), points.to(full), weights.to(full), shape, lengths).to(value.dtype)
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """``x``, whose gradient is multiplied by ``scale``."""
+    return x.detach() + scale * (x - x.detach()) if x.requires_grad else x
+
+
+class StartLinear(nn.Module):
+    """A linear layer that starts with weights of 0 and the given bias.
+
+    It is no ``nn.Linear``, so that a model-wide initialisation of linear layers leaves it alone.
+    """
+
+    def __init__(self, dim: int, bias: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(bias), dim))
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class DeformableAttention(nn.Module):
+    """Each head of a query takes the values at a few points around the query's reference point.
+
+    Offsets and weights of the points are linear in the query. In the beginning head k looks in the direction
+    2 * pi * k / heads, with point i at a distance of i + 1 cells and all weights alike. Offsets learn at a tenth of the
+    gradient.
+
+    Args:
+        dim: channels.
+        num_heads: heads; they divide ``dim``.
+        num_points: points of each head.
+        sampler: forces a path of :func:`deformable_sampling`.
+    """
+    uses_points = True
+
+    def __init__(self, dim: int, num_heads: int, num_points: int = 4, sampler: Optional[str] = None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.')
+        self.num_heads, self.num_points, self.sampler = num_heads, num_points, sampler
+        angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)[:, None]
+        self.offsets = StartLinear(dim, (direction * torch.arange(1, num_points + 1)[:, None]).flatten())
+        self.attn_weight = StartLinear(dim, torch.zeros(num_heads * num_points))
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, queries: Tensor, tokens: Tensor, shape: Tuple[int, int], lengths: Optional[List[int]] = None,
+                num_extra: int = 0, points: Optional[Tensor] = None) -> Tensor:
+        """Attend from the queries to the tokens.
+
+        Args:
+            queries: (B, n, C), or packed (N, C) with the ``lengths`` of the images.
+            tokens: (B, H*W, C).
+            shape: (H, W).
+            num_extra: 0: tokens without a place cannot be sampled.
+            points: (n, 2) or (N, 2), the queries' reference points: x and y in cells. Defaults to the cells' own.
+
+        Returns:
+            as ``queries``.
+        """
+        if num_extra:
+            raise ValueError(f'Deformable attention samples a map, but there are {num_extra} extra tokens, which have no '
+                             'place on it: use a model without class token.')
+        if points is None:
+            points = candidate_centres(shape, (1, ), queries.device)
+        heads = (self.num_heads, self.num_points)
+        offsets = scale_gradient(self.offsets(queries), 0.1).unflatten(-1, (*heads, 2))
+        points = points[:, None, None] + offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+        weights = self.attn_weight(queries).unflatten(-1, heads).softmax(-1)
+        if lengths is None:
+            points, weights = points.flatten(0, 1), weights.flatten(0, 1)
+        value = self.v(tokens).unflatten(-1, (self.num_heads, -1))
+        out = deformable_sampling(value, points, weights, shape, lengths or [queries.shape[1]] * len(queries), self.sampler)
+        return self.proj(out.view_as(queries))
+
+    def macs(self, shape: Tuple[int, int], num_extra: int) -> Tuple[int, int]:
+        """Multiply-adds of one query, with 4 of each channel for each sampled point, and of the values of one image."""
+        dim = self.v.in_features
+        query = self.offsets.weight.numel() + self.attn_weight.weight.numel() + self.proj.weight.numel()
+        return query + 4 * self.num_points * dim, math.prod(shape) * self.v.weight.numel()
