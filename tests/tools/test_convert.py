@@ -22,6 +22,8 @@ PVT = dict(embed_dims=(8, 16, 24, 32), depths=(2, 1, 1, 2), num_heads=(1, 2, 3, 
            sr_ratios=(8, 4, 2, 1))
 DEIT = dict(embed_dim=32, depth=2, num_heads=2, mlp_ratio=2)
 PYRAMID = dict(type='mmdyn.PVT', arch=PVT, img_size=SIDE, out_type='cls_token')
+DEFORMABLE = dict(type='mmdyn.DPVT', arch={**{k: PVT[k] for k in PVT if k != 'sr_ratios'}, 'num_points': (4, ) * 4},
+                  img_size=SIDE, out_type='avg_featmap')
 PLAIN = dict(type='mmdyn.DeiT', arch=DEIT, img_size=SIDE, patch_size=8)
 PLAIN_TIMM = dict(PLAIN, arch=dict(DEIT, mlp_ratio=4))
 LINEAR = dict(type='LinearClsHead', num_classes=CLASSES, in_channels=32)
@@ -58,9 +60,12 @@ def tensors(shapes):
     return made
 
 
-def block_shapes(block, dim, ratio, reduction=1, splits=()):
-    layers = {'attn.q': (dim, dim), 'attn.kv': (2 * dim, dim), 'attn.proj': (dim, dim), 'norm1': (dim, ),
-              'norm2': (dim, ), 'mlp.fc1': (ratio * dim, dim), 'mlp.fc2': (dim, ratio * dim)}
+def block_shapes(block, dim, ratio, reduction=1, splits=(), heads=0):
+    """Shapes of a block, which is deformable if it is told its number of heads."""
+    layers = {'attn.proj': (dim, dim), 'norm1': (dim, ), 'norm2': (dim, ), 'mlp.fc1': (ratio * dim, dim),
+              'mlp.fc2': (dim, ratio * dim)}
+    layers.update({'attn.v': (dim, dim), 'attn.offsets': (heads * 4 * 2, dim), 'attn.attn_weight': (heads * 4, dim)}
+                  if heads else {'attn.q': (dim, dim), 'attn.kv': (2 * dim, dim)})
     if reduction > 1:
         layers.update({'attn.sr': (dim, dim, reduction, reduction), 'attn.norm': (dim, )})
     if splits:
@@ -69,24 +74,30 @@ def block_shapes(block, dim, ratio, reduction=1, splits=()):
             for name, shape in layers.items() for part in ('weight', 'bias')}
 
 
-def authors_pvt(splits=((), ) * 4):
-    shapes = {'cls_token': (1, 1, 32), 'norm.weight': (32, ), 'norm.bias': (32, ), 'head.weight': (CLASSES, 32),
-              'head.bias': (CLASSES, )}
+def authors_pvt(splits=((), ) * 4, deformable=False):
+    shapes = {'norm.weight': (32, ), 'norm.bias': (32, ), 'head.weight': (CLASSES, 32), 'head.bias': (CLASSES, )}
+    if not deformable:
+        shapes['cls_token'] = (1, 1, 32)
     given, channels, cells = {}, 3, SIDE
     for i, dim in enumerate(PVT['embed_dims']):
         patch = 2 if i else 4
         cells //= patch
-        shapes.update({f'pos_embed{i + 1}': (1, cells**2 + (i == 3), dim),
+        shapes.update({f'pos_embed{i + 1}': (1, cells**2 + (i == 3 and not deformable), dim),
                        f'patch_embed{i + 1}.proj.weight': (dim, channels, patch, patch),
                        f'patch_embed{i + 1}.proj.bias': (dim, ), f'patch_embed{i + 1}.norm.weight': (dim, ),
                        f'patch_embed{i + 1}.norm.bias': (dim, )})
         for j in range(PVT['depths'][i]):
             block = f'block{i + 1}.{j}'
-            shapes.update(block_shapes(block, dim, PVT['mlp_ratios'][i], PVT['sr_ratios'][i], splits[i]))
+            shapes.update(block_shapes(block, dim, PVT['mlp_ratios'][i], 1 if deformable else PVT['sr_ratios'][i],
+                                       splits[i], PVT['num_heads'][i] * deformable))
             if splits[i]:
                 given[f'{block}.dge.splits'] = torch.tensor(splits[i])
         channels = dim
     return {**tensors(shapes), **given}
+
+
+def authors_dpvt(splits=((), ) * 4):
+    return authors_pvt(splits, deformable=True)
 
 
 def authors_deit(splits=()):
@@ -112,16 +123,40 @@ def conv(w, name, maps):
     return F.conv2d(maps, w[f'{name}.weight'], w[f'{name}.bias'], stride=w[f'{name}.weight'].shape[-1])
 
 
-def change(w, block, queries, tokens, shape, heads):
-    """enc(q) - q of the queries (n, C), whose keys and values are the tokens (E + H*W, C)."""
+def bilinear(maps, x, y):
+    """The value (C, ) of a map (H, W, C) between its cells; outside of the map there are zeros."""
+    value = 0
+    for row in (math.floor(y), math.floor(y) + 1):
+        for column in (math.floor(x), math.floor(x) + 1):
+            if 0 <= row < maps.shape[0] and 0 <= column < maps.shape[1]:
+                value = value + maps[row, column] * (1 - abs(x - column)) * (1 - abs(y - row))
+    return value + torch.zeros(maps.shape[2])
+
+
+def sample(w, attn, queries, tokens, shape, heads, places):
+    """Deformable attention of the queries (n, C), which stand at ``places``, one point at a time."""
+    maps = linear(w, f'{attn}.v', tokens).reshape(*shape, -1).chunk(heads, -1)
+    offsets = linear(w, f'{attn}.offsets', queries).reshape(-1, heads, 4, 2)
+    weights = linear(w, f'{attn}.attn_weight', queries).reshape(-1, heads, 4).softmax(-1)
+    return [torch.stack([
+        sum(share * bilinear(maps[head], x + dx, y + dy) for (dx, dy), share in zip(points[head].tolist(), shares[head]))
+        for (x, y), points, shares in zip(places, offsets, weights)
+    ]) for head in range(heads)]
+
+
+def change(w, block, queries, tokens, shape, heads, places):
+    """enc(q) - q of the queries (n, C) at ``places``, whose keys and values are the tokens (E + H*W, C)."""
     keys, extra = norm(w, f'{block}.norm1', tokens), len(tokens) - math.prod(shape)
     if f'{block}.attn.sr.weight' in w:
         maps = conv(w, f'{block}.attn.sr', keys[extra:].T.reshape(1, -1, *shape))
         keys = torch.cat([keys[:extra], norm(w, f'{block}.attn.norm', maps[0].flatten(1).T)])
-    query = linear(w, f'{block}.attn.q', norm(w, f'{block}.norm1', queries))
-    key, value = linear(w, f'{block}.attn.kv', keys).chunk(2, -1)
-    attended = [(q @ k.T / q.shape[1]**0.5).softmax(-1) @ v
-                for q, k, v in zip(*(x.chunk(heads, -1) for x in (query, key, value)))]
+    if f'{block}.attn.v.weight' in w:
+        attended = sample(w, f'{block}.attn', norm(w, f'{block}.norm1', queries), keys, shape, heads, places)
+    else:
+        query = linear(w, f'{block}.attn.q', norm(w, f'{block}.norm1', queries))
+        key, value = linear(w, f'{block}.attn.kv', keys).chunk(2, -1)
+        attended = [(q @ k.T / q.shape[1]**0.5).softmax(-1) @ v
+                    for q, k, v in zip(*(x.chunk(heads, -1) for x in (query, key, value)))]
     middle = queries + linear(w, f'{block}.attn.proj', torch.cat(attended, -1))
     hidden = linear(w, f'{block}.mlp.fc1', norm(w, f'{block}.norm2', middle))
     hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
@@ -130,9 +165,15 @@ def change(w, block, queries, tokens, shape, heads):
 
 def encode(w, block, tokens, shape, heads, chosen):
     """A block, dynamic if it has splits: y = x + unpool(enc(q) - q). The numbers of splits go into ``chosen``."""
+    extra = len(tokens) - math.prod(shape)
+
+    def place(patch):
+        rows, columns = zip(*(divmod(i - extra, shape[1]) for i in patch))
+        return sum(columns) / len(patch), sum(rows) / len(patch)
+
     if f'{block}.dge.splits' not in w:
-        return tokens + change(w, block, tokens, tokens, shape, heads)
-    splits, extra = w[f'{block}.dge.splits'].tolist(), len(tokens) - math.prod(shape)
+        return tokens + change(w, block, tokens, tokens, shape, heads, [place([i]) for i in range(len(tokens))])
+    splits = w[f'{block}.dge.splits'].tolist()
     region = max(splits)
 
     def square(top, left, side):
@@ -149,7 +190,7 @@ def encode(w, block, tokens, shape, heads, chosen):
                         for column in range(left, left + region, side)]
     queries = torch.stack([tokens[patch].mean(0) for patch in patches])
     out = tokens.clone()
-    for patch, delta in zip(patches, change(w, block, queries, tokens, shape, heads)):
+    for patch, delta in zip(patches, change(w, block, queries, tokens, shape, heads, [*map(place, patches)])):
         out[patch] += delta
     return out
 
@@ -164,14 +205,15 @@ def authors_logits(w, images):
             shape, tokens = x.shape[2:], x[0].flatten(1).T
             if f'patch_embed{number}.norm.weight' in w:
                 tokens = norm(w, f'patch_embed{number}.norm', tokens)
-            if number in ('4', ''):
+            if number in ('4', '') and 'cls_token' in w:
                 tokens = torch.cat([w['cls_token'][0], tokens])
             tokens = tokens + w[f'pos_embed{number}'][0]
             for j in range(2):
                 if f'{blocks}.{j}.norm1.weight' in w:
                     tokens = encode(w, f'{blocks}.{j}', tokens, shape, heads, chosen)
             x = tokens[-math.prod(shape):].T.reshape(1, -1, *shape)
-        logits.append(linear(w, 'head', norm(w, 'norm', tokens)[0]))
+        tokens = norm(w, 'norm', tokens)
+        logits.append(linear(w, 'head', tokens[0] if 'cls_token' in w else tokens.mean(0)))
     return torch.stack(logits), chosen
 
 
@@ -232,21 +274,23 @@ SHUFFLED = ((2, 4, 1), (1, 2, 4), (4, 1), (1, 2))
 
 @pytest.mark.parametrize('kind, make, backbone', [
     ('vtpack', authors_pvt, PYRAMID),
+    ('vtpack', authors_dpvt, DEFORMABLE),
     ('vtpack', authors_deit, PLAIN),
     ('pvt', authors_pvt, PYRAMID),
-], ids=['vtpack-pvt', 'vtpack-deit', 'pvt'])
+], ids=['vtpack-pvt', 'vtpack-dpvt', 'vtpack-deit', 'pvt'])
 def test_dense_models_of_the_authors(tool, tmp_path, images, kind, make, backbone):
     weights = make()
     model = loaded(convert(tool, tmp_path, kind, weights), backbone)
     assert_close(logits_of(model, images), authors_logits(weights, images)[0])
 
 
+@pytest.mark.parametrize('make, backbone', [(authors_pvt, PYRAMID), (authors_dpvt, DEFORMABLE)], ids=['pvt', 'dpvt'])
 @pytest.mark.parametrize('splits', [FINE_TO_COARSE, SHUFFLED], ids=['fine-to-coarse', 'shuffled'])
-def test_dynamic_pvt_of_the_authors(tool, tmp_path, images, splits):
-    weights = authors_pvt(splits)
+def test_dynamic_pyramids_of_the_authors(tool, tmp_path, images, splits, make, backbone):
+    weights = make(splits)
     path = convert(tool, tmp_path, 'vtpack', weights)
     grains = [tuple(max(numbers) // n for n in sorted(numbers, reverse=True)) for numbers in splits]
-    model = loaded(path, dict(PYRAMID, dge=dict(granularities=grains)))
+    model = loaded(path, dict(backbone, dge=dict(granularities=grains)))
     theirs, chosen = authors_logits(weights, images)
     assert set(chosen) == {1, 2, 4}
     assert_close(logits_of(model, images), theirs)

@@ -1,6 +1,6 @@
 """Convert a checkpoint of another program into one that mmdyn's classifiers and backbones load.
 
-KIND says who wrote SRC: vtpack (the DGE authors, PVT and DeiT), pvt (the PVT authors), deit (the DeiT authors, timm),
+KIND says who wrote SRC: vtpack (the DGE authors, PVT, DPVT and DeiT), pvt (the PVT authors), deit (the DeiT authors, timm),
 mmdet-pvt (mmdet's PyramidVisionTransformer, alone or in a detector), mmpretrain-deit (mmpretrain's VisionTransformer
 and DistilledVisionTransformer classifiers). DST serves as load_from and, with prefix='backbone.', as init_cfg.
 """
@@ -198,11 +198,16 @@ def infer_model(kind: str, state: Dict[str, Tensor], grains: Dict[str, dict]) ->
     patch = side(rf'{prefixes[0]}patch_embed\.proj\.weight', 3) or (4 if stages else 16)
     distilled = any('dist' in name for name in state)
 
+    sampled = [side(rf'{p}blocks\.\d+\.attn\.attn_weight\.(weight|bias)') for p in prefixes]
     if stages:
         has_class_token = 'backbone.cls_token' in state or isqrt(rows[-1])**2 < rows[-1]
+        arch = dict(embed_dims=dims, depths=depths, mlp_ratios=ratios)
+        # Heads times points is all that the shapes tell; the authors' models have 4 points per head.
+        arch.update(dict(num_heads=[num // 4 or 1 for num in sampled], num_points=[4] * stages) if any(sampled) else
+                    dict(num_heads=[1] * stages, sr_ratios=reductions))
         options = dict(
-            type='mmdyn.PVT',
-            arch=dict(embed_dims=dims, depths=depths, num_heads=[1] * stages, mlp_ratios=ratios, sr_ratios=reductions),
+            type='mmdyn.DPVT' if any(sampled) else 'mmdyn.PVT',
+            arch=arch,
             out_type='featmap' if kind in BACKBONES else 'cls_token' if has_class_token else 'avg_featmap')
     else:
         arch = dict(embed_dim=dims[0], depth=depths[0], num_heads=1, mlp_ratio=ratios[0])
