@@ -4,16 +4,30 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 
+from ..checks import check_channels
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without the wrappers of distributed training."""
+    while is_model_wrapper(model):
+        model = model.module
+    return model
+
 
 class LossHook(Hook):
-    """Base of the hooks that look at, or add to, the dict of losses which a model in training returns."""
+    """Base of the hooks that look at, or add to, the dict of losses which a model in training returns.
+
+    Before any run, they refuse a model whose neck does not fit its backbone.
+    """
     _handle = None
+
+    def before_run(self, runner) -> None:
+        """Check that the parts of the model fit."""
+        check_channels(unwrapped(runner.model))
 
     def before_train(self, runner) -> None:
         """Watch the model's forward passes."""
-        model = runner.model
-        while is_model_wrapper(model):
-            model = model.module
+        model = unwrapped(runner.model)
         self.prepare(runner, model)
         self._handle = model.register_forward_hook(self._call, with_kwargs=True)
 

@@ -148,6 +148,11 @@ class DynamicBackbone(BaseModule):
                               encoder is not None))
         return BackboneCost(layers, stem)
 
+    @property
+    def out_channels(self) -> List[int]:
+        """Channels of each output."""
+        raise NotImplementedError
+
     def frozen_modules(self) -> Iterator[Union[nn.Module, nn.Parameter]]:
         """Modules and parameters that ``frozen_stages`` names."""
         raise NotImplementedError
@@ -207,13 +212,15 @@ def fit_checkpoint(backbone: DynamicBackbone, state: dict, prefix: str, *_) -> N
         print_log(f'{type(backbone).__name__}: the checkpoint lacks {len(new)} tensors of routers, which keep their '
                   f'initial values, and has {len(unused)} that the model has no use for.', logger='current')
 
-    def blocks_of(names):
-        return {m.group() for m in (re.match(re.escape(prefix) + r'(stages\.\d+\.)?blocks\.\d+\.', n) for n in names) if m}
+    def parts_of(names):
+        blocks = [re.match(r'(stages\.\d+\.)?blocks\.\d+\.(attn\.\w+)?', name[len(prefix):]) for name in names]
+        kinds = {re.sub(r'\d+', '*', match.group()) for match in blocks if match and match[2]}
+        return kinds | {re.sub(r'attn\.\w+$', '', match.group()) for match in blocks if match}
 
     differences = [f'{name[len(prefix):]}: {tuple(state[name].shape)} in the checkpoint, {tuple(own[name].shape)} in the '
                    'model' for name in own if name in state and state[name].shape != own[name].shape]
-    differences += [f'{name[len(prefix):]}*: only in the model' for name in sorted(blocks_of(own) - blocks_of(saved))]
-    differences += [f'{name[len(prefix):]}*: only in the checkpoint' for name in sorted(blocks_of(saved) - blocks_of(own))]
+    differences += [f'{name}*: only in the model' for name in sorted(parts_of(own) - parts_of(saved))]
+    differences += [f'{name}*: only in the checkpoint' for name in sorted(parts_of(saved) - parts_of(own))]
     if differences:
         raise ValueError(f'The checkpoint is of another architecture than this {type(backbone).__name__}. Give the arch '
                          'and dge options that it was trained with. What differs:\n  ' + '\n  '.join(differences))

@@ -87,6 +87,10 @@ class DeiT(DynamicBackbone):
         """(h, w) of the map on images of ``img_size``."""
         return [self.shape]
 
+    @property
+    def out_channels(self) -> List[int]:
+        return [self.pos_embed.shape[2]] * len(self.out_indices)
+
     def named_stages(self):
         yield self, ''
 

@@ -25,8 +25,8 @@ class DPVT(pvt.PVT):
     Args:
         arch: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, or a dict of ``embed_dims, depths, num_heads,
             mlp_ratios, num_points`` with one number for each stage.
-        out_type: ``'featmap'`` returns the (B, C, h, w) maps of the stages ``out_indices``. ``'avg_featmap'`` returns the
-            mean (B, C) of the last stage's tokens after a final norm, for classification, ``'raw'`` these tokens
+        out_type: ``'featmap'`` returns the (B, C, h, w) maps of the stages ``out_indices``. ``'avg_featmap'`` returns
+            the mean (B, C) of the last stage's tokens after a final norm, for classification, ``'raw'`` these tokens
             (B, h*w, C).
     """
     archs = ARCHS

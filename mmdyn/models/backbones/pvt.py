@@ -134,6 +134,10 @@ class PVT(DynamicBackbone):
         """(h, w) of each stage's map on images of ``img_size``."""
         return [stage.shape for stage in self.stages]
 
+    @property
+    def out_channels(self) -> List[int]:
+        return [self.stages[i].pos_embed.shape[2] for i in self.out_indices]
+
     def named_stages(self):
         return ((stage, f'stages.{i}.') for i, stage in enumerate(self.stages))
 

@@ -64,9 +64,9 @@ def sample_by_mmcv(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[
 
 
 def _needs_operators(device: torch.device) -> str:
-    return (f"Deformable attention on {device} needs mmcv's operators, but the installed mmcv has none for this device. "
-            'With the CUDA toolkit of your torch in place, compile them: MMCV_WITH_OPS=1 FORCE_CUDA=1 pip install '
-            '--force-reinstall --no-deps --no-cache-dir --no-build-isolation mmcv==2.1.0. Or move the model to the CPU.')
+    return (f"Deformable attention on {device} needs mmcv's operators, but the installed mmcv has none for this device: "
+            'use the CPU, or compile them with the CUDA toolkit of your torch in place: MMCV_WITH_OPS=1 FORCE_CUDA=1 pip '
+            'install --force-reinstall --no-deps --no-cache-dir --no-build-isolation mmcv==2.1.0')
 
 
 SAMPLERS = {'embedding_bag': sample_by_embedding_bag, 'mmcv': sample_by_mmcv}
@@ -132,7 +132,8 @@ class DeformableAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, num_points: int = 4, sampler: Optional[str] = None):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.')
+            raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide '
+                             f'{dim}.')
         self.num_heads, self.num_points, self.sampler = num_heads, num_points, sampler
         angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)[:, None]
@@ -156,8 +157,8 @@ class DeformableAttention(nn.Module):
             as ``queries``.
         """
         if num_extra:
-            raise ValueError(f'Deformable attention samples a map, but there are {num_extra} extra tokens, which have no '
-                             'place on it: use a model without class token.')
+            raise ValueError(f'Deformable attention samples a map, but there are {num_extra} extra tokens, which have '
+                             'no place on it: use a model without class token.')
         if points is None:
             points = candidate_centres(shape, (1, ), queries.device)
         heads = (self.num_heads, self.num_points)
@@ -167,7 +168,8 @@ class DeformableAttention(nn.Module):
         if lengths is None:
             points, weights = points.flatten(0, 1), weights.flatten(0, 1)
         value = self.v(tokens).unflatten(-1, (self.num_heads, -1))
-        out = deformable_sampling(value, points, weights, shape, lengths or [queries.shape[1]] * len(queries), self.sampler)
+        lengths = lengths or [queries.shape[1]] * len(queries)
+        out = deformable_sampling(value, points, weights, shape, lengths, self.sampler)
         return self.proj(out.view_as(queries))
 
     def macs(self, shape: Tuple[int, int], num_extra: int) -> Tuple[int, int]:
