@@ -1,15 +1,18 @@
 """Parameters and multiply-adds of whole models, given as configs."""
 import copy
+import math
 from pathlib import Path
-from typing import Iterable, List, Optional, Tuple
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..engine.checks import check_channels
 from ..models.backbones.base import DynamicBackbone, find_backbones
 from .complexity import BackboneCost, CostMeter
 
@@ -23,7 +26,9 @@ def build_model(cfg: Config, dense: bool = False) -> nn.Module:
     model.backbone.pop('init_cfg', None)
     if dense:
         model.backbone.pop('dge', None)
-    return MODELS.build(model).eval()
+    model = MODELS.build(model).eval()
+    check_channels(model)
+    return model
 
 
 def dynamic_backbone(model: nn.Module) -> Optional[DynamicBackbone]:
@@ -31,18 +36,39 @@ def dynamic_backbone(model: nn.Module) -> Optional[DynamicBackbone]:
     return next(iter(find_backbones(model)), None)
 
 
-def count_macs(model: nn.Module, shape: Tuple[int, int]) -> int:
-    """Multiply-adds of the matrix products and convolutions that run on one image of ``shape`` (H, W) pixels."""
-    inputs, kwargs = torch.zeros(1, 3, *shape), {}
-    if hasattr(model, 'roi_head') or hasattr(model, 'bbox_head'):
-        from mmdet.structures import DetDataSample
-        meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1., 1.))
-        kwargs = dict(data_samples=[DetDataSample(metainfo=meta)])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+def _embedding_bag_flops(weight_shape, indices_shape, *args, **kwargs) -> int:
+    return 2 * math.prod(indices_shape) * weight_shape[1]
+
+
+_BAGS = (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only)
+
+
+def count_macs(model: nn.Module, shape: Tuple[int, int], proposals: int = 1000, detections: int = 0) -> int:
+    """Multiply-adds of the matrix products, convolutions and sampled points that run on one image.
+
+    Args:
+        model: a classifier, segmentor or detector.
+        shape: (H, W) of the image in pixels.
+        proposals: boxes that the second stage of a two-stage detector looks at.
+        detections: boxes that its mask head looks at. By default none: what is left of a random model's boxes, and what
+            the DGE paper's totals agree with.
+    """
+    inputs = torch.zeros(1, 3, *shape)
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_BAGS, _embedding_bag_flops)) as counter:
         # The math path of attention is made of matrix products, which the counter knows on every device.
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            model(inputs, mode='tensor', **kwargs)
-    return counter.get_total_flops() // 2
+        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            if not hasattr(model, 'roi_head'):
+                model(inputs, mode='tensor')
+                return counter.get_total_flops() // 2
+            from mmengine.structures import InstanceData
+            features = model.extract_feat(inputs)
+            model.rpn_head(features)
+            boxes = torch.tensor([[0., 0., shape[1], shape[0]]]).expand(proposals, -1)
+            model.roi_head(features, [InstanceData(bboxes=boxes)])
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    masks = sum(flops for name, flops in counts.items() if name.endswith('.mask_head'))
+    most = min(proposals, 100)  # mmdet's RoI heads look for masks in this many of the proposals
+    return (counts['Global'] - masks + masks // most * detections) // 2
 
 
 def image_files(folder: str) -> List[Path]:
@@ -57,19 +83,39 @@ def image_files(folder: str) -> List[Path]:
     return files
 
 
-def run_on_images(model: nn.Module, cfg: Config, files: Iterable[Path]) -> Iterable[Tuple[Path, BackboneCost]]:
-    """Run the model on each image, loaded by the config's test pipeline without its annotations."""
-    pipeline = Compose([t for t in cfg.test_dataloader.dataset.pipeline if 'LoadAnnotations' not in t['type']])
-    meter = CostMeter(training=False)
+class ImageRun(NamedTuple):
+    """One image's pass through a model.
+
+    Attributes:
+        path: the image.
+        view: (3, h, w) uint8 image as the test pipeline gives it to the model, before the model pads it.
+        cost: what the backbone spent.
+        sample: what the model predicts.
+    """
+    path: Path
+    view: torch.Tensor
+    cost: BackboneCost
+    sample: BaseDataElement
+
+
+def pipeline_without_annotations(cfg: Config) -> Compose:
+    """The config's test pipeline for images that have no annotations."""
+    return Compose([t for t in cfg.test_dataloader.dataset.pipeline if 'LoadAnnotations' not in t['type']])
+
+
+def run_on_images(model: nn.Module, cfg: Config, files: Iterable[Path]) -> Iterator[ImageRun]:
+    """Run the model on each image; one that it looks at in several passes, as in slide inference, is told as often."""
+    pipeline, meter = pipeline_without_annotations(cfg), CostMeter(training=False)
     for path in files:
+        packed = pipeline(dict(img_path=str(path), img_id=0))
         with torch.inference_mode():
-            model.test_step(pseudo_collate([pipeline(dict(img_path=str(path), img_id=0))]))
+            sample, = model.test_step(pseudo_collate([packed]))
         for cost in meter.take():
-            yield path, cost
+            yield ImageRun(path, packed['inputs'], cost, sample)
 
 
 def report(cfg: Config, shape: Tuple[int, int], query_ratio: Optional[float] = None, images: Optional[str] = None,
-           checkpoint: Optional[str] = None) -> dict:
+           checkpoint: Optional[str] = None, detections: int = 0) -> dict:
     """Count a config's model.
 
     Args:
@@ -78,15 +124,18 @@ def report(cfg: Config, shape: Tuple[int, int], query_ratio: Optional[float] = N
         query_ratio: beta at which to tell the spent multiply-adds, in (0, 1].
         images: folder of images whose routing tells them instead; they keep their own size.
         checkpoint: weights for that.
+        detections: boxes that a detector's mask head looks at, see :func:`count_macs`.
 
     Returns:
-        ``params``, ``flops_dense`` and ``flops`` (multiply-adds of one image, dense and as spent, by the whole model),
-        ``query_ratio`` and ``layers``, one dict of name, flops_dense, flops and query_ratio for each encoder block.
+        ``params`` and ``params_dense``, with and without DGE; ``flops_dense`` and ``flops``, multiply-adds of one image,
+        dense and as spent, by the whole model; ``query_ratio``; and ``layers``, one dict for each encoder block of name,
+        flops_dense, flops_queries (those of them that queries cost), flops and query_ratio.
     """
     if query_ratio is not None and not 0 < query_ratio <= 1:
         raise ValueError(f'query_ratio={query_ratio} must be greater than 0 and at most 1.')
     model, dense = build_model(cfg), build_model(cfg, dense=True)
-    result = dict(params=sum(weight.numel() for weight in model.parameters()), flops_dense=count_macs(dense, shape))
+    params, params_dense = (sum(weight.numel() for weight in of.parameters()) for of in (model, dense))
+    result = dict(params=params, params_dense=params_dense, flops_dense=count_macs(dense, shape, detections=detections))
     backbone = dynamic_backbone(dense)
     if backbone is None:
         return dict(result, flops=result['flops_dense'], query_ratio=1., layers=[])
@@ -99,22 +148,23 @@ def report(cfg: Config, shape: Tuple[int, int], query_ratio: Optional[float] = N
         cost = dynamic.cost
         rest = result['flops_dense'] - cost.dense
         layers = [
-            dict(name=layer.name, flops_dense=layer.dense, flops=layer.spent_at(ratio),
-                 query_ratio=ratio if layer.dynamic else 1.) for layer in cost.layers
+            dict(name=layer.name, flops_dense=layer.dense, flops_queries=layer.dense - layer.static,
+                 flops=layer.spent_at(ratio), query_ratio=ratio if layer.dynamic else 1.) for layer in cost.layers
         ]
         return dict(result, flops=rest + cost.spent_at(ratio), query_ratio=ratio, layers=layers)
 
     if checkpoint:
         from mmengine.runner import load_checkpoint
         load_checkpoint(model, checkpoint, map_location='cpu')
-    costs = [cost for _, cost in run_on_images(model, cfg, image_files(images))]
+    costs = [run.cost for run in run_on_images(model, cfg, image_files(images))]
     rest = result['flops_dense'] - backbone.cost.dense
 
     def mean(values):
         return sum(float(value) for value in values) / len(costs)
 
     layers = [
-        dict(name=of[0].name, flops_dense=mean(layer.dense for layer in of), flops=mean(layer.spent for layer in of),
+        dict(name=of[0].name, flops_dense=mean(layer.dense for layer in of),
+             flops_queries=mean(layer.dense - layer.static for layer in of), flops=mean(layer.spent for layer in of),
              query_ratio=mean(layer.query_ratio for layer in of)) for of in zip(*(cost.layers for cost in costs))
     ]
     return dict(result, flops_dense=rest + mean(cost.dense for cost in costs),

@@ -1,9 +1,10 @@
-import subprocess
+import importlib.util
 import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from mmengine.config import Config
 
@@ -11,33 +12,52 @@ import mmdyn
 from mmdyn.analysis.flops import build_model
 
 ROOT = Path(mmdyn.__file__).parents[1]
+spec = importlib.util.spec_from_file_location('draw_gates', ROOT / 'tools/visualizations/draw_gates.py')
+draw_gates = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(draw_gates)
 
 
-def draw(config, tmp_path, *args):
-    model = build_model(Config.fromfile(config))
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
-    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    for folder in ('images/3', 'masks/3'):
-        (tmp_path / folder).mkdir(parents=True)
-    cv2.imwrite(str(tmp_path / 'images/3/a.png'), image)
-    mask = np.zeros((64, 64), np.uint8)
-    mask[10:30, 20:40] = 255
-    cv2.imwrite(str(tmp_path / 'masks/3/a.png'), mask)
-    return subprocess.run([sys.executable, ROOT / 'tools/visualizations/draw_gates.py', config, tmp_path / 'model.pth',
-                           '--images', tmp_path / 'images', '--out', tmp_path / 'out', *args], capture_output=True, text=True)
+@pytest.fixture
+def draw(tmp_path, monkeypatch, capsys):
+    """Draw one image with a fresh model; returns what is printed and the picture."""
+
+    def run(config, *args, size=(64, 64), background=0):
+        config = str(ROOT / f'configs/demo/{config}.py')
+        torch.save(dict(state_dict=build_model(Config.fromfile(config)).state_dict()), tmp_path / 'model.pth')
+        for folder in ('images/3', 'masks/3'):
+            (tmp_path / folder).mkdir(parents=True)
+        image = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+        mask = np.full(size, background, np.uint8)
+        mask[10:30, 20:40] = 255
+        cv2.imwrite(str(tmp_path / 'images/3/a.png'), image)
+        cv2.imwrite(str(tmp_path / 'masks/3/a.png'), mask)
+        options = dict(images='images', masks='masks', out='out')
+        folders = [word for name, folder in options.items() for word in (f'--{name}', str(tmp_path / folder))]
+        monkeypatch.setattr(sys, 'argv', ['draw_gates.py', config, str(tmp_path / 'model.pth'), *folders, *args])
+        draw_gates.main()
+        return capsys.readouterr().out, cv2.imread(str(tmp_path / 'out/3-a.png'))
+
+    return run
 
 
-def test_draws_and_counts(tmp_path):
-    result = draw(ROOT / 'configs/demo/pvt-mini-dge_digits.py', tmp_path, '--masks', tmp_path / 'masks')
-    assert result.returncode == 0, result.stderr
+def test_draws_and_counts(draw):
+    printed, picture = draw('pvt-mini-dge_digits', '--predictions')
     # Fresh routers choose the finest granularity, red, in the five blocks of the stages that have several regions.
-    assert result.stdout.count('finest granularity on 100.0% of the object, 100.0% of the background') == 5
-    picture = cv2.imread(str(tmp_path / 'out/3-a.png'))
-    assert picture.shape[1] == 6 * (160 + 4)
-    blue, _, red = picture[30:170, 170:320].mean((0, 1))
+    assert printed.count('finest granularity on 100.0% of the object, 100.0% of the background') == 5
+    assert picture.shape[1] == 7 * (160 + 4)
+    blue, _, red = picture[30:170, 2 * 164 + 10:3 * 164 - 10].mean((0, 1))
     assert red > blue
 
 
-def test_dense_model_has_nothing_to_draw(tmp_path):
-    result = draw(ROOT / 'configs/demo/pvt-mini_digits.py', tmp_path)
-    assert result.returncode and 'has no DGE' in result.stderr and 'Traceback' not in result.stderr
+@pytest.mark.parametrize('config', ['mask-rcnn_pvt-mini-dge_digits', 'fpn_pvt-mini-dge_digits'])
+def test_images_of_other_sizes_are_drawn_without_their_padding(config, draw):
+    # mmdet resizes to 85 x 128 and pads to 96 x 128; mmseg leaves the image as it is.
+    printed, picture = draw(config, '--background', '7', '--predictions', '--score-thr', '0', size=(80, 120), background=7)
+    assert printed.count('finest granularity on 100.0% of the object, 100.0% of the background') == 6
+    assert picture.shape[0] == 160 + 18 + 4
+    assert abs(picture.shape[1] - (2 + 6) * (240 + 4)) <= 2 + 6
+
+
+def test_dense_model_has_nothing_to_draw(draw):
+    with pytest.raises(SystemExit, match='has no DGE'):
+        draw('pvt-mini_digits')

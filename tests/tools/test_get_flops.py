@@ -51,9 +51,57 @@ def test_backbone_account_and_counter_agree_exactly_but_for_the_head():
     assert count_macs(model, (64, 96)) == model.backbone.cost.dense + 192 * 10
 
 
+PYRAMID = dict(embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4), mlp_ratios=(2, 2, 2, 2))
+
+
+def test_sampled_points_are_counted():
+    cfg = Config(dict(default_scope='mmpretrain', model=dict(
+        type='ImageClassifier', head=dict(type='LinearClsHead', num_classes=10, in_channels=64),
+        backbone=dict(type='mmdyn.DPVT', arch=dict(PYRAMID, num_points=(4, 4, 4, 4)), out_type='avg_featmap'))))
+    model = build_model(cfg)
+    assert count_macs(model, (64, 96)) == model.backbone.cost.dense + 64 * 10
+
+
+@pytest.fixture(scope='module')
+def detector():
+    cfg = Config.fromstring('_base_ = "mmdet::_base_/models/mask-rcnn_r50_fpn.py"', '.py')
+    backbone = dict(type='mmdyn.PVT', arch=dict(PYRAMID, sr_ratios=(8, 4, 2, 1)), dge=dict())
+    cfg.merge_from_dict(dict(default_scope='mmdet', model=dict(
+        backbone=dict(backbone, _delete_=True), neck=dict(in_channels=[16, 32, 48, 64]))))
+    return cfg
+
+
+def test_detector_by_hand(detector):
+    model = build_model(detector, dense=True)
+    height, width = 128, 192
+    cells = [height // side * (width // side) for side in (4, 8, 16, 32, 64)]
+    laterals = sum(num * dim * 256 for num, dim in zip(cells, PYRAMID['embed_dims']))
+    outputs = sum(cells[:4]) * 256 * 256 * 9
+    rpn = sum(cells) * (256 * 256 * 9 + 256 * 3 + 256 * 3 * 4)
+    box = 7 * 7 * 256 * 1024 + 1024 * 1024 + 1024 * 81 + 1024 * 80 * 4
+    mask = 14 * 14 * (4 * 256 * 256 * 9 + 256 * 256 * 4) + 28 * 28 * 256 * 80
+    total = count_macs(model, (height, width), proposals=30, detections=7)
+    assert total == model.backbone.cost.dense + laterals + outputs + rpn + 30 * box + 7 * mask
+    assert count_macs(model, (height, width)) == total + 970 * box - 7 * mask
+
+
+def test_detections_in_the_report(detector):
+    none, some = report(detector, (128, 128), 0.5), report(detector, (128, 128), 0.5, detections=2)
+    assert none['flops_dense'] < some['flops_dense']
+    assert none['flops_dense'] - none['flops'] == pytest.approx(some['flops_dense'] - some['flops'])
+    assert none['params'] - none['params_dense'] == sum(3 * (dim + 1) for dim in PYRAMID['embed_dims'])
+
+
+def test_what_queries_cost():
+    for layer in report(Config.fromfile(DGE), (64, 64), 0.25)['layers']:
+        # Three quarters of the queries' cost are saved, less what the router costs.
+        router = 0.75 * layer['flops_queries'] - (layer['flops_dense'] - layer['flops'])
+        assert 0 < router < 0.01 * layer['flops_dense'] and layer['flops_queries'] < layer['flops_dense']
+
+
 def test_json_at_a_ratio():
     result = json.loads(get_flops(DGE, '--query-ratio', 0.3, '--json', '--shape', 64, 64).stdout.splitlines()[-1])
-    assert set(result) == {'params', 'flops_dense', 'flops', 'query_ratio', 'layers'}
+    assert set(result) == {'params', 'params_dense', 'flops_dense', 'flops', 'query_ratio', 'layers'}
     assert result['query_ratio'] == 0.3 and len(result['layers']) == 6
     dense = json.loads(get_flops(DENSE, '--json').stdout.splitlines()[-1])
     assert result['flops_dense'] == dense['flops_dense'] == dense['flops']

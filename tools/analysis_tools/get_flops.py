@@ -1,7 +1,8 @@
 """Count parameters and multiply-adds of a config's model, dense and as spent with DGE.
 
-Protocol: multiply-adds of linear layers, convolutions and both matrix products of attention, on one image, of the whole
-model. Spent are those that do not depend on the routing, the routers, and C^l of eq. 7 for each query that is used.
+Protocol: multiply-adds of linear layers, convolutions, both matrix products of attention and the points sampled by
+deformable attention, on one image, of the whole model; of a two-stage detector with 1000 proposals. Spent are those that
+do not depend on the routing, the routers, and C^l of eq. 7 for each query that is used.
 """
 import argparse
 import json
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument('--shape', nargs=2, type=int, metavar=('H', 'W'), help="default: the backbone's img_size")
     parser.add_argument('--query-ratio', type=float, help="default: the budget of the config's BudgetHook")
     parser.add_argument('--images', help='count what the routers choose on the images of this folder')
+    parser.add_argument('--detections', type=int, default=0, help="boxes that a detector's mask head looks at")
     parser.add_argument('--layers', action='store_true', help='print each encoder block')
     parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args()
@@ -33,7 +35,7 @@ def main() -> None:
     budgets = [hook['budget'] for hook in cfg.get('custom_hooks', []) if hook['type'].endswith('BudgetHook')]
     ratio = args.query_ratio if args.query_ratio is not None else (budgets or [None])[0]
     try:
-        result = report(cfg, shape, ratio, args.images, args.checkpoint)
+        result = report(cfg, shape, ratio, args.images, args.checkpoint, args.detections)
     except ValueError as error:
         raise SystemExit(f'get_flops.py: {error}')
     if args.json:

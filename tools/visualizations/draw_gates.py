@@ -1,8 +1,9 @@
 """Draw which granularity each region of an image got, and tell how objects and background differ.
 
-Writes a row of pictures for each image: the image, then each DGE layer whose map has more than one region. Red is the
-finest granularity, then green, blue, yellow. With --masks, folders of the same names, the object's outline is drawn and
-the share of pixels that the finest granularity serves is printed, on objects and on background, over all images.
+Writes a row of pictures for each image: the image as the network sees it, with --predictions what the model predicts,
+drawn by its framework, then each DGE layer whose map has more than one region. Red is the finest granularity, then green,
+blue, yellow. With --masks, folders of the same names, the object's outline is drawn and the share of pixels that the
+finest granularity serves is printed, on objects and on background, over all images.
 """
 import argparse
 from pathlib import Path
@@ -11,9 +12,11 @@ import cv2
 import numpy as np
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, run_on_images
-from mmdyn.visualization import draw_gates, draw_outline, granularity_of_pixels
-from mmengine.config import Config
+from mmdyn.analysis.flops import (build_model, dynamic_backbone, image_files, pipeline_without_annotations,
+                                  run_on_images)
+from mmdyn.visualization import (build_visualizer, describe_label, draw_gates, draw_outline, draw_prediction,
+                                 granularity_of_pixels)
+from mmengine.config import Config, DictAction
 from mmengine.runner import load_checkpoint
 
 
@@ -28,10 +31,19 @@ def dge_layers(backbone, shapes):
 def labelled(picture: np.ndarray, text: str, side: int) -> np.ndarray:
     """The picture enlarged to ``side`` pixels of height below a line of text."""
     picture = cv2.resize(picture, (round(picture.shape[1] * side / picture.shape[0]), side),
-                         interpolation=cv2.INTER_NEAREST)
+                         interpolation=cv2.INTER_NEAREST if picture.shape[0] <= side else cv2.INTER_AREA)
     title = np.full((18, picture.shape[1], 3), 255, np.uint8)
     cv2.putText(title, text, (2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
     return np.pad(np.concatenate([title, picture]), ((0, 4), (0, 4), (0, 0)), constant_values=255)
+
+
+def prediction(visualizer, run, args) -> np.ndarray:
+    """The picture of a run's prediction; a class is told in words."""
+    image = cv2.cvtColor(cv2.imread(str(run.path)), cv2.COLOR_BGR2RGB)
+    if 'pred_label' in run.sample:
+        return labelled(image, describe_label(run.sample, visualizer.dataset_meta), args.side)
+    drawn = draw_prediction(visualizer, image, run.sample, args.score_thr, max(1, args.side // image.shape[0]))
+    return labelled(drawn, 'prediction', args.side)
 
 
 def main() -> None:
@@ -39,37 +51,53 @@ def main() -> None:
     parser.add_argument('config')
     parser.add_argument('checkpoint')
     parser.add_argument('--images', required=True, help='folder of images')
-    parser.add_argument('--masks', help='folder of masks with the same names, 0 is background')
+    parser.add_argument('--masks', help='folder of masks with the same names')
+    parser.add_argument('--background', type=int, default=0, help='value of the background in the masks')
+    parser.add_argument('--predictions', action='store_true', help='draw what the model predicts, too')
+    parser.add_argument('--score-thr', type=float, default=0.3, help='least score of the instances to draw')
     parser.add_argument('--out', required=True, help='folder of the pictures')
     parser.add_argument('--num', type=int, default=16, help='number of pictures')
     parser.add_argument('--side', type=int, default=160, help='height of a picture in pixels')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()
 
     cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options)
     model = build_model(cfg)
-    load_checkpoint(model, args.checkpoint, map_location='cpu')
+    checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
     backbone = dynamic_backbone(model)
     if backbone is None or not backbone.has_dge:
         raise SystemExit(f'draw_gates.py: the model of {args.config} has no DGE, so there is nothing to draw.')
+    visualizer = build_visualizer(cfg, checkpoint.get('meta', {}).get('dataset_meta')) if args.predictions else None
+    pipeline, padded = pipeline_without_annotations(cfg), []
+    backbone.register_forward_pre_hook(lambda _, inputs: padded.append(inputs[0].shape[-2:]))
+
     files, out = image_files(args.images), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     drawn = set(files[::max(1, len(files) // args.num)][:args.num])
     finest = {}
-    for path, _ in run_on_images(model, cfg, files if args.masks else sorted(drawn)):
-        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
-        mask = None
+    for run in run_on_images(model, cfg, files if args.masks else sorted(drawn)):
+        path, (height, width) = run.path, run.view.shape[-2:]
+        image, mask = np.ascontiguousarray(run.view.numpy()[::-1].transpose(1, 2, 0)), None
+        if padded[-1][0] < height or padded[-1][1] < width:
+            raise SystemExit(f'draw_gates.py: the model looks at parts of {path}, not at all of it at once. For slide '
+                             'inference give --cfg-options model.test_cfg.mode=whole.')
         if args.masks:
             mask_file = Path(args.masks) / path.relative_to(args.images)
-            mask = cv2.imread(str(mask_file), cv2.IMREAD_GRAYSCALE)
-            if mask is None:
+            if not mask_file.exists():
                 raise SystemExit(f'draw_gates.py: no mask {mask_file} for {path}.')
+            # The image's own pipeline, so that a mask is cropped and resized as the image was.
+            mask = pipeline(dict(img_path=str(mask_file), img_id=0))['inputs'].numpy()[0] != args.background
         row = [labelled(image if mask is None else draw_outline(image, mask), path.stem, args.side)]
+        if visualizer and path in drawn:
+            row.append(prediction(visualizer, run, args))
         for name, encoder, shape in dge_layers(backbone, backbone.last_shapes):
-            phi = granularity_of_pixels(encoder, shape, image.shape[:2])
+            # Models pad at the bottom and on the right.
+            phi = granularity_of_pixels(encoder, shape, padded[-1])[:height, :width]
             if mask is not None:
                 fine = phi == min(p for p in encoder.granularities if p)
                 counts = finest.setdefault(name, np.zeros(4))
-                counts += fine[mask > 0].sum(), (mask > 0).sum(), fine[mask == 0].sum(), (mask == 0).sum()
+                counts += fine[mask].sum(), mask.sum(), fine[~mask].sum(), (~mask).sum()
             if path in drawn:
                 row.append(labelled(draw_gates(image, phi, encoder.granularities, mask), name, args.side))
         if path in drawn:

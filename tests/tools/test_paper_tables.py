@@ -1,0 +1,60 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmdyn
+
+ROOT = Path(mmdyn.__file__).parents[1]
+
+
+def paper_tables(*args):
+    return subprocess.run([sys.executable, ROOT / 'tools/analysis_tools/paper_tables.py', *args], capture_output=True,
+                          text=True)
+
+
+@pytest.fixture(scope='module')
+def table():
+    return json.loads(paper_tables('--table', '1', '--json').stdout.splitlines()[-1])[0]
+
+
+def pvt_small(query_ratio):
+    """Multiply-adds of a PVT-S classifier of 256 x 256 images at a query ratio, and of its routers for (1, 2, 4)."""
+    total, routers = 512 * 1000, 0
+    for dim, depth, ratio, reduction, before, patch, side in zip(
+            (64, 128, 320, 512), (3, 4, 6, 3), (8, 8, 4, 4), (8, 4, 2, 1), (3, 64, 128, 320), (4, 2, 2, 2),
+            (64, 32, 16, 8)):
+        cells, extra = side**2, dim == 512
+        keys = cells // reduction**2 + extra
+        total += cells * before * patch**2 * dim
+        reduced = (keys - extra) * reduction**2 * dim**2 if reduction > 1 else 0
+        query = 2 * dim**2 + 2 * keys * dim + 2 * ratio * dim**2
+        total += depth * (query_ratio * (cells + extra) * query + keys * 2 * dim**2 + reduced)
+        routers += depth * (side // 4)**2 * dim * 3
+    return total, routers
+
+
+def test_counts_by_hand(table):
+    row = next(row for row in table['rows'] if row['model'] == 'PVT-S+DGE (1,2,4)')
+    assert row['config'] == 'configs/dge/pvt-small-dge_8xb16_in1k-256px.py'
+    ours, (dense, _), (spent, routers) = row['ours'], pvt_small(1.), pvt_small(0.5)
+    assert ours['dense'] * 1e9 == pytest.approx(dense) and ours['spent'] * 1e9 == pytest.approx(spent + routers)
+    assert ours['extra'] * 1e3 == sum(depth * 3 * (dim + 1) for dim, depth in zip((64, 128, 320, 512), (3, 4, 6, 3)))
+    assert row['difference']['dense'] == pytest.approx(dense / 6.2e9 - 1)
+    saved, _ = pvt_small(row['query_ratio_of_papers_saving'])
+    assert dense - saved - routers == pytest.approx(6.2e9 - 3.5e9)
+
+
+def test_other_dense_models_are_explained(table):
+    assert all('the dense models are not the same, 5.04 G and 6.2 G' in row['why'][0] for row in table['rows'])
+
+
+def test_text():
+    text = paper_tables('--table', '1').stdout
+    assert 'Protocol (supplement B.3)' in text and 'PVT-S+DGE (1,2,4,8)' in text and 'The table contradicts' in text
+
+
+def test_unknown_table():
+    assert "invalid choice: '5'" in paper_tables('--table', '5').stderr
