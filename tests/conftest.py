@@ -19,6 +19,8 @@ BACKBONES = {
         embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), sr_ratios=(2, 1))),
     'deit': dict(type='mmdyn.DeiT', img_size=32, patch_size=4, arch=dict(
         embed_dim=16, depth=3, num_heads=2, mlp_ratio=2)),
+    'dpvt': dict(type='mmdyn.DPVT', img_size=32, patch_size=4, arch=dict(
+        embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), num_points=(4, 2))),
 }
 
 
@@ -29,9 +31,9 @@ def same_start():
     init_default_scope('mmpretrain')
 
 
-@pytest.fixture(params=BACKBONES)
+@pytest.fixture(params=['pvt', 'deit'])
 def name(request):
-    """Each small backbone."""
+    """Each small backbone that may have a class token."""
     return request.param
 
 
@@ -95,11 +97,40 @@ def slow_attention():
 
 
 @pytest.fixture
-def slow_change(slow_attention):
+def slow_deformable_attention():
+    """Deformable attention of the queries (n, C) at the points (n, 2) of one image, one head and one point at a time.
+
+    Each point takes all cells, of which the tent max(0, 1 - |x - column|) max(0, 1 - |y - row|) leaves its neighbours.
+    """
+
+    def attend(attn, queries, tokens, shape, points):
+        offsets, logits = attn.offsets(queries), attn.attn_weight(queries)
+        if offsets.requires_grad:
+            offsets.register_hook(lambda gradient: gradient / 10)
+        row, column = (torch.arange(side).to(tokens) for side in shape)
+        heads = []
+        for head, value in enumerate(attn.v(tokens).chunk(attn.num_heads, -1)):
+            first = head * attn.num_points
+            weights, head_sum = logits[:, first:first + attn.num_points].softmax(-1), 0
+            for i, weight in enumerate(weights.unbind(-1)):
+                x, y = (points[:, axis] + offsets[:, 2 * (first + i) + axis] for axis in (0, 1))
+                tent_x, tent_y = ((1 - (at[:, None] - cell).abs()).clamp(min=0) for at, cell in ((x, column), (y, row)))
+                head_sum = head_sum + weight[:, None] * torch.einsum('nr,nc,rcd->nd', tent_y, tent_x,
+                                                                     value.unflatten(0, shape))
+            heads.append(head_sum)
+        return attn.proj(torch.cat(heads, -1))
+
+    return attend
+
+
+@pytest.fixture
+def slow_change(slow_attention, slow_deformable_attention):
     """enc(q) - q of the queries (n, C) of one image: pre-norm attention to the tokens (E + H*W, C), then the FFN."""
 
-    def change(block, queries, tokens, shape, num_extra):
-        attended = queries + slow_attention(block.attn, block.norm1(queries), block.norm1(tokens), shape, num_extra)
+    def change(block, queries, tokens, shape, num_extra, points=None):
+        q, t = block.norm1(queries), block.norm1(tokens)
+        attended = queries + (slow_attention(block.attn, q, t, shape, num_extra) if points is None else
+                              slow_deformable_attention(block.attn, q, t, shape, points))
         hidden = block.ffn.fc1(block.norm2(attended))
         hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
         return attended + block.ffn.fc2(hidden) - queries

@@ -40,7 +40,7 @@ class DPVT(pvt.PVT):
                  **options):
         allowed = tuple(kind for kind in OUT_TYPES if kind != 'cls_token')
         if out_type not in allowed:
-            raise ValueError(f'out_type={out_type!r}: DPVT has no class token; choose from {allowed}.')
+            raise ValueError(f'out_type={out_type!r}: choose from {allowed}. DPVT has no class token.')
         super().__init__(arch, img_size, out_type=out_type, dge=dge, **options)
 
     def make_attention(self, stage: dict, norm_eps: float) -> nn.Module:

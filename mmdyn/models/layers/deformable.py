@@ -22,7 +22,7 @@ def sample_by_embedding_bag(value: Tensor, points: Tensor, weights: Tensor, shap
 
     rows = y.int().clamp(0, height - 1)[..., None] * width + x.int().clamp(0, width - 1)[..., None, :]
     image = torch.arange(len(lengths), device=value.device, dtype=torch.int32).repeat_interleave(
-        torch.tensor(lengths, device=value.device), output_size=len(points))
+        torch.tensor(lengths, device=value.device, dtype=torch.long), output_size=len(points))
     rows = (rows + (image * (height * width)).view(-1, 1, 1, 1, 1)) * heads
     rows = rows + torch.arange(heads, device=value.device, dtype=torch.int32).view(-1, 1, 1, 1)
     sums = F.embedding_bag(rows.flatten(0, 1).flatten(1), value.flatten(0, 2), mode='sum',
@@ -42,7 +42,7 @@ def sample_by_mmcv(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[
     except ImportError as error:
         raise ImportError(_needs_operators(value.device)) from error
     # The operator takes as many queries of each image: shorter images are filled up with points of weight 0.
-    images, most = len(lengths), max(1, *lengths)
+    images, most = len(lengths), max([1, *lengths])
     ragged = set(lengths) != {most}
     if ragged:
         starts = range(0, images * most, most)

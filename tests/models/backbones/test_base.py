@@ -16,6 +16,12 @@ AUTOCAST = [None, torch.bfloat16, torch.float16]
 TRAIN_MODES = [None, 'sparse', 'dense']
 
 
+@pytest.fixture(params=['pvt', 'deit', 'dpvt'])
+def name(request):
+    """Each small backbone, with a class token or not."""
+    return request.param
+
+
 def run(model, images, dtype=None, seed=0):
     torch.manual_seed(seed)
     with torch.autocast('cpu', dtype, enabled=dtype is not None):
@@ -132,6 +138,10 @@ FROZEN = [
     ('pvt', 0, ('stages.0.patch_embed', 'stages.0.pos_embed')),
     ('pvt', 1, ('stages.0.', )),
     ('pvt', 2, ('stages.', 'cls_token', 'norm')),
+    ('dpvt', -1, ()),
+    ('dpvt', 0, ('stages.0.patch_embed', 'stages.0.pos_embed')),
+    ('dpvt', 1, ('stages.0.', )),
+    ('dpvt', 2, ('stages.', 'norm')),
     ('deit', -1, ()),
     ('deit', 0, ('patch_embed', 'pos_embed', 'cls_token')),
     ('deit', 2, ('patch_embed', 'pos_embed', 'cls_token', 'blocks.0.', 'blocks.1.', 'dge.0.', 'dge.1.')),
@@ -141,7 +151,7 @@ FROZEN = [
 
 @pytest.mark.parametrize('name, frozen_stages, prefixes', FROZEN)
 def test_frozen_parts_get_no_gradient_and_stay_in_evaluation_mode(name, frozen_stages, prefixes, make_backbone):
-    model = make_backbone(name, frozen_stages=frozen_stages, out_type='cls_token', dge=dict(DGE, train_mode='dense'))
+    model = make_backbone(name, frozen_stages=frozen_stages, out_type='raw', dge=dict(DGE, train_mode='dense'))
     model.eval()
     model.train()
     # The mode of the lists and of the model itself changes nothing.
@@ -176,8 +186,8 @@ def test_images_of_another_size_get_resized_position_embeddings(name, img_size, 
 
 
 def test_pretrained_classifier_of_another_size_initialises_dynamic_features(name, tmp_path, make_backbone, randomise):
-    """The features of PVT have no class token; the routers are new."""
-    classifier = randomise(make_backbone(name, out_type='cls_token')).state_dict()
+    """The features of PVT and DPVT have no class token and no norm; the routers are new."""
+    classifier = randomise(make_backbone(name, out_type='raw')).state_dict()
     checkpoint = dict(state_dict={'head.fc.weight': torch.randn(3, 4),
                                   **{f'backbone.{key}': value for key, value in classifier.items()}})
     torch.save(checkpoint, tmp_path / 'classifier.pth')
@@ -191,7 +201,8 @@ def test_pretrained_classifier_of_another_size_initialises_dynamic_features(name
         else:
             expected = before[key] if 'router' in key else classifier[key]
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
-    assert set(classifier) - set(before) == ({'cls_token', 'norm.weight', 'norm.bias'} if name == 'pvt' else set())
+    unused = {'pvt': {'cls_token', 'norm.weight', 'norm.bias'}, 'dpvt': {'norm.weight', 'norm.bias'}, 'deit': set()}
+    assert set(classifier) - set(before) == unused[name]
 
 
 def classifier_of(backbone):
@@ -225,7 +236,7 @@ def test_missing_and_unexpected_tensors_are_still_reported(name, make_backbone):
 
 
 def test_model_wide_initialisation_leaves_the_routers_alone(name, backbone_config, encoders):
-    model = classifier_of(backbone_config(name, dge=dict(granularities=(0, 2, 4)), out_type='cls_token'))
+    model = classifier_of(backbone_config(name, dge=dict(granularities=(0, 2, 4)), out_type='raw'))
     before = copy.deepcopy(model.state_dict())
     model.init_weights()
     for key, value in model.state_dict().items():
@@ -249,14 +260,19 @@ def test_deepcopy_is_independent(name, make_backbone, randomise):
     assert not torch.equal(before, run(twin, images)[-1])
 
 
+PVT_ARCH = dict(embed_dims=(8, 24), depths=(1, 2), num_heads=(2, 3), mlp_ratios=(2, 3), sr_ratios=(2, 1))
+DPVT_ARCH = dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), num_points=(3, 2))
 PVT_KEYS = 'depths.*embed_dims.*mlp_ratios.*num_heads.*sr_ratios'
+DPVT_KEYS = 'depths.*embed_dims.*mlp_ratios.*num_heads.*num_points'
 DEIT_KEYS = 'depth.*embed_dim.*mlp_ratio.*num_heads'
 
 
 @pytest.mark.parametrize('name, options, message', [
     ('pvt', dict(arch='huge'), rf"Unknown arch 'huge': choose from .*large.*medium.*small.*tiny.*{PVT_KEYS}"),
+    ('dpvt', dict(arch='huge'), rf"Unknown arch 'huge': choose from .*large.*medium.*small.*tiny.*{DPVT_KEYS}"),
     ('deit', dict(arch='huge'), rf"Unknown arch 'huge': choose from .*base.*small.*tiny.*{DEIT_KEYS}"),
     ('pvt', dict(arch=dict(depths=(1, 1), width=3)), rf"arch has the keys \['depths', 'width'\], but .*{PVT_KEYS}"),
+    ('dpvt', dict(arch=PVT_ARCH), rf"arch has the keys .*'sr_ratios'\], but needs exactly .*{DPVT_KEYS}"),
     ('deit', dict(arch=dict(depth=3)), rf"arch has the keys \['depth'\], but needs exactly .*{DEIT_KEYS}"),
     ('deit', dict(arch=dict(embed_dim=16, depth=1, num_heads=3, mlp_ratio=2)), '16 channels do not divide into 3 h'),
     ('pvt', dict(img_size=7), 'img_size=7: give the side of a square, or .* of at least 8 pixels'),
@@ -274,7 +290,7 @@ def test_unfit_shapes(name, options, message, make_backbone):
     (dict(dge=dict(granularities=((1, 2), ) * 7)), r'are 7 sets for \d stages?: give one for each stage, or one'),
     (dict(dge=dict(granularities=())), 'leave no query: give at least one side greater than 0'),
     (dict(dge=dict(granularities=4)), 'granularities=4'),
-    (dict(out_type='tokens'), r"out_type='tokens': choose from \('featmap', 'cls_token', 'avg_featmap', 'raw'\)"),
+    (dict(out_type='tokens'), r"out_type='tokens':.* choose from \('featmap', ('cls_token', )?'avg_featmap', 'raw'"),
     (dict(out_type='featmap', out_indices=3), 'out_indices=3: choose one or more of 0 to'),
     (dict(out_type='featmap', out_indices=(0, -4)), r'out_indices=\(0, -4\): choose one or more of 0 to'),
     (dict(out_type='featmap', out_indices=()), r'out_indices=\(\): choose one or more of 0 to'),
@@ -297,7 +313,7 @@ def test_image_smaller_than_a_patch(name, make_backbone):
 
 
 def test_cost_before_any_forward_pass(name, make_backbone):
-    with pytest.raises(ValueError, match='(PVT|DeiT) has not run yet: call it on images before you ask for its cost'):
+    with pytest.raises(ValueError, match='(D?PVT|DeiT) has not run yet: call it on images before you ask for its cost'):
         make_backbone(name).cost
 
 
@@ -311,16 +327,19 @@ def test_position_embedding_of_a_checkpoint_must_be_square(name, make_backbone):
 
 def test_checkpoint_with_other_granularities(name, make_backbone):
     state = make_backbone(name, dge=dict(granularities=(1, 2))).state_dict()
-    with pytest.raises(ValueError, match=r'(?s)is of another architecture than this (PVT|DeiT). Give the arch and dge '
-                       r'options .*dge.0.router.weight: \(2, 16\) in the checkpoint, \(3, 16\) in the model'):
+    with pytest.raises(ValueError, match=r'(?s)is of another architecture than this (D?PVT|DeiT). Give the arch and '
+                       r'dge options .*dge.0.router.weight: \(2, 16\) in the checkpoint, \(3, 16\) in the model'):
         make_backbone(name, dge=DGE).load_state_dict(state)
 
 
 @pytest.mark.parametrize('name, arch, messages', [
-    ('pvt', dict(embed_dims=(8, 24), depths=(1, 2), num_heads=(2, 3), mlp_ratios=(2, 3), sr_ratios=(2, 1)), [
+    ('pvt', PVT_ARCH, [
         'stages.0.patch_embed.proj.weight: (8, 3, 4, 4) in the checkpoint, (16, 3, 4, 4) in the model',
         'stages.0.pos_embed: (1, 64, 8) in the checkpoint, (1, 64, 16) in the model',
         'stages.0.blocks.1.*: only in the model', 'stages.1.blocks.1.*: only in the checkpoint']),
+    ('dpvt', DPVT_ARCH, [
+        'stages.0.blocks.1.attn.offsets.bias: (12,) in the checkpoint, (16,) in the model',
+        'stages.0.blocks.0.attn.attn_weight.weight: (6, 16) in the checkpoint, (8, 16) in the model']),
     ('deit', dict(embed_dim=8, depth=4, num_heads=2, mlp_ratio=2), [
         'cls_token: (1, 1, 8) in the checkpoint, (1, 1, 16) in the model', 'blocks.3.*: only in the checkpoint']),
     ('deit', dict(embed_dim=16, depth=2, num_heads=2, mlp_ratio=2), ['blocks.2.*: only in the model']),

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdyn.models.dge import DynamicGrainedEncoder, check_granularities
 from mmdyn.models.dge.encoder import Router, straight_through_gates
-from mmdyn.models.dge.grains import candidate_of_cell
-from mmdyn.models.layers import Attention, EncoderBlock
+from mmdyn.models.dge.grains import candidate_centres, candidate_of_cell
+from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
 
 MODES = ['eval', 'sparse', 'dense']
 OPTIONS = [
@@ -22,8 +22,9 @@ OPTIONS = [
     dict(granularities=(1, 2, 4), routing='layer'),
     dict(granularities=(0, 1, 3), routing='layer', tau=2.),
 ]
-# Map, extra tokens, spatial reduction of the keys.
-LAYOUTS = [((8, 8), 0, 1), ((5, 7), 1, 1), ((9, 6), 2, 2), ((4, 4), 0, 2), ((13, 3), 1, 2), ((1, 1), 1, 1)]
+# Map, extra tokens, spatial reduction of the keys (None: deformable attention).
+LAYOUTS = [((8, 8), 0, 1), ((5, 7), 1, 1), ((9, 6), 2, 2), ((4, 4), 0, 2), ((13, 3), 1, 2), ((1, 1), 1, 1),
+           ((5, 7), 0, None), ((1, 9), 0, None)]
 DIM = 8
 
 
@@ -32,7 +33,12 @@ def make(mode='sparse', sr_ratio=1, drop_path_rate=0., **options):
     encoder = DynamicGrainedEncoder(DIM, train_mode='sparse' if mode == 'eval' else mode, **options)
     torch.nn.init.normal_(encoder.router.weight, std=5.)
     torch.nn.init.zeros_(encoder.router.bias)
-    block = EncoderBlock(DIM, Attention(DIM, 2, sr_ratio), mlp_ratio=2, drop_path_rate=drop_path_rate)
+    attn = Attention(DIM, 2, sr_ratio) if sr_ratio else DeformableAttention(DIM, 2, 3)
+    if not sr_ratio:
+        # In the beginning points depend on no query, and lie on integers, where gradients jump.
+        for parameter in (*attn.offsets.parameters(), *attn.attn_weight.parameters()):
+            torch.nn.init.normal_(parameter)
+    block = EncoderBlock(DIM, attn, mlp_ratio=2, drop_path_rate=drop_path_rate)
     return encoder.train(mode != 'eval'), block.train(mode != 'eval')
 
 
@@ -45,6 +51,11 @@ def gates_of_region(encoder, means, noise):
     chosen = soft.argmax().item()
     run = [chosen] if encoder.train_mode == 'sparse' else range(len(soft))
     return {k: (k == chosen) + soft[k] - soft[k].detach() for k in run}
+
+
+def centre(area, width):
+    """Mean x and y of cells, given as indices."""
+    return [sum(cell % width for cell in area) / len(area), sum(cell // width for cell in area) / len(area)]
 
 
 def dge_by_loops(encoder, block, tokens, shape, num_extra, slow_change):
@@ -74,7 +85,8 @@ def dge_by_loops(encoder, block, tokens, shape, num_extra, slow_change):
                         gates.append(gate)
         output = list(image)
         if queries:
-            change = slow_change(block, torch.stack(queries), image, shape, num_extra)
+            points = tokens.new_tensor([centre(area, width) for area in areas]) if block.uses_points else None
+            change = slow_change(block, torch.stack(queries), image, shape, num_extra, points)
             for area, gate, patch in zip(areas, gates, change):
                 for token in area:
                     output[token] = output[token] + gate * patch
@@ -146,11 +158,33 @@ def test_router_computes_in_float32_under_autocast():
 
 
 @pytest.mark.parametrize('mode', ['eval', 'sparse'])
-def test_granularity_1_is_the_block_itself(mode):
-    encoder, block = make(mode, sr_ratio=2, granularities=(1, 2, 4))
+@pytest.mark.parametrize('sr_ratio, num_extra', [(2, 1), (None, 0)])
+def test_granularity_1_is_the_block_itself(mode, sr_ratio, num_extra):
+    encoder, block = make(mode, sr_ratio, granularities=(1, 2, 4))
     encoder.router.bias.data[0] = 1e4
-    tokens = torch.randn(2, 1 + 5 * 7, DIM)
-    assert torch.equal(encoder(block, tokens, (5, 7), 1), block(tokens, (5, 7), 1))
+    tokens = torch.randn(2, num_extra + 5 * 7, DIM)
+    assert torch.equal(encoder(block, tokens, (5, 7), num_extra), block(tokens, (5, 7), num_extra))
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('num_extra', [0, 2])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_points_are_the_places_of_the_queries(mode, num_extra, with_cp):
+    """Where the cells hold their own x and y, so do the queries that are pooled from them."""
+    encoder, _ = make(mode, granularities=(1, 2, 4), with_cp=with_cp)
+    encoder.router.weight.data[:, :3] = 0
+    tokens, block = torch.randn(8, num_extra + 35, DIM), torch.nn.Identity()
+    tokens[:, num_extra:, 0], tokens[:, num_extra:, 1] = torch.arange(35) % 7, torch.arange(35) // 7
+    tokens[..., 2] = torch.arange(num_extra + 35) < num_extra
+    calls = []
+    block.change = lambda queries, tokens, shape, lengths, num_extra, points: calls.append((queries, points)) or queries
+    for block.uses_points in (True, False):
+        encoder(block, tokens, (5, 7), num_extra)
+    (queries, points), (_, none) = calls
+    assert none is None and set(encoder.decision.choice.flatten().tolist()) == {0, 1, 2}
+    cells = queries[..., 2] == 0
+    assert (~cells).sum() == 8 * num_extra
+    torch.testing.assert_close(points.expand(*cells.shape, 2)[cells], queries[cells][:, :2], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('drop_path_rate', [0., 0.5])
@@ -227,18 +261,20 @@ def test_with_cp_recomputes_the_block_and_changes_nothing(mode):
     assert calls == 2 * [False] + 4 * [True]
 
 
-def test_runs_in_inference_mode_and_trains_afterwards():
+@pytest.mark.parametrize('sr_ratio', [1, None])
+def test_runs_in_inference_mode_and_trains_afterwards(sr_ratio):
     """What inference mode leaves in a cache must not break the backward pass of the same map later."""
     candidate_of_cell.cache_clear()
-    encoder, block = make('eval')
+    candidate_centres.cache_clear()
+    encoder, block = make('eval', sr_ratio)
     tokens = torch.randn(2, 35, DIM)
     with torch.inference_mode():
         inferred = encoder(block, tokens, (5, 7))
     assert torch.equal(inferred, encoder(block, tokens, (5, 7)))
     for mode in ('sparse', 'dense'):
-        encoder, block = make(mode)
+        encoder, block = make(mode, sr_ratio)
         encoder(block, tokens, (5, 7)).sum().backward()
-        assert block.attn.q.weight.grad.abs().sum() > 0
+        assert (block.attn.q if sr_ratio else block.attn.offsets).weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize('mode', MODES)

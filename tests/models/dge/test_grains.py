@@ -3,8 +3,8 @@ import itertools
 import pytest
 import torch
 
-from mmdyn.models.dge.grains import (candidate_of_cell, candidate_values, compress, decompress, grid, pool, route,
-                                     spread)
+from mmdyn.models.dge.grains import (candidate_centres, candidate_of_cell, candidate_values, compress, decompress, grid,
+                                     pool, route, spread)
 
 # Map, granularities, side of a region, extra tokens.
 LAYOUTS = [((8, 8), (1, 2, 4), 4, 0), ((5, 7), (1, 2, 4), 4, 1), ((9, 6), (0, 1), 1, 2), ((13, 3), (2, 4), 8, 0),
@@ -61,6 +61,21 @@ def test_each_cell_lies_in_its_candidate(shape, phis, _, __):
         for cell, (row, column) in enumerate(itertools.product(*map(range, shape))):
             expected = candidates.index((phi, row - row % phi, column - column % phi)) if phi else 0
             assert table[k, cell] == expected
+
+
+@pytest.mark.parametrize('shape, phis, _, __', LAYOUTS)
+def test_centres_are_the_means_of_valid_cells(shape, phis, _, __):
+    expected = []
+    for phi, top, left in patches(shape, phis):
+        rows, columns = range(top, min(top + phi, shape[0])), range(left, min(left + phi, shape[1]))
+        expected.append([sum(columns) / len(columns), sum(rows) / len(rows)])
+    assert candidate_centres(shape, phis, torch.device('cpu')).tolist() == expected
+
+
+def test_centres_by_hand():
+    """3 rows and 5 columns: patches of side 2 end in a row of height 1 and a column of width 1."""
+    assert candidate_centres((3, 5), (0, 2, 4), torch.device('cpu')).tolist() == [
+        [0.5, 0.5], [2.5, 0.5], [4, 0.5], [0.5, 2], [2.5, 2], [4, 2], [1.5, 1], [4, 1]]
 
 
 @pytest.mark.parametrize('shape, phis, region, num_extra', LAYOUTS)
