@@ -1,74 +1,129 @@
-"""Time a training iteration of the dense model, of DGE that trains sparsely and of DGE that trains densely, side by side.
+"""Time dense and dynamic models side by side.
 
-The routers' weights are drawn so that all granularities occur and their biases so that about the given ratio of queries is
-chosen; the ratio that was measured is printed. Ratios are medians over interleaved runs.
+Suites: det (backbones on one image of 800 x 1280), seg (on one of 512 x 2048), train (a training iteration of the dense
+model, of DGE that trains sparsely and of DGE that trains densely). DGE decides by a synthetic routing at the given
+query ratio: clustered, the finest regions lie together as on the objects of a natural image, or random, the worst case.
+
+Cases run in turns; times are medians, ratios medians of neighbouring runs. Efficiency is the share of the promised
+saving that arrives: the ratio of multiply-adds over the ratio of times.
 """
 import argparse
 import json
+import platform
 import statistics
 
 import mmdyn  # noqa: F401
 import torch
 from mmdyn.analysis.latency import interleaved_times, ratio
-from mmdyn.models import PVT, DeiT
-from mmdyn.models.dge import DynamicGrainedEncoder
+from mmdyn.analysis.synthetic import PATTERNS, force_routing
+from mmdyn.models import DPVT, PVT, DeiT
+
+FAMILIES = dict(PVT=PVT, DPVT=DPVT, DeiT=DeiT)
+SUITES = dict(
+    det=dict(archs=('PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium'), shape=(800, 1280), batch=1),
+    seg=dict(archs=('PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium'), shape=(512, 2048), batch=1),
+    train=dict(archs=('PVT-small', ), shape=(256, 256), batch=8))
 
 
-def set_routing(model: torch.nn.Module, query_ratio: float) -> None:
-    """Make the routers choose by the image, and the finest granularity with a probability that gives the ratio."""
-    for encoder in model.modules():
-        if isinstance(encoder, DynamicGrainedEncoder):
-            share = torch.tensor([1 / phi**2 if phi else 0. for phi in encoder.granularities])
-            coarse = share[share < 1].mean()
-            fine = ((query_ratio - coarse) / (1 - coarse)).clamp(1e-3, 1 - 1e-3)
-            probability = torch.where(share == 1, fine, (1 - fine) / (len(share) - 1))
-            torch.nn.init.normal_(encoder.router.weight, std=1e-3)
-            encoder.router.bias.data.copy_(probability.log())
+def build(name: str, **dge) -> torch.nn.Module:
+    """A backbone such as PVT-small, with DGE if options of it are given."""
+    family, arch = name.split('-')
+    torch.manual_seed(0)
+    return FAMILIES[family](arch, dge=dge or None)
+
+
+def mmdet_pvt(depths) -> torch.nn.Module:
+    """mmdet's PVT."""
+    from mmdet.models.backbones import PyramidVisionTransformer
+    return PyramidVisionTransformer(pretrain_img_size=256, num_layers=depths, patch_sizes=[4, 2, 2, 2],
+                                    strides=[4, 2, 2, 2], paddings=[0] * 4, norm_cfg=dict(type='LN', eps=1e-6))
 
 
 def training_step(model: torch.nn.Module, images: torch.Tensor):
     """A function that runs one forward and backward pass."""
+    model.train()
+
     def step():
         model.zero_grad()
         sum(out.float().pow(2).mean() for out in model(images)).backward()
+
     return step
+
+
+def inference(model: torch.nn.Module, images: torch.Tensor):
+    """A function that runs one forward pass."""
+    model.eval()
+
+    def run():
+        with torch.inference_mode():
+            model(images)
+
+    return run
+
+
+def make_cases(suite: str, arch: str, images: torch.Tensor, query_ratio: float, patterns) -> dict:
+    """Functions to time and the models behind them, by name; the first is the dense model."""
+    shape, models = tuple(images.shape[-2:]), {'dense': build(arch)}
+    if suite == 'train':
+        for mode in ('sparse', 'dense'):
+            models[f'DGE {mode}'] = build(arch, train_mode=mode)
+            force_routing(models[f'DGE {mode}'], shape, query_ratio, patterns[0])
+        return {name: (training_step(model, images), model) for name, model in models.items()}
+    for pattern in patterns:
+        models[f'DGE {pattern}'] = build(arch, granularities=(1, 2, 4))
+        force_routing(models[f'DGE {pattern}'], shape, query_ratio, pattern)
+    if arch.startswith('PVT-'):
+        models['mmdet'] = mmdet_pvt([len(stage.blocks) for stage in models['dense'].stages])
+    return {name: (inference(model, images), model) for name, model in models.items()}
+
+
+def measure(suite: str, arch: str, shape, batch: int, args: argparse.Namespace) -> dict:
+    """Rows of one architecture."""
+    cases = make_cases(suite, arch, torch.randn(batch, 3, *shape), args.query_ratio, args.patterns)
+    times = interleaved_times({name: run for name, (run, _) in cases.items()}, args.rounds)
+    dense = cases['dense'][1].cost.dense
+    rows = {}
+    for name, (_, model) in cases.items():
+        row = rows[name] = dict(seconds=statistics.median(times[name]), spread=max(times[name]) - min(times[name]),
+                                time_ratio=ratio(times, name, 'dense'))
+        if hasattr(model, 'cost'):
+            with torch.no_grad():
+                cost = model.cost
+                row.update(query_ratio=cost.query_ratio.mean().item(), macs_ratio=cost.spent.mean().item() / dense)
+            row['efficiency'] = row['macs_ratio'] / row['time_ratio']
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--suite', choices=['train'], default='train')
-    parser.add_argument('--arch', default='PVT-small', help='PVT-... or DeiT-...')
-    parser.add_argument('--shape', nargs=2, type=int, default=[256, 256], metavar=('H', 'W'))
-    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--suite', choices=SUITES, default='det')
+    parser.add_argument('--archs', nargs='+', help='e.g. PVT-small; default: those of the suite')
+    parser.add_argument('--shape', nargs=2, type=int, metavar=('H', 'W'), help='default: that of the suite')
+    parser.add_argument('--batch', type=int, help='default: that of the suite')
     parser.add_argument('--query-ratio', type=float, default=0.5)
+    parser.add_argument('--patterns', nargs='+', choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--json', action='store_true')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
 
-    family, arch = args.arch.split('-')
-    build = {'PVT': PVT, 'DeiT': DeiT}[family]
-    models = {'dense': build(arch), **{f'DGE {mode}': build(arch, dge=dict(train_mode=mode)) for mode in ('sparse', 'dense')}}
-    images, cases = torch.randn(args.batch, 3, *args.shape), {}
-    for name, model in models.items():
-        set_routing(model, args.query_ratio)
-        cases[name] = training_step(model.train(), images)
-    times = interleaved_times(cases, args.rounds)
-    result = {
-        name: dict(seconds=statistics.median(times[name]), spread=max(times[name]) - min(times[name]),
-                   ratio_to_dense=ratio(times, name, 'dense'), query_ratio=models[name].cost.query_ratio.mean().item())
-        for name in cases
-    }
+    suite = SUITES[args.suite]
+    shape, batch = tuple(args.shape or suite['shape']), args.batch or suite['batch']
+    result = {arch: measure(args.suite, arch, shape, batch, args) for arch in args.archs or suite['archs']}
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(dict(suite=args.suite, shape=shape, batch=batch, threads=args.threads, torch=torch.__version__,
+                              rows=result)))
         return
-    print(f'training iteration of {args.arch}, {args.batch} images of {args.shape[0]} x {args.shape[1]}, {args.threads} '
-          f'threads, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}')
-    for name, row in result.items():
-        print(f'{name:12} {row["seconds"]:8.3f} s  (spread {row["spread"]:.3f})  {row["ratio_to_dense"]:5.2f} x dense  query '
-              f'ratio {row["query_ratio"]:.3f}')
+    print(f'{args.suite}: {batch} x {shape[0]} x {shape[1]}, {args.threads} threads, torch {torch.__version__}, '
+          f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}')
+    print(f'{"":30}{"seconds":>9}{"spread":>8}{"time":>8}{"MACs":>8}{"efficiency":>12}{"query ratio":>13}')
+    for arch, rows in result.items():
+        for name, row in rows.items():
+            line = f'{f"{arch} {name}":30}{row["seconds"]:9.3f}{row["spread"]:8.3f}{row["time_ratio"]:8.2f}'
+            if 'macs_ratio' in row:
+                line += f'{row["macs_ratio"]:8.2f}{row["efficiency"]:12.2f}{row["query_ratio"]:13.3f}'
+            print(line)
 
 
 if __name__ == '__main__':

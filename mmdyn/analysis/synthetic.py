@@ -1,0 +1,82 @@
+"""Routing that is made up, so that speed can be measured at a chosen query ratio without trained weights."""
+from typing import Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.backbones.base import DynamicBackbone
+from ..models.dge.grains import grid
+
+PATTERNS = ('clustered', 'random')
+
+
+def synthetic_choice(regions: Tuple[int, int], granularities: Sequence[int], query_ratio: float, pattern: str,
+                     seed: int = 0) -> Tensor:
+    """Choose a granularity for each region so that about ``query_ratio`` of the dense queries are used.
+
+    The finest granularity gets the share of regions that the ratio asks for, the others share the rest alike.
+
+    Args:
+        regions: rows and columns of regions.
+        granularities: sides of the patches in cells.
+        query_ratio: queries over cells.
+        pattern: ``'clustered'``: the finest regions lie together in a few blobs, with coarser ones around them, as on
+            the objects of a natural image; ``'random'``: each region by itself, the worst case.
+        seed: of the random numbers.
+
+    Returns:
+        (rows, columns) indices into ``granularities``.
+    """
+    if pattern not in PATTERNS:
+        raise ValueError(f'pattern={pattern!r}: choose from {PATTERNS}.')
+    shares = [1 / phi**2 if phi else 0. for phi in granularities]
+    order = sorted(range(len(shares)), key=lambda k: -shares[k])
+    others = [shares[k] for k in order[1:]]
+    coarse = sum(others) / len(others) if others else shares[order[0]]
+    if not coarse <= query_ratio <= max(shares):
+        raise ValueError(f'query_ratio={query_ratio}: granularities {tuple(granularities)}, with equal shares of all but '
+                         f'the finest, allow {coarse:.4f} to {max(shares):.4f}.')
+    finest = (query_ratio - coarse) / (shares[order[0]] - coarse) if others else 1.
+    noise = torch.rand(*regions, generator=torch.Generator().manual_seed(seed))
+    if pattern == 'clustered':
+        small = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+        noise = F.interpolate(small, regions, mode='bicubic')[0, 0] + 1e-3 * noise
+    rank = noise.flatten().argsort(descending=True).argsort()
+    fine = round(finest * len(rank))
+    bounds = [fine] + [fine + round((len(rank) - fine) * (i + 1) / len(others)) for i in range(len(others))]
+    place = torch.bucketize(rank, torch.tensor(bounds), right=True)
+    return torch.tensor(order)[place].view(regions)
+
+
+class SyntheticRouter(nn.Module):
+    """A router that computes its logits and then decides as it was told.
+
+    Args:
+        router: the real one, whose time is spent as well.
+        choice: (rows, columns) index of each region's granularity.
+    """
+
+    def __init__(self, router: nn.Module, choice: Tensor):
+        super().__init__()
+        self.router = router
+        self.register_buffer('logits', F.one_hot(choice.flatten(), len(router.bias)) * 100.)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.router.weight
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """(B, regions, C) means of regions -> (B, regions, K) logits."""
+        return self.router(regions) * 0 + self.logits
+
+
+def force_routing(backbone: DynamicBackbone, size: Tuple[int, int], query_ratio: float, pattern: str) -> None:
+    """Make every DGE layer of a backbone decide by :func:`synthetic_choice` on images of ``size`` (H, W) pixels."""
+    stride = 1
+    for seed, (stage, _) in enumerate(backbone.named_stages()):
+        stride *= stage.patch_embed.proj.kernel_size[0]
+        shape = size[0] // stride, size[1] // stride
+        for encoder in stage.dge:
+            choice = synthetic_choice(grid(encoder.region, shape), encoder.granularities, query_ratio, pattern, seed)
+            encoder.router = SyntheticRouter(encoder.router, choice)
