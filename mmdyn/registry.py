@@ -1,4 +1,5 @@
 """Nodes of mmengine's registries; the scope prefix ``mmdyn.`` in a config leads here."""
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -9,6 +10,8 @@ MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmdyn', locations=['mm
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmdyn', locations=['mmdyn.engine'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='mmdyn', locations=['mmdyn.evaluation'])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmdyn', locations=['mmdyn.datasets'])
+# Not a part of `import mmdyn`: it would import mmdet and mmseg, which are slow and need not be there.
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mmdyn', locations=['mmdyn.datasets.dense'])
 
 
 def expose_bare_names() -> None:

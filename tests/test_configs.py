@@ -1,27 +1,61 @@
-"""Every config loads and builds, and its metafile entry is right."""
+"""Every config loads and builds, and its entries in the metafile and the README are right."""
+import functools
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from mmengine.config import Config
-from mmengine.registry import HOOKS, METRICS, init_default_scope
+from mmengine.registry import HOOKS, METRICS, MODELS, init_default_scope
+from torch import nn
 
 import mmdyn
 from mmdyn.analysis.flops import build_model, dynamic_backbone
 
 ROOT = Path(mmdyn.__file__).parents[1]
-CONFIGS = sorted(path.relative_to(ROOT) for folder in ('dge', 'demo') for path in (ROOT / 'configs' / folder).glob('*.py'))
+CONFIGS = sorted(path.relative_to(ROOT) for folder in ('dge', 'dpvt', 'demo')
+                 for path in (ROOT / 'configs' / folder).glob('*.py'))
+SMALL = dict(embed_dims=(64, 128, 320, 512), depths=(1, 1, 1, 1), num_heads=(1, 2, 5, 8), mlp_ratios=(1, 1, 1, 1),
+             sr_ratios=(8, 4, 2, 1))
+FIND_BASE = Config._get_cfg_path
 
 
+@functools.cache
 def metafile_models():
     index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
-    return {model['Config']: model for name in index['Import'] for model in yaml.safe_load((ROOT / name).read_text())['Models']}
+    metafiles = [yaml.safe_load((ROOT / name).read_text()) for name in index['Import']]
+    return {model['Config']: model for metafile in metafiles for model in metafile['Models']}
+
+
+@functools.cache
+def find_base_of_framework(name):
+    return FIND_BASE(name, '')
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Spare what a test does not look at: initial weights, and the search in a framework's metafiles for each base."""
+    monkeypatch.setattr(Config, '_get_cfg_path', staticmethod(
+        lambda name, config: find_base_of_framework(name) if '::' in name else FIND_BASE(name, config)))
+    for name in ('kaiming_uniform_', 'normal_', 'trunc_normal_', 'uniform_', 'xavier_uniform_'):
+        monkeypatch.setattr(nn.init, name, lambda weight, *args, **kwargs: weight)
+
+
+def innermost(dataset):
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
+def load(name):
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    init_default_scope(cfg.default_scope)
+    return cfg
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_config_builds(path):
-    cfg = Config.fromfile(ROOT / path)
-    init_default_scope(cfg.default_scope)
+def test_config_builds(path, quick):
+    cfg = load(path.relative_to('configs'))
     model = build_model(cfg)
     backbone = dynamic_backbone(model)
     assert backbone.has_dge == ('-dge' in path.stem)
@@ -30,15 +64,35 @@ def test_config_builds(path):
     if hooks:
         least, most = backbone.ratio_bounds()
         assert least <= hooks[0].budget <= most
-    assert 'DynamicFLOPs' in [type(METRICS.build(metric)).__name__ for metric in cfg.test_evaluator]
-    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        assert loader.dataset.pipeline[0].type == 'mmdyn.LoadImageFromFile'
-    if path.parent.name == 'dge':
-        assert metafile_models()[str(path)]['Metadata']['Parameters'] == sum(w.numel() for w in model.parameters())
+    assert cfg.default_hooks.loss_guard.type == 'mmdyn.LossGuardHook'
+    for evaluators in (cfg.val_evaluator, cfg.test_evaluator):
+        ours = [evaluator for evaluator in evaluators if evaluator.type.startswith('mmdyn.')]
+        assert [type(METRICS.build(metric)).__name__ for metric in ours] == ['DynamicFLOPs'] and len(evaluators) > 1
+    pipelines = [innermost(loader.dataset).pipeline
+                 for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader)]
+    for pipeline in [*pipelines, *filter(None, [cfg.get('tta_pipeline')])]:
+        assert pipeline[0].type == 'mmdyn.LoadImageFromFile'
+    if 'neck' in cfg.model:
+        widths = [stage.patch_embed.proj.out_channels for stage, _ in backbone.named_stages()]
+        assert list(model.neck.in_channels) == widths
+    if path.parent.name == 'demo':
+        return
+    assert f']({path.name})' in (ROOT / path).with_name('README.md').read_text()
+    entry = metafile_models()[str(path)]
+    assert entry['Name'] == path.stem
+    assert entry['Metadata']['Parameters'] == sum(weight.numel() for weight in model.parameters())
 
 
-def test_imagenet_schedule_is_that_of_the_paper():
-    cfg = Config.fromfile(ROOT / 'configs/dge/pvt-small-dge_8xb16_in1k-256px.py')
+def test_the_metafiles_list_configs_only():
+    assert set(metafile_models()) == {str(path) for path in CONFIGS if path.parent.name != 'demo'}
+
+
+@pytest.mark.parametrize('name', [
+    *(f'dge/pvt-{arch}-dge_8xb16_in1k-256px.py' for arch in ('tiny', 'small', 'medium', 'large')),
+    'dge/deit-small-dge_8xb16_in1k-256px.py', 'dpvt/dpvt-small-dge_8xb16_in1k-256px.py'
+])
+def test_imagenet_schedule_is_that_of_the_paper(name, quick):
+    cfg = load(name)
     assert cfg.optim_wrapper.optimizer.type == 'AdamW'
     assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.weight_decay) == (1e-3, 0.05)
     assert cfg.train_cfg.max_epochs == 300 and cfg.param_scheduler[0].end == 20
@@ -46,9 +100,54 @@ def test_imagenet_schedule_is_that_of_the_paper():
     assert cfg.custom_hooks[0] == dict(type='mmdyn.BudgetHook', budget=0.5, weight=1.)
 
 
-def test_weight_decay_spares_tokens_embeddings_norms_and_biases():
+@pytest.mark.parametrize('name', [
+    'dge/mask-rcnn_pvt-s-dge_fpn_1x_coco.py', 'dge/retinanet_pvt-s-dge_fpn_1x_coco.py',
+    'dpvt/mask-rcnn_dpvt-m-dge_fpn_1x_coco.py'
+])
+def test_detection_schedule_is_that_of_the_paper(name, quick):
+    cfg = load(name)
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-4, 1e-4)
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 16
+    drops = cfg.param_scheduler[-1]
+    assert (drops.type, drops.gamma, drops.by_epoch) == ('MultiStepLR', 0.1, True)
+    epoch = -(-117266 // 16)  # iterations: images of train2017 that have boxes, 16 at a time
+    for ours, paper in zip([*drops.milestones, cfg.train_cfg.max_epochs], [60e3, 80e3, 90e3], strict=True):
+        assert abs(ours * epoch - paper) < 0.025 * paper
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        resize, = [transform for transform in loader.dataset.pipeline if transform.type == 'Resize']
+        assert resize.scale == (1280, 768) and resize.keep_ratio
+    metric = cfg.test_evaluator[0].metric
+    assert metric == (['bbox', 'segm'] if 'mask-rcnn' in name else 'bbox')
+    assert cfg.custom_hooks[0] == dict(type='mmdyn.BudgetHook', budget=0.5, weight=1.)
+
+
+@pytest.mark.parametrize('name', [
+    'dge/fpn_pvt-s-dge_8xb4-80k_ade20k-512x512.py', 'dpvt/fpn_dpvt-m-dge_8xb4-80k_ade20k-512x512.py'
+])
+def test_segmentation_schedule_is_that_of_the_paper(name, quick):
+    cfg = load(name)
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-4, 1e-4)
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 32
+    decay, = cfg.param_scheduler
+    assert (decay.type, decay.power, decay.eta_min, decay.begin, decay.end) == ('PolyLR', 0.9, 0., 0, 80000)
+    assert not decay.by_epoch and cfg.train_cfg.max_iters == 80000
+    pipeline = {transform.type: transform for transform in cfg.train_dataloader.dataset.pipeline}
+    assert (pipeline['RandomResize'].scale, pipeline['RandomResize'].ratio_range) == ((2048, 512), (0.5, 2.0))
+    assert pipeline['RandomCrop'].crop_size == cfg.model.data_preprocessor.size == (512, 512)
+    assert pipeline['RandomFlip'].prob == 0.5
+    assert cfg.model.decode_head.num_classes == 150 and cfg.model.decode_head.norm_cfg.type == 'SyncBN'
+    assert cfg.custom_hooks[0] == dict(type='mmdyn.BudgetHook', budget=0.5, weight=1.)
+
+
+@pytest.mark.parametrize('name', [
+    'dge/deit-tiny-dge_8xb16_in1k-256px.py', 'dge/mask-rcnn_pvt-t-dge_fpn_1x_coco.py',
+    'dpvt/fpn_dpvt-t-dge_8xb4-80k_ade20k-512x512.py'
+])
+def test_weight_decay_spares_tokens_embeddings_norms_and_biases(name, quick):
     from mmengine.optim import build_optim_wrapper
-    cfg = Config.fromfile(ROOT / 'configs/dge/deit-tiny-dge_8xb16_in1k-256px.py')
+    cfg = load(name)
     model = build_model(cfg)
     decayed = {id(p) for group in build_optim_wrapper(model, cfg.optim_wrapper).param_groups
                for p in group['params'] if group['weight_decay']}
@@ -57,3 +156,27 @@ def test_weight_decay_spares_tokens_embeddings_norms_and_biases():
         assert (id(parameter) in decayed) != spared, name
 
 
+def test_a_detector_starts_from_an_imagenet_checkpoint(tmp_path):
+    cfg = load('dge/pvt-small-dge_8xb16_in1k-256px.py')
+    cfg.model.backbone.update(arch=SMALL, img_size=64)
+    classifier = MODELS.build(cfg.model)
+    with torch.no_grad():
+        for weight in classifier.parameters():
+            weight += torch.rand_like(weight)
+    torch.save(dict(state_dict=classifier.state_dict()), tmp_path / 'epoch_300.pth')
+
+    cfg = load('dge/mask-rcnn_pvt-s-dge-in1k-pre_fpn_1x_coco.py')
+    cfg.model.backbone.arch = SMALL
+    cfg.model.backbone.init_cfg.checkpoint = str(tmp_path / 'epoch_300.pth')
+    detector = MODELS.build(cfg.model)
+    detector.init_weights()
+    saved, loaded = classifier.backbone.state_dict(), detector.backbone.state_dict()
+    assert any('.router.' in name for name in loaded)
+    assert set(saved) - set(loaded) == {'cls_token', 'norm.weight', 'norm.bias'}
+    for name, weight in loaded.items():
+        if not name.endswith('pos_embed'):
+            assert torch.equal(weight, saved[name]), name
+    # 16 x 16 cells of 4 pixels, enlarged to those of an image of 256.
+    maps = saved['stages.0.pos_embed'].mT.unflatten(2, (16, 16))
+    enlarged = nn.functional.interpolate(maps, (64, 64), mode='bilinear')
+    assert torch.allclose(loaded['stages.0.pos_embed'], enlarged.flatten(2).mT)

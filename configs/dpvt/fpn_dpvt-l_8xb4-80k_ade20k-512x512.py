@@ -1,0 +1,3 @@
+_base_ = '../dge/fpn_pvt-l_8xb4-80k_ade20k-512x512.py'
+
+model = dict(backbone=dict(type='mmdyn.DPVT'))
