@@ -1,5 +1,6 @@
 """The commands of the README, from another folder, on a handful of images."""
 import json
+import math
 import os
 import re
 import shutil
@@ -7,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -15,24 +18,64 @@ import mmdyn  # noqa: F401
 ROOT = Path(mmdyn.__file__).parents[1]
 MIM = Path(sys.executable).with_name('mim')
 CONFIG = 'pvt-mini-dge_digits.py'
+BUDGET = "custom_hooks = [dict(type='mmdyn.BudgetHook', budget=0.25, weight=2.)]"
+DETECTOR = f'''
+_base_ = '{ROOT}/configs/demo/mask-rcnn_pvt-mini-dge_digits.py'
+model = dict(test_cfg=dict(rcnn=dict(score_thr=0.)))
+# All images are one batch, of which there is none without the empty one.
+train_dataloader = dict(batch_size=5, drop_last=True, dataset=dict(filter_cfg=dict(filter_empty_gt=False)))
+train_cfg = dict(max_epochs=1, val_interval=1)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
+{BUDGET}
+tta_model = dict(type='mmdyn.MaskTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=20))
+flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
+keys = ('img_id', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+pack = dict(type='PackDetInputs', meta_keys=keys)
+tta_pipeline = [*_base_.test_pipeline[:2], dict(type='TestTimeAug', transforms=[flips, [pack]])]
+'''
+SEGMENTOR = f'''
+_base_ = '{ROOT}/configs/demo/fpn_pvt-mini-dge_digits.py'
+train_dataloader = dict(batch_size=2)
+train_cfg = dict(max_iters=2, val_interval=2)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
+{BUDGET}
+'''
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A folder that holds the demo data, with two images of each class."""
+    """A folder that holds the demo data, with two images of each class, and small configs of dense prediction."""
     folder = tmp_path_factory.mktemp('user')
     subprocess.run([sys.executable, ROOT / 'tools/dataset_tools/make_demo_dataset.py', '--cls-train', '20', '--cls-val',
-                    '20', '--dense-train', '1', '--dense-val', '1'], cwd=folder, check=True)
+                    '20', '--dense-train', '4', '--dense-val', '2'], cwd=folder, check=True)
+    # One more image for the detector: of another size, and without an object.
+    coco = folder / 'data/demo/coco'
+    cv2.imwrite(str(coco / 'train2017/empty.png'), np.full((60, 100, 3), 90, np.uint8))
+    annotations = json.loads((coco / 'annotations/instances_train2017.json').read_text())
+    annotations['images'].append(dict(id=5, file_name='empty.png', height=60, width=100))
+    (coco / 'annotations/instances_train2017.json').write_text(json.dumps(annotations))
+    (folder / 'detector.py').write_text(DETECTOR)
+    (folder / 'segmentor.py').write_text(SEGMENTOR)
     return folder
 
 
-def mim(folder, *args, epochs=1):
-    command = [MIM, *args, '--cfg-options', f'train_cfg.max_epochs={epochs}', 'train_cfg.val_interval=1',
-               'train_dataloader.batch_size=4', 'default_hooks.logger.interval=1']
-    result = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True,
+def mim(folder, *args):
+    result = subprocess.run([str(MIM), *map(str, args)], cwd=folder, capture_output=True, text=True,
                             env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
+
+
+def classification(epochs=1):
+    return ['--cfg-options', f'train_cfg.max_epochs={epochs}', 'train_cfg.val_interval=1',
+            'train_dataloader.batch_size=4', 'default_hooks.logger.interval=1']
+
+
+def logged(work_dir):
+    """What a training logged: of each iteration, and of the validation."""
+    path, = Path(work_dir).glob('*/vis_data/scalars.json')
+    *iterations, validation = map(json.loads, path.read_text().splitlines())
+    return iterations, validation
 
 
 def metrics(work_dir):
@@ -43,7 +86,7 @@ def metrics(work_dir):
 @pytest.fixture(scope='module')
 def trained(folder):
     """Trained for one epoch by `mim train mmdyn` with the config's bare name."""
-    log = mim(folder, 'train', 'mmdyn', CONFIG, '--work-dir', 'run')
+    log = mim(folder, 'train', 'mmdyn', CONFIG, '--work-dir', 'run', *classification())
     assert 'loss_budget' in log and 'query_ratio' in log
     return folder / 'run/epoch_1.pth'
 
@@ -51,7 +94,7 @@ def trained(folder):
 @pytest.mark.parametrize('package', ['mmdyn', 'mmpretrain'])
 def test_mim_test_reads_the_checkpoint(folder, trained, package):
     config = CONFIG if package == 'mmdyn' else ROOT / 'configs/demo' / CONFIG
-    mim(folder, 'test', package, config, '--checkpoint', trained, '--work-dir', package)
+    mim(folder, 'test', package, config, '--checkpoint', trained, '--work-dir', package, *classification())
     result = metrics(folder / package)
     assert 0 <= result['accuracy/top1'] <= 100
     assert 0 < result['flops/gflops'] <= result['flops/gflops_dense'] * 1.01
@@ -59,12 +102,56 @@ def test_mim_test_reads_the_checkpoint(folder, trained, package):
 
 def test_mim_train_resumes(folder, trained):
     shutil.copytree(trained.parent, folder / 'resumed')
-    log = mim(folder, 'train', 'mmpretrain', ROOT / 'configs/demo' / CONFIG, '--work-dir', 'resumed', '--resume', 'auto',
-              epochs=2)
+    log = mim(folder, 'train', 'mmpretrain', ROOT / 'configs/demo' / CONFIG, '--work-dir', 'resumed', '--resume',
+              'auto', *classification(epochs=2))
     steps = re.findall(r'Epoch\(train\) +\[(\d)\]\[ *(\d)/5\]', log)
     assert [step for step in steps if step[0] == '2'] == steps[-5:] == [('2', str(i)) for i in range(1, 6)]
     assert 'resumed epoch: 1, iter: 5' in log
     assert torch.load(folder / 'resumed/epoch_2.pth')['meta']['iter'] == 10
+
+
+def assert_budget_logged(log, iterations):
+    assert 'loss_budget' in log and 'query_ratio' in log
+    # Of later iterations, the log has means.
+    ratio, loss = (iterations[0][name] for name in ('query_ratio', 'loss_budget'))
+    assert 0 < ratio <= 1 and math.isclose(loss, 2 * (ratio - 0.25)**2, rel_tol=1e-4)
+
+
+def assert_measured(result, quality):
+    for name in quality:
+        assert 0 <= result[name] <= 100
+    assert 0 < result['flops/query_ratio'] <= 1
+    assert 0 < result['flops/gflops'] <= result['flops/gflops_dense'] * 1.01
+
+
+def test_mim_trains_and_tests_a_detector(folder):
+    pytest.importorskip('mmdet')
+    log = mim(folder, 'train', 'mmdet', 'detector.py', '--work-dir', 'detector')
+    iterations, validation = logged(folder / 'detector')
+    assert len(iterations) == 1
+    assert_budget_logged(log, iterations)
+    assert_measured(validation, ['coco/bbox_mAP', 'coco/segm_mAP'])
+    mim(folder, 'test', 'mmdyn', 'detector.py', '--checkpoint', 'detector/epoch_1.pth', '--work-dir', 'tta', '--tta')
+    flipped_too = metrics(folder / 'tta')
+    assert_measured(flipped_too, ['coco/bbox_mAP', 'coco/segm_mAP'])
+    # Each image passes twice: flipped and not.
+    assert math.isclose(flipped_too['flops/gflops_dense'], 2 * validation['flops/gflops_dense'])
+
+
+def test_mim_trains_and_tests_a_segmentor(folder):
+    pytest.importorskip('mmseg')
+    log = mim(folder, 'train', 'mmsegmentation', 'segmentor.py', '--work-dir', 'segmentor')
+    iterations, validation = logged(folder / 'segmentor')
+    assert len(iterations) == 2
+    assert_budget_logged(log, iterations)
+    assert_measured(validation, ['mIoU'])
+    mim(folder, 'test', 'mmdyn', 'segmentor.py', '--checkpoint', 'segmentor/iter_2.pth', '--work-dir', 'slide',
+        '--cfg-options', 'model.test_cfg.mode=slide', 'model.test_cfg.crop_size=(96,96)',
+        'model.test_cfg.stride=(32,32)')
+    windows = metrics(folder / 'slide')
+    assert_measured(windows, ['mIoU'])
+    # Four windows of 96 x 96 pixels, which cost less than their share of an image of 128 x 128: fewer keys.
+    assert 1.5 < windows['flops/gflops_dense'] / validation['flops/gflops_dense'] < 4 * 96**2 / 128**2
 
 
 def test_the_safe_loader_stays_on(trained, tmp_path):
