@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -41,7 +42,8 @@ def test_counts_by_hand(table):
     assert row['config'] == 'configs/dge/pvt-small-dge_8xb16_in1k-256px.py'
     ours, (dense, _), (spent, routers) = row['ours'], pvt_small(1.), pvt_small(0.5)
     assert ours['dense'] * 1e9 == pytest.approx(dense) and ours['spent'] * 1e9 == pytest.approx(spent + routers)
-    assert ours['extra'] * 1e3 == sum(depth * 3 * (dim + 1) for dim, depth in zip((64, 128, 320, 512), (3, 4, 6, 3)))
+    routers_params = sum(depth * 3 * (dim + 1) for dim, depth in zip((64, 128, 320, 512), (3, 4, 6, 3)))
+    assert (ours['params_dge'] - ours['params']) * 1e6 == pytest.approx(routers_params)
     assert row['difference']['dense'] == pytest.approx(dense / 6.2e9 - 1)
     saved, _ = pvt_small(row['query_ratio_of_papers_saving'])
     assert dense - saved - routers == pytest.approx(6.2e9 - 3.5e9)
@@ -49,6 +51,29 @@ def test_counts_by_hand(table):
 
 def test_other_dense_models_are_explained(table):
     assert all('the dense models are not the same, 5.04 G and 6.2 G' in row['why'][0] for row in table['rows'])
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location('paper_tables', ROOT / 'tools/analysis_tools/paper_tables.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('change, said', [
+    (dict(), []),
+    (dict(params=10.2), ['10 M parameters are printed, 10.20 M counted', 'Mask R-CNN has from 15.6 to 16.1']),
+    # Printed are 30 G: of 80 G that is a ratio of 1 - 30 / 80 (and a bit for the routers).
+    (dict(saving=39.), ['queries spend 80.0 of the 90.0 G', 'ratio of 0.5 saves 39.0 G, and would save 45.0 G',
+                        'The printed 30 G are what a query ratio of 0.61 saves']),
+    (dict(dense=110.), ['110.00 G and 100 G. The paper saves 30% of its own, ours 28%']),
+])
+def test_what_is_explained(tool, change, said):
+    ours = dict(params=10., params_dge=10., dense=100., spent=69., saving=31., blocks=90., queries=80., routers=1.)
+    row = dict(model='X+DGE', config='x.py', params=10, dense=100, spent=70)
+    result = tool.compare(row, {**ours, **change}, 0.5)
+    assert len(result['why']) == bool(said) and all(text in result['why'][0] for text in said)
 
 
 def test_text():
