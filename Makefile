@@ -17,12 +17,14 @@ TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -v '^\#' requirements.txt | grep
 MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(shell grep '^mmcv==' requirements.txt))
 SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt setup.py | cksum | cut -d' ' -f1)
 
-.PHONY: help setup test demo clean
+.PHONY: help setup test demo demo-det demo-seg clean
 help:
-	@echo 'make setup   create .venv, install the pinned requirements, compile mmcv (about 15 minutes, once)'
-	echo 'make test    set up, then run the tests'
-	echo 'make demo    set up, then train PVT and PVT+DGE on the demo data, test them and draw the gates'
-	echo 'make clean   remove .venv, the demo data and work_dirs/demo'
+	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (about 15 minutes, once)'
+	echo 'make test       set up, then run the tests'
+	echo 'make demo       set up, then train PVT and PVT+DGE on the demo data, test them and draw the gates'
+	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
+	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
+	echo 'make clean      remove .venv, the demo data and work_dirs/demo'
 
 setup: $(SETUP_DONE)
 
@@ -68,12 +70,24 @@ $(SETUP_DONE): $(MMCV_DONE)
 test: setup
 	@$(BIN)/python -m pytest tests
 
+# $(call run-demo,configs,the one of them whose gates are drawn,images,masks,options of draw_gates.py)
+define run-demo
+@$(BIN)/python tools/dataset_tools/make_demo_dataset.py
+$(BIN)/python tools/demo.py $(patsubst %,configs/demo/%.py,$(1))
+run=work_dirs/demo/$(2)
+$(BIN)/python tools/visualizations/draw_gates.py configs/demo/$(2).py "$$(cat $$run/last_checkpoint)" --predictions \
+	--images data/demo/$(3) --masks data/demo/$(4) --out $$run/gates $(5)
+endef
+
 demo: setup
-	@$(BIN)/python tools/dataset_tools/make_demo_dataset.py
-	$(BIN)/python tools/demo.py configs/demo/pvt-mini_digits.py configs/demo/pvt-mini-dge_digits.py
-	run=work_dirs/demo/pvt-mini-dge_digits
-	$(BIN)/python tools/visualizations/draw_gates.py configs/demo/pvt-mini-dge_digits.py "$$(cat $$run/last_checkpoint)" \
-		--images data/demo/imagenet/val --masks data/demo/imagenet/masks/val --out $$run/gates
+	$(call run-demo,pvt-mini_digits pvt-mini-dge_digits,pvt-mini-dge_digits,imagenet/val,imagenet/masks/val)
+
+# The images of all dense tasks are the same, so that the masks of segmentation serve detection, too.
+demo-det: setup
+	$(call run-demo,mask-rcnn_pvt-mini_digits mask-rcnn_pvt-mini-dge_digits,mask-rcnn_pvt-mini-dge_digits,coco/val2017,ade/annotations/validation,--background 11 --side 256 --score-thr 0.5)
+
+demo-seg: setup
+	$(call run-demo,fpn_pvt-mini_digits fpn_pvt-mini-dge_digits,fpn_pvt-mini-dge_digits,ade/images/validation,ade/annotations/validation,--background 11 --side 256)
 
 clean:
 	rm -rf $(VENV) data/demo work_dirs/demo build *.egg-info .pytest_cache

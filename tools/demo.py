@@ -7,12 +7,15 @@ import time
 from pathlib import Path
 
 MIM = Path(sys.executable).with_name('mim')
-COLUMNS = {  # title: metric, format of its value
-    'top-1 %': ('accuracy/top1', '{:.1f}'),
-    'query ratio': ('flops/query_ratio', '{:.3f}'),
-    'dense MMACs': ('flops/gflops_dense', '{:.2f}'),
-    'spent MMACs': ('flops/gflops', '{:.2f}'),
-    'training s': ('seconds', '{:.0f}'),
+COLUMNS = {  # title: metric, its factor, format of its value
+    'top-1 %': ('accuracy/top1', 1, '{:.1f}'),
+    'box AP50 %': ('coco/bbox_mAP_50', 100, '{:.1f}'),
+    'mask AP50 %': ('coco/segm_mAP_50', 100, '{:.1f}'),
+    'mIoU %': ('mIoU', 1, '{:.1f}'),
+    'query ratio': ('flops/query_ratio', 1, '{:.3f}'),
+    'dense MMACs': ('flops/gflops_dense', 1000, '{:.2f}'),
+    'spent MMACs': ('flops/gflops', 1000, '{:.2f}'),
+    'training s': ('seconds', 1, '{:.0f}'),
 }
 
 
@@ -22,11 +25,23 @@ def run(config: Path, work_dir: Path) -> dict:
     subprocess.run([MIM, 'train', 'mmdyn', config, '--work-dir', work_dir], check=True)
     seconds = time.perf_counter() - start
     checkpoint = (work_dir / 'last_checkpoint').read_text()
-    subprocess.run([MIM, 'test', 'mmdyn', config, '--checkpoint', checkpoint, '--work-dir', work_dir / 'test'], check=True)
+    subprocess.run([MIM, 'test', 'mmdyn', config, '--checkpoint', checkpoint, '--work-dir', work_dir / 'test'],
+                   check=True)
     newest = max((work_dir / 'test').glob('*/*.json'), key=lambda path: path.stat().st_mtime)
-    metrics = json.loads(newest.read_text().splitlines()[-1])
-    scale = {name: metrics[name] * 1e3 for name in ('flops/gflops', 'flops/gflops_dense')}
-    return {**metrics, **scale, 'seconds': seconds}
+    return {**json.loads(newest.read_text().splitlines()[-1]), 'seconds': seconds}
+
+
+def table(results: dict) -> str:
+    """The results of configs, {name: metrics}, with a column for each metric that any of them has."""
+    reported = set().union(*results.values())
+    columns = {title: column for title, column in COLUMNS.items() if column[0] in reported}
+    width = max(map(len, results))
+    lines = [' ' * width + ''.join(f'{title:>14}' for title in columns)]
+    for name, found in results.items():
+        cells = [form.format(found[metric] * factor) if metric in found else '-'
+                 for metric, factor, form in columns.values()]
+        lines.append(f'{name:{width}}' + ''.join(f'{cell:>14}' for cell in cells))
+    return '\n'.join(lines)
 
 
 def main() -> None:
@@ -34,11 +49,7 @@ def main() -> None:
     parser.add_argument('configs', nargs='+', type=Path)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     args = parser.parse_args()
-    results = {config.stem: run(config, args.work_dir / config.stem) for config in args.configs}
-    width = max(map(len, results))
-    print('\n' + ' ' * width + ''.join(f'{title:>14}' for title in COLUMNS))
-    for name, metrics in results.items():
-        print(f'{name:{width}}' + ''.join(f'{form.format(metrics[metric]):>14}' for metric, form in COLUMNS.values()))
+    print('\n' + table({config.stem: run(config, args.work_dir / config.stem) for config in args.configs}))
     print('(MMACs: millions of multiply-adds of the backbone for one image, mean over the validation images)\n')
 
 

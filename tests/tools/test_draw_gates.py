@@ -52,7 +52,8 @@ def test_draws_and_counts(draw):
 @pytest.mark.parametrize('config', ['mask-rcnn_pvt-mini-dge_digits', 'fpn_pvt-mini-dge_digits'])
 def test_images_of_other_sizes_are_drawn_without_their_padding(config, draw):
     # mmdet resizes to 85 x 128 and pads to 96 x 128; mmseg leaves the image as it is.
-    printed, picture = draw(config, '--background', '7', '--predictions', '--score-thr', '0', size=(80, 120), background=7)
+    options = ('--background', '7', '--predictions', '--score-thr', '0')
+    printed, picture = draw(config, *options, size=(80, 120), background=7)
     assert printed.count('finest granularity on 100.0% of the object, 100.0% of the background') == 6
     assert picture.shape[0] == 160 + 18 + 4
     assert abs(picture.shape[1] - (2 + 6) * (240 + 4)) <= 2 + 6

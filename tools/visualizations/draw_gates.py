@@ -1,9 +1,9 @@
 """Draw which granularity each region of an image got, and tell how objects and background differ.
 
 Writes a row of pictures for each image: the image as the network sees it, with --predictions what the model predicts,
-drawn by its framework, then each DGE layer whose map has more than one region. Red is the finest granularity, then green,
-blue, yellow. With --masks, folders of the same names, the object's outline is drawn and the share of pixels that the
-finest granularity serves is printed, on objects and on background, over all images.
+drawn by its framework, then each DGE layer whose map has more than one region. Red is the finest granularity, then
+green, blue, yellow. With --masks, folders of the same names, the object's outline is drawn and the share of pixels that
+the finest granularity serves is printed, on objects and on background, over all images.
 """
 import argparse
 from pathlib import Path

@@ -124,5 +124,5 @@ class DeiT(DynamicBackbone):
         if self.out_type == 'cls_token':
             return (tokens[:, 0], tokens[:, 1]) if self.num_extra > 1 else tokens[:, 0]
         if self.out_type == 'featmap':
-            return cells.transpose(1, 2).unflatten(2, shape)
+            return cells.transpose(1, 2).unflatten(2, shape).contiguous()
         return cells.mean(1) if self.out_type == 'avg_featmap' else tokens

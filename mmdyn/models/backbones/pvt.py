@@ -162,7 +162,8 @@ class PVT(DynamicBackbone):
             if self.out_type == 'featmap' or i < len(self.stages) - 1:
                 x = tokens.transpose(1, 2).unflatten(2, shape)
                 if i in self.out_indices:
-                    outs.append(x)
+                    # mmcv's RoIAlign reads the memory of the maps that necks make of these, whatever their strides.
+                    outs.append(x.contiguous())
         self.account(len(x), shapes)
         if self.out_type == 'featmap':
             return tuple(outs)

@@ -349,3 +349,11 @@ def test_checkpoint_of_another_architecture(name, arch, messages, make_backbone)
         make_backbone(name, dge=DGE).load_state_dict(make_backbone(name, arch=arch).state_dict())
     for message in messages:
         assert f'\n  {message}' in str(error.value)
+
+
+@torch.no_grad()
+def test_maps_are_contiguous(name, make_backbone):
+    """mmcv's RoIAlign takes any map for contiguous, and convolutions keep the strides of their input."""
+    for dge in (None, DGE):
+        maps = make_backbone(name, out_type='featmap', dge=dge).eval()(torch.randn(2, 3, 52, 36))
+        assert all(out.is_contiguous() for out in maps)
