@@ -1,9 +1,10 @@
 # Semantic FPN on a small PVT, for the digits of tools/dataset_tools/make_demo_dataset.py on images of 128 pixels.
 _base_ = [
-    'mmseg::_base_/models/fpn_r50.py', 'mmseg::_base_/default_runtime.py', 'mmseg::_base_/schedules/schedule_20k.py'
+    'mmseg::_base_/models/fpn_r50.py', 'mmseg::_base_/default_runtime.py', 'mmseg::_base_/schedules/schedule_20k.py',
+    '../_base_/models/pvt_mini.py'
 ]
 
-# From scratch, norms let the neck learn in minutes; mmseg's SyncBN does not train on a CPU.
+# From scratch, norms let the neck learn in minutes.
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
     data_preprocessor=dict(size=(128, 128), mean=[127.5] * 3, std=[64.] * 3),
@@ -11,12 +12,7 @@ model = dict(
     backbone=dict(
         _delete_=True,
         type='mmdyn.PVT',
-        arch=dict(
-            embed_dims=(32, 64, 128, 192),
-            depths=(1, 2, 2, 1),
-            num_heads=(1, 2, 4, 6),
-            mlp_ratios=(4, 4, 4, 4),
-            sr_ratios=(4, 2, 1, 1)),
+        arch=_base_.pvt_mini,
         img_size=128),
     neck=dict(in_channels=[32, 64, 128, 192], out_channels=64, norm_cfg=norm_cfg),
     decode_head=dict(in_channels=[64] * 4, channels=64, num_classes=11, norm_cfg=norm_cfg, dropout_ratio=0.))

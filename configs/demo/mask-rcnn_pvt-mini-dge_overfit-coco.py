@@ -1,17 +1,12 @@
 # A check of the whole way: Mask R-CNN on a small PVT+DGE learns 8 images of COCO by heart and is tested on them.
-_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py']
+_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py', '../_base_/models/pvt_mini.py']
 
 norm_cfg = dict(type='BN')
 model = dict(
     backbone=dict(
         _delete_=True,
         type='mmdyn.PVT',
-        arch=dict(
-            embed_dims=(32, 64, 128, 192),
-            depths=(1, 2, 2, 1),
-            num_heads=(1, 2, 4, 6),
-            mlp_ratios=(4, 4, 4, 4),
-            sr_ratios=(8, 4, 2, 1)),
+        arch=dict(_base_.pvt_mini, sr_ratios=(8, 4, 2, 1)),
         img_size=256,
         dge=dict(granularities=(1, 2, 4))),
     neck=dict(in_channels=[32, 64, 128, 192], out_channels=64, norm_cfg=norm_cfg),

@@ -1,5 +1,5 @@
 # Mask R-CNN on a small PVT, for the digits of tools/dataset_tools/make_demo_dataset.py on images of 128 pixels.
-_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py']
+_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py', '../_base_/models/pvt_mini.py']
 
 # From scratch, norms let the heads learn in minutes.
 norm_cfg = dict(type='BN')
@@ -8,12 +8,7 @@ model = dict(
     backbone=dict(
         _delete_=True,
         type='mmdyn.PVT',
-        arch=dict(
-            embed_dims=(32, 64, 128, 192),
-            depths=(1, 2, 2, 1),
-            num_heads=(1, 2, 4, 6),
-            mlp_ratios=(4, 4, 4, 4),
-            sr_ratios=(4, 2, 1, 1)),
+        arch=_base_.pvt_mini,
         img_size=128),
     neck=dict(in_channels=[32, 64, 128, 192], out_channels=64, num_outs=4, norm_cfg=norm_cfg),
     # Digits are 15 to 57 pixels large and half as high again as wide: one anchor for each cell is enough.

@@ -1,17 +1,12 @@
 # A small PVT for images of 64 pixels, on the digits of tools/dataset_tools/make_demo_dataset.py.
-_base_ = ['../_base_/default_runtime.py']
+_base_ = ['../_base_/default_runtime.py', '../_base_/models/pvt_mini.py']
 
 model = dict(
     type='ImageClassifier',
     data_preprocessor=dict(num_classes=10, mean=[127.5] * 3, std=[64.] * 3, to_rgb=True),
     backbone=dict(
         type='mmdyn.PVT',
-        arch=dict(
-            embed_dims=(32, 64, 128, 192),
-            depths=(1, 2, 2, 1),
-            num_heads=(1, 2, 4, 6),
-            mlp_ratios=(4, 4, 4, 4),
-            sr_ratios=(4, 2, 1, 1)),
+        arch=_base_.pvt_mini,
         img_size=64,
         out_type='cls_token'),
     head=dict(
