@@ -23,6 +23,8 @@ def build_model(cfg: Config, dense: bool = False) -> nn.Module:
     """The config's model in evaluation mode, without DGE if ``dense``; pretrained weights are not loaded."""
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     model = copy.deepcopy(cfg.model)
+    if 'data_preprocessor' in cfg:
+        model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as mmengine's Runner does
     model.backbone.pop('init_cfg', None)
     if dense:
         model.backbone.pop('dge', None)

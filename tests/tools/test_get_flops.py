@@ -99,6 +99,18 @@ def test_what_queries_cost():
         assert 0 < router < 0.01 * layer['flops_dense'] and layer['flops_queries'] < layer['flops_dense']
 
 
+def test_images_are_normalised_as_the_config_says():
+    """mmpretrain's base configs have the data preprocessor beside the model."""
+    cfg = Config.fromfile(ROOT / 'configs/dge/pvt-tiny-dge_8xb16_in1k-256px.py')
+    preprocessor = build_model(cfg).data_preprocessor
+    assert preprocessor.mean.flatten().tolist() == pytest.approx(cfg.data_preprocessor.mean)
+    bgr = torch.arange(3, dtype=torch.uint8)[:, None, None].expand(-1, 4, 4)
+    seen = preprocessor(dict(inputs=[bgr]))['inputs'][0, :, 0, 0]
+    expected = [(value - mean) / std
+                for value, mean, std in zip((2, 1, 0), cfg.data_preprocessor.mean, cfg.data_preprocessor.std)]
+    assert seen.tolist() == pytest.approx(expected)
+
+
 def test_json_at_a_ratio():
     result = json.loads(get_flops(DGE, '--query-ratio', 0.3, '--json', '--shape', 64, 64).stdout.splitlines()[-1])
     assert set(result) == {'params', 'params_dense', 'flops_dense', 'flops', 'query_ratio', 'layers'}
