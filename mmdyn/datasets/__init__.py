@@ -1,3 +1,4 @@
 from .loading import LoadImageFromFile
+from .token_labels import LoadTokenLabels, TokenLabelCrop, TokenLabelFlip
 
-__all__ = ['LoadImageFromFile']
+__all__ = ['LoadImageFromFile', 'LoadTokenLabels', 'TokenLabelCrop', 'TokenLabelFlip']

@@ -1,11 +1,22 @@
+from importlib import import_module
+
 from ..registry import MODELS
-from .backbones import DPVT, PVT, DeiT
+from .backbones import DPVT, PVT, CFViT, DeiT, LVViT
 
-__all__ = ['DPVT', 'DeiT', 'PVT', 'build_mask_tta_model']
+__all__ = ['CFViT', 'DPVT', 'DeiT', 'LVViT', 'PVT']
 
 
-@MODELS.register_module('MaskTTAModel')
-def build_mask_tta_model(*args, **kwargs):
-    """The MaskTTAModel of ``mmdyn.models.tta``, imported when first built, because it imports mmdet."""
-    from .tta import MaskTTAModel
-    return MaskTTAModel(*args, **kwargs)
+def register_when_built(name: str, module: str) -> None:
+    """Register a class whose module imports a framework, which need not be there, when it is first built."""
+
+    def build(*args, **kwargs):
+        return getattr(import_module(module, __name__), name)(*args, **kwargs)
+
+    build.__name__ = name
+    MODELS.register_module(name, module=build)
+
+
+register_when_built('CoarseToFineClassifier', '.classifiers.coarse_to_fine')
+register_when_built('LVViTHead', '.heads.lvvit_head')
+register_when_built('MaskTTAModel', '.tta')
+register_when_built('MixTokenPreprocessor', '.mix_token')

@@ -116,6 +116,11 @@ class DynamicBackbone(BaseModule):
         """The stages, each with the prefix of its blocks' names."""
         raise NotImplementedError
 
+    def position_embeddings(self) -> Iterator[Tuple[str, Tuple[int, int], int]]:
+        """Name of each position embedding, (h, w) of its map, and number of its extra tokens."""
+        for (stage, prefix), shape in zip(self.named_stages(), self.stage_shapes):
+            yield f'{prefix}pos_embed', shape, stage.num_extra
+
     @property
     def cost(self) -> BackboneCost:
         """What the last forward pass spent, per layer and image.
@@ -193,11 +198,10 @@ def fit_checkpoint(backbone: DynamicBackbone, state: dict, prefix: str, *_) -> N
     saved = {name for name in state if name.startswith(prefix)} if prefix else set(state)
     if not saved & set(own):
         return
-    for stage, (stage_module, name) in enumerate(backbone.named_stages()):
-        name = f'{prefix}{name}pos_embed'
+    for name, shape, num_extra in backbone.position_embeddings():
+        name = prefix + name
         if name in state and state[name].ndim == 3 and state[name].shape[2] == own[name].shape[2]:
-            state[name] = fit_position_embedding(state[name], own[name], backbone.stage_shapes[stage],
-                                                 stage_module.num_extra, backbone.interpolate_mode)
+            state[name] = fit_position_embedding(state[name], own[name], shape, num_extra, backbone.interpolate_mode)
 
     def is_router(name):
         return re.search(r'(^|\.)dge\.\d+\.router\.', name[len(prefix):])

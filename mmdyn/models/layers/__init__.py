@@ -1,9 +1,10 @@
 from .attention import Attention, packed_attention
 from .block import FFN, EncoderBlock
 from .deformable import DeformableAttention, deformable_sampling
-from .embedding import PatchEmbed, fit_position_embedding, position_embedding, resize_position_embedding
+from .embedding import (ConvStem, PatchEmbed, fit_position_embedding, position_embedding,
+                        resize_position_embedding)
 
 __all__ = [
-    'FFN', 'Attention', 'DeformableAttention', 'EncoderBlock', 'PatchEmbed', 'deformable_sampling',
+    'FFN', 'Attention', 'ConvStem', 'DeformableAttention', 'EncoderBlock', 'PatchEmbed', 'deformable_sampling',
     'fit_position_embedding', 'packed_attention', 'position_embedding', 'resize_position_embedding'
 ]

@@ -28,6 +28,13 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: List[in
     ])
 
 
+def class_attention(query: Tensor, key: Tensor) -> Tensor:
+    """Softmax of one query of each image over its keys, mean of the heads: (B, heads, D), (B, heads, M, D) -> (B, M)."""
+    with torch.autocast(query.device.type, enabled=False):
+        scores = torch.einsum('bhd,bhmd->bhm', query.float() / math.sqrt(query.shape[-1]), key.float())
+        return scores.softmax(-1).mean(1)
+
+
 class Attention(nn.Module):
     """Multi-head attention whose keys and values are the tokens, spatially reduced if ``sr_ratio`` > 1 (PVT).
 
@@ -36,20 +43,26 @@ class Attention(nn.Module):
         num_heads: heads; they divide ``dim``.
         sr_ratio: a convolution turns each sr_ratio x sr_ratio patch of the map into one key. Extra tokens stay.
         norm_eps: epsilon of the norm after the reduction.
+        qkv_bias: whether queries, keys and values have a bias.
+
+    Attributes:
+        keeps_class_attention: whether a dense pass leaves its class attention behind.
+        class_attention: (B, M), how much the first token of each image attended to each key, mean of the heads.
     """
     uses_points = False
 
-    def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, norm_eps: float = 1e-6):
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, norm_eps: float = 1e-6, qkv_bias: bool = True):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.')
         self.num_heads, self.sr_ratio = num_heads, sr_ratio
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
             self.norm = nn.LayerNorm(dim, norm_eps)
+        self.keeps_class_attention, self.class_attention = False, None
 
     def reduce(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int) -> Tensor:
         """(B, E + H*W, C) -> (B, E + (H//sr)*(W//sr), C)."""
@@ -80,6 +93,9 @@ class Attention(nn.Module):
         query = self.q(queries).unflatten(-1, heads)
         key_value = self.kv(self.reduce(tokens, shape, num_extra))
         key, value = key_value.unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
+        if self.keeps_class_attention:
+            # One row for each head; the other rows go through fused attention, which shows none.
+            self.class_attention = class_attention(query[:, 0].detach(), key.detach())
         if lengths is None:
             out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value).transpose(1, 2)
         else:

@@ -46,15 +46,17 @@ class EncoderBlock(nn.Module):
         mlp_ratio: hidden channels of the feed-forward network, in multiples of ``dim``.
         drop_path_rate: probability to drop each of the two branches of an image in training.
         norm_eps: epsilon of the norms.
+        residual_scale: factor of both branches.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path_rate: float = 0., norm_eps: float = 1e-6):
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path_rate: float = 0., norm_eps: float = 1e-6,
+                 residual_scale: float = 1.):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.ffn = FFN(dim, int(dim * mlp_ratio))
-        self.drop_path_rate = drop_path_rate
+        self.drop_path_rate, self.residual_scale = drop_path_rate, residual_scale
 
     @property
     def uses_points(self) -> bool:
@@ -79,14 +81,15 @@ class EncoderBlock(nn.Module):
         """
         normed = self.norm1(tokens)
         queries_normed = normed if queries is tokens else self.norm1(queries)
-        attended = self._drop(self.attn(queries_normed, normed, shape, lengths, num_extra, points), lengths)
-        return attended + self._drop(self.ffn(self.norm2(queries + attended)), lengths)
+        attended = self._scale(self.attn(queries_normed, normed, shape, lengths, num_extra, points), lengths)
+        return attended + self._scale(self.ffn(self.norm2(queries + attended)), lengths)
 
     def forward(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0) -> Tensor:
         """The dense block: every token is a query. (B, E + H*W, C) -> the same."""
         return tokens + self.change(tokens, tokens, shape, None, num_extra)
 
-    def _drop(self, x: Tensor, lengths: Optional[List[int]]) -> Tensor:
+    def _scale(self, x: Tensor, lengths: Optional[List[int]]) -> Tensor:
+        x = x if self.residual_scale == 1 else x * self.residual_scale
         return drop_path(x, self.drop_path_rate, lengths) if self.training and self.drop_path_rate else x
 
     def macs(self, shape: Tuple[int, int], num_extra: int) -> Tuple[int, int]:

@@ -20,6 +20,35 @@ def test_block_equals_a_slow_one(sr_ratio, shape, num_extra, randomise, slow_cha
     torch.testing.assert_close(block(tokens, shape, num_extra), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('scale', [1, 0.5, 0.1])
+def test_residual_scale_is_that_of_both_branches(scale, randomise, slow_attention):
+    """The FFN sees the attention branch scaled. Packed and dense."""
+    block = randomise(EncoderBlock(12, Attention(12, 3), 2, residual_scale=scale))
+    tokens, lengths = torch.randn(3, 7, 12), [7, 7, 7]
+    expected = []
+    for image in tokens:
+        normed = block.norm1(image)
+        attended = image + scale * slow_attention(block.attn, normed, normed, (1, 7), 0)
+        expected.append(attended + scale * block.ffn(block.norm2(attended)))
+    expected = torch.stack(expected)
+    torch.testing.assert_close(block(tokens, (1, 7)), expected, rtol=1e-5, atol=1e-5)
+    queries = tokens.flatten(0, 1)
+    packed = queries + block.change(queries, tokens, (1, 7), lengths)
+    torch.testing.assert_close(packed.unflatten(0, (3, 7)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_residual_scale_comes_on_top_of_stochastic_depth():
+    """Branches that add 1 and 10 are halved, then dropped or doubled."""
+    block = EncoderBlock(4, Attention(4, 1), 2, drop_path_rate=0.5, residual_scale=0.5)
+    for layer, value in ((block.attn.proj, 1.), (block.ffn.fc2, 10.)):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, value)
+    tokens = torch.randn(200, 6, 4)
+    changes = block.change(tokens, tokens, (2, 3)).reshape(200, -1)
+    assert (changes == changes[:, :1]).all() and set(changes[:, 0].tolist()) == {0, 1, 10, 11}
+    assert (block.eval().change(tokens, tokens, (2, 3)) == 5.5).all()
+
+
 @pytest.mark.parametrize('lengths', [None, [3, 0, 1] * 1000])
 def test_drop_path_drops_whole_images_and_keeps_the_expectation(lengths):
     """An image stays with probability 0.75 and is then scaled by 4 / 3."""

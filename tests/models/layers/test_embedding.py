@@ -1,8 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from mmdyn.models.layers import PatchEmbed, fit_position_embedding, position_embedding, resize_position_embedding
+from mmdyn.models.layers import (ConvStem, PatchEmbed, fit_position_embedding, position_embedding,
+                                 resize_position_embedding)
 
 
 @pytest.mark.parametrize('norm', [False, True])
@@ -24,6 +26,68 @@ def test_patches_are_projected_one_by_one(norm, randomise):
 def test_image_must_hold_a_patch(height, width):
     with pytest.raises(ValueError, match=f'An input of {height} x {width} is smaller than one patch of 4 x 4: use'):
         PatchEmbed(2, 5, 4)(torch.randn(1, 2, height, width))
+
+
+def slow_conv(weight, x, stride):
+    """Each output pixel from its own window of a map (C, H, W) with a border of zeros."""
+    kernel, (height, width) = weight.shape[2], x.shape[1:]
+    padded = torch.zeros(len(x), height + kernel, width + kernel, dtype=x.dtype)
+    padded[:, kernel // 2:kernel // 2 + height, kernel // 2:kernel // 2 + width] = x
+    return torch.stack([
+        torch.stack([(weight * padded[:, row:row + kernel, column:column + kernel]).sum((1, 2, 3))
+                     for column in range(0, width, stride)], -1) for row in range(0, height, stride)], 1)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('patch, size', [(4, (8, 12)), (2, (4, 6)), (4, (9, 14)), (8, (16, 8))])
+def test_stem_equals_a_slow_one(training, patch, size, randomise):
+    """7 x 7 with stride 2, twice 3 x 3, each with batch norm and ReLU, then patches of half the side."""
+    stem = randomise(ConvStem(2, 5, patch, width=3)).double().train(training)
+    convs, norms = stem.convs[0::3], stem.convs[1::3]
+    assert [tuple(conv.weight.shape) for conv in convs] == [(3, 2, 7, 7), (3, 3, 3, 3), (3, 3, 3, 3)]
+    x = torch.randn(2, 2, *size, dtype=torch.double)
+    maps = x
+    for conv, norm, stride in zip(convs, norms, (2, 1, 1)):
+        torch.nn.init.normal_(norm.running_mean)
+        torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+        maps = torch.stack([slow_conv(conv.weight, image, stride) for image in maps])
+        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        if training:
+            mean, var = maps.mean((0, 2, 3)), maps.var((0, 2, 3), unbiased=False)
+        maps = (maps - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+        maps = (maps * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
+    side, shape = patch // 2, (size[0] // patch, size[1] // patch)
+    patches = [maps[:, None, :, side * row:side * (row + 1), side * column:side * (column + 1)]
+               for row in range(shape[0]) for column in range(shape[1])]
+    expected = torch.stack([(patch * stem.proj.weight).sum((2, 3, 4)) for patch in patches], 1) + stem.proj.bias
+    tokens, found = stem(x)
+    assert found == shape
+    torch.testing.assert_close(tokens, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_stem_macs_are_what_the_librarys_counter_sees():
+    """By hand: the convolutions run on half the side, 64 channels."""
+    stem = ConvStem(3, 10)
+    with FlopCounterMode(display=False) as counter:
+        stem(torch.randn(2, 3, 32, 48))
+    by_hand = 16 * 24 * 64 * (3 * 49 + 2 * 64 * 9) + 2 * 3 * 10 * 64 * 64
+    assert stem.macs((2, 3)) == by_hand == counter.get_total_flops() / 2 / 2
+
+
+@pytest.mark.parametrize('side', [32, 33, 38, 39, 40])
+def test_stem_has_as_many_patches_as_fit_into_the_image(side):
+    assert ConvStem(3, 4, 8, width=2)(torch.randn(1, 3, side, 16))[1] == (side // 8, 2)
+
+
+@pytest.mark.parametrize('height, width', [(3, 16), (16, 3)])
+def test_image_must_hold_a_patch_of_the_stem(height, width):
+    with pytest.raises(ValueError, match=f'An input of {height} x {width} is smaller than one patch of 4 x 4: use'):
+        ConvStem(2, 5, 4)(torch.randn(1, 2, height, width))
+
+
+def test_stem_needs_an_even_patch():
+    with pytest.raises(ValueError, match='patch_size=7: the stem halves the resolution first, give an even number'):
+        ConvStem(3, 5, 7)
 
 
 def test_position_embedding_is_a_truncated_normal():

@@ -1,0 +1,124 @@
+"""Plain vision transformers: the class token and all patches of an image through one stack of blocks."""
+from typing import Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..layers import Attention, ConvStem, EncoderBlock, PatchEmbed, position_embedding, resize_position_embedding
+from .base import (OUT_TYPES, DynamicBackbone, choose_arch, choose_out_indices, dge_of_stages, image_sides, make_blocks)
+
+DEIT = {
+    'tiny': dict(embed_dim=192, depth=12, num_heads=3, mlp_ratio=4),
+    'small': dict(embed_dim=384, depth=12, num_heads=6, mlp_ratio=4),
+    'base': dict(embed_dim=768, depth=12, num_heads=12, mlp_ratio=4),
+}
+LVVIT = {
+    'small': dict(embed_dim=384, depth=16, num_heads=6, mlp_ratio=3),
+    'medium': dict(embed_dim=512, depth=20, num_heads=8, mlp_ratio=3),
+}
+
+
+class PlainViT(DynamicBackbone):
+    """Base of DeiT, LV-ViT and CF-ViT; see DeiT for the arguments that they share.
+
+    Args:
+        family: ``'deit'``, or ``'lvvit'`` for a convolutional stem, queries, keys and values without bias, and branches
+            divided by 2.
+    """
+
+    families = {
+        'deit': dict(archs=DEIT, qkv_bias=True, residual_scale=1., norm_eps=1e-6),
+        'lvvit': dict(archs=LVVIT, qkv_bias=False, residual_scale=0.5, norm_eps=1e-5),
+    }
+
+    def __init__(self,
+                 family: str,
+                 arch: Union[str, dict],
+                 img_size: Union[int, Sequence[int]],
+                 in_channels: int = 3,
+                 patch_size: int = 16,
+                 distilled: bool = False,
+                 dge: Optional[dict] = None,
+                 out_type: str = 'cls_token',
+                 out_indices: Union[int, Sequence[int], None] = None,
+                 drop_path_rate: float = 0.,
+                 frozen_stages: int = -1,
+                 with_cp: bool = False,
+                 interpolate_mode: str = 'bilinear',
+                 norm_eps: Optional[float] = None,
+                 init_cfg: Union[dict, List[dict], None] = None):
+        super().__init__(frozen_stages, with_cp, interpolate_mode, init_cfg)
+        kind = self.families[family]
+        arch, norm_eps = choose_arch(arch, kind['archs']), norm_eps or kind['norm_eps']
+        dim, depth = arch['embed_dim'], arch['depth']
+        if out_type not in OUT_TYPES:
+            raise ValueError(f'out_type={out_type!r}: choose from {OUT_TYPES}.')
+        if not -1 <= frozen_stages <= depth:
+            raise ValueError(f'frozen_stages={frozen_stages}: choose from -1 (none) to {depth}, the number of blocks.')
+        self.out_type = out_type
+        self.out_indices = choose_out_indices(out_indices, depth, [depth - 1])
+        height, width = image_sides(img_size, patch_size)
+        self.shape = height // patch_size, width // patch_size
+        self.num_extra = 1 + distilled
+
+        self.patch_embed = (
+            ConvStem(in_channels, dim, patch_size) if family == 'lvvit' else
+            PatchEmbed(in_channels, dim, patch_size, norm=False))
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
+        if distilled:
+            self.dist_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
+        self.pos_embed = position_embedding(self.num_extra, self.shape, dim)
+        blocks = [
+            EncoderBlock(dim, Attention(dim, arch['num_heads'], qkv_bias=kind['qkv_bias']), arch['mlp_ratio'], rate,
+                         norm_eps, kind['residual_scale'])
+            for rate in torch.linspace(0, drop_path_rate, depth).tolist()
+        ]
+        make_blocks(self, blocks, dim, dge_of_stages(dge, 1)[0], with_cp)
+        self.norm = nn.LayerNorm(dim, norm_eps)
+        self.freeze()
+
+    @property
+    def stage_shapes(self) -> List[Tuple[int, int]]:
+        """(h, w) of the map on images of ``img_size``."""
+        return [self.shape]
+
+    @property
+    def out_channels(self) -> List[int]:
+        return [self.pos_embed.shape[2]] * len(self.out_indices)
+
+    def named_stages(self):
+        yield self, ''
+
+    def frozen_modules(self):
+        if self.frozen_stages >= 0:
+            yield from (self.patch_embed, self.pos_embed, self.cls_token)
+            if self.num_extra > 1:
+                yield self.dist_token
+        yield from self.blocks[:max(self.frozen_stages, 0)]
+        yield from self.dge[:max(self.frozen_stages, 0)]
+        if self.frozen_stages == len(self.blocks):
+            yield self.norm
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """(B, 3, H, W) images -> the outputs that ``out_type`` and ``out_indices`` name."""
+        tokens, shape = self.patch_embed(x)
+        extra = [self.cls_token, self.dist_token] if self.num_extra > 1 else [self.cls_token]
+        tokens = torch.cat([*(t.expand(len(x), -1, -1).type_as(tokens) for t in extra), tokens], dim=1)
+        tokens = tokens + resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra,
+                                                    self.interpolate_mode)
+        outs = []
+        for i in range(len(self.blocks)):
+            tokens = self.run_block(self, i, tokens, shape)
+            if i in self.out_indices:
+                outs.append(self._format(self.norm(tokens) if i == len(self.blocks) - 1 else tokens, shape))
+        self.account(len(x), [shape])
+        return tuple(outs)
+
+    def _format(self, tokens: Tensor, shape: Tuple[int, int]):
+        cells = tokens[:, self.num_extra:]
+        if self.out_type == 'cls_token':
+            return (tokens[:, 0], tokens[:, 1]) if self.num_extra > 1 else tokens[:, 0]
+        if self.out_type == 'featmap':
+            return cells.transpose(1, 2).unflatten(2, shape).contiguous()
+        return cells.mean(1) if self.out_type == 'avg_featmap' else tokens

@@ -1,0 +1,30 @@
+"""Feature reuse: what the coarse stage found out goes into the fine tokens (CF-ViT paper, figure 4)."""
+from torch import Tensor, nn
+
+from ..layers import FFN
+
+KINDS = ('mlp', 'linear')
+
+
+class FeatureReuse(nn.Module):
+    """A norm and an MLP on the coarse stage's output tokens.
+
+    Args:
+        dim: channels.
+        mlp_ratio: hidden channels of the MLP in multiples of ``dim``.
+        kind: ``'mlp'``, or ``'linear'`` for one linear layer (table 5).
+        norm_eps: epsilon of the norm.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float, kind: str = 'mlp', norm_eps: float = 1e-6):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, norm_eps)
+        self.mlp = FFN(dim, int(dim * mlp_ratio)) if kind == 'mlp' else nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, n, C) -> (B, n, C)."""
+        return self.mlp(self.norm(tokens))
+
+    def macs(self) -> int:
+        """Multiply-adds of one token."""
+        return self.mlp.macs() if isinstance(self.mlp, FFN) else self.mlp.weight.numel()
