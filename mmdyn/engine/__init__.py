@@ -1,3 +1,3 @@
-from .hooks import BudgetHook, LossGuardHook
+from .hooks import BudgetHook, FineSelectionHook, LossGuardHook
 
-__all__ = ['BudgetHook', 'LossGuardHook']
+__all__ = ['BudgetHook', 'FineSelectionHook', 'LossGuardHook']

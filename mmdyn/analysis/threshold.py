@@ -1,0 +1,98 @@
+"""What CF-ViT's confidence threshold trades: accuracy against multiply-adds."""
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Curve(NamedTuple):
+    """Accuracy and cost at each of T thresholds.
+
+    Attributes:
+        threshold: (T,) eta.
+        exit_share: (T,) share of the images, in [0, 1], that stop after the coarse stage.
+        top1: (T,) accuracy in per cent.
+        macs: (T,) multiply-adds of an image on average.
+    """
+    threshold: Tensor
+    exit_share: Tensor
+    top1: Tensor
+    macs: Tensor
+
+    def point(self, index: int) -> dict:
+        """The numbers at one threshold."""
+        return {name: values[index].item() for name, values in self._asdict().items()}
+
+
+def curve(coarse_scores: Tensor, fine_scores: Tensor, labels: Tensor, coarse_macs: float, fine_macs: float,
+          thresholds: Tensor) -> Curve:
+    """What early exit would have done at each threshold, from one run of both stages.
+
+    An image stops if its coarse confidence reaches the threshold; threshold 1 stops none.
+
+    Args:
+        coarse_scores, fine_scores: (N, classes) probabilities of N images.
+        labels: (N,).
+        coarse_macs, fine_macs: multiply-adds of the coarse stage, and those that the fine stage adds.
+        thresholds: (T,), in [0, 1].
+    """
+    thresholds = torch.as_tensor(thresholds, dtype=torch.double)
+    confidence, coarse_class = coarse_scores.max(-1)
+    confidence, order = confidence.sort()
+    coarse_right, fine_right = (right[order].long() for right in (coarse_class == labels,
+                                                                  fine_scores.argmax(-1) == labels))
+    num, none = len(labels), labels.new_zeros(1)
+    # The images that go on are the least confident ones. As in the classifier, a threshold has the scores' precision.
+    goes_on = torch.searchsorted(confidence, thresholds.to(confidence))
+    goes_on[thresholds >= 1] = num
+    right = torch.cat([none, fine_right.cumsum(0)])[goes_on] + (
+        coarse_right.sum() - torch.cat([none, coarse_right.cumsum(0)])[goes_on])
+    right, goes_on = right.double(), goes_on.double()
+    return Curve(thresholds, (num - goes_on) / num, 100 * right / num, coarse_macs + fine_macs * (goes_on / num))
+
+
+def operating_points(coarse_scores: Tensor) -> Tensor:
+    """Thresholds, rounded to 6 decimals, between each two confidences: all that can differ in which images stop."""
+    confidence = coarse_scores.amax(-1).double().unique()
+    between = (confidence[1:] + confidence[:-1]) / 2
+    return torch.cat([confidence.new_zeros(1), between.round(decimals=6), confidence.new_ones(1)]).unique()
+
+
+def most_accurate(of: Curve, macs: float) -> int:
+    """Index of the most accurate point that spends at most ``macs``, the cheapest of several.
+
+    Raises:
+        ValueError: if there is none; it says what is reachable.
+    """
+    allowed = of.macs <= macs
+    if not allowed.any():
+        raise ValueError(f'No threshold brings the multiply-adds down to {macs / 1e9:.7g} G: they range from '
+                         f'{round_up(of.macs.min().item() / 1e9)} G, where all images stop after the coarse stage, to '
+                         f'{round_up(of.macs.max().item() / 1e9)} G.')
+    best = allowed & (of.top1 == of.top1[allowed].max())
+    return of.macs.where(best, torch.inf).argmin().item()
+
+
+def cheapest(of: Curve, top1: float) -> int:
+    """Index of the cheapest point whose accuracy is at least ``top1``, the most accurate of several.
+
+    Raises:
+        ValueError: if there is none; it says what is reachable.
+    """
+    allowed = of.top1 >= top1
+    if not allowed.any():
+        raise ValueError(f'No threshold reaches {top1:g} % top-1: the accuracy ranges from '
+                         f'{round_down(of.top1.min().item())} to {round_down(of.top1.max().item())} %.')
+    best = allowed & (of.macs == of.macs[allowed].min())
+    return of.top1.where(best, -torch.inf).argmax().item()
+
+
+def round_up(value: float) -> float:
+    """To 7 decimals: a budget that was copied from a message can be met."""
+    return math.ceil(value * 1e7) / 1e7
+
+
+def round_down(value: float) -> float:
+    """To 3 decimals: an accuracy that was copied from a message can be reached."""
+    return math.floor(value * 1e3) / 1e3

@@ -1,0 +1,66 @@
+from collections import OrderedDict
+from typing import Any, List, Sequence, Union
+
+import torch
+from mmengine.evaluator import BaseMetric
+from torch import Tensor
+
+from ..registry import METRICS
+
+
+@METRICS.register_module()
+class CoarseToFineMetric(BaseMetric):
+    """Accuracy of each stage of CF-ViT, and what the early exit saves, from one test.
+
+    Reports, over the images: ``top<k>`` of the stage at which each image stops, ``coarse_top<k>`` of the coarse
+    stage, and ``fine_top<k>`` of the fine stage if that ran on all images, as with ``test_cfg=dict(every_stage=True)``
+    or ``threshold=1``, in per cent; ``exit_share``, the share in [0, 1] that stops after the coarse stage; and
+    ``gflops``, the backbone's multiply-adds in 1e9.
+
+    Args:
+        topk: k, or several.
+        collect_device: as in mmengine's metrics.
+        prefix: as in mmengine's metrics. Defaults to ``'cf'``.
+    """
+    default_prefix = 'cf'
+
+    def __init__(self, topk: Union[int, Sequence[int]] = (1, 5), collect_device: str = 'cpu', prefix=None):
+        super().__init__(collect_device=collect_device, prefix=prefix)
+        self.topk = (topk, ) if isinstance(topk, int) else tuple(topk)
+        if not self.topk or min(self.topk) < 1:
+            raise ValueError(f'CoarseToFineMetric: topk={topk}: give a positive k, or several, e.g. (1, 5).')
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Note of each image by which stages its label is among the best k."""
+        for sample in data_samples:
+            if 'coarse_score' not in sample:
+                raise ValueError('CoarseToFineMetric: the predictions have no coarse_score, which a CF-ViT gives: use '
+                                 'the model type mmdyn.CoarseToFineClassifier, or leave out the metric.')
+            if 'gt_label' not in sample:
+                raise ValueError('CoarseToFineMetric: the images have no gt_label: give a test set with labels, or '
+                                 'leave out the metric.')
+            hits = {name: self._hits(sample[f'{score}_score'], sample['gt_label'])
+                    for name, score in (('', 'pred'), ('coarse_', 'coarse'), ('fine_', 'fine'))
+                    if f'{score}_score' in sample}
+            # One entry for each image: mmengine cuts what was gathered from all processes to the size of the data set.
+            self.results.append(dict(hits=hits, exits=sample['exit_stage'] == 0, macs=sample['macs']))
+
+    def _hits(self, score: Tensor, label: Tensor) -> List[bool]:
+        """For each k, whether the label is among the k classes of the highest score."""
+        if max(self.topk) > len(score):
+            raise ValueError(f'CoarseToFineMetric: topk={self.topk}, but the model tells {len(score)} classes apart: '
+                             f'give a topk of at most {len(score)}.')
+        found = (score.topk(max(self.topk)).indices == label.to(score.device)).tolist()
+        return [any(found[:k]) for k in self.topk]
+
+    def compute_metrics(self, results: List[dict]) -> dict:
+        """Average over the images."""
+        metrics = OrderedDict()
+        for name in ('', 'coarse_', 'fine_'):
+            hits = [result['hits'].get(name) for result in results]
+            if None not in hits:
+                shares = torch.tensor(hits, dtype=torch.double).mean(0).tolist()
+                metrics.update({f'{name}top{k}': 100 * share for k, share in zip(self.topk, shares)})
+        metrics['exit_share'] = sum(result['exits'] for result in results) / len(results)
+        metrics['gflops'] = sum(result['macs'] for result in results) / len(results) / 1e9
+        return metrics

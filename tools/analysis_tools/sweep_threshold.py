@@ -1,0 +1,132 @@
+"""Tell what CF-ViT's confidence threshold trades: accuracy against multiply-adds of the backbone.
+
+Runs both stages on each image of the config's test set once, and from that tells what every threshold would do. Writes
+curve.json, curve.csv and curve.png. With --flops or --top1, finds the threshold to write into the config's
+model.test_cfg.
+"""
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import mmdyn  # noqa: F401
+import torch
+from matplotlib.figure import Figure
+from mmdyn.analysis.threshold import Curve, cheapest, curve, most_accurate, operating_points
+from mmdyn.engine.launch import build_runner
+from mmengine.config import Config, DictAction
+
+UNITS = dict(K=1e3, M=1e6, G=1e9)
+
+
+def macs(text: str) -> int:
+    """Multiply-adds such as 2.0G."""
+    try:
+        return round(float(text[:-1]) * UNITS[text[-1]])
+    except (ValueError, KeyError, IndexError):
+        raise argparse.ArgumentTypeError(f'{text!r}: give a number and K, M or G, e.g. 2.0G')
+
+
+def run_both_stages(cfg: Config, checkpoint: str, work_dir: Path) -> dict:
+    """The arguments of :func:`~mmdyn.analysis.threshold.curve`, but for the thresholds."""
+    if cfg.model.type.split('.')[-1] != 'CoarseToFineClassifier':
+        raise ValueError(f'the model is a {cfg.model.type}: give the config of an mmdyn.CoarseToFineClassifier, which '
+                         'has a threshold.')
+    if cfg.get('test_dataloader') is None:
+        raise ValueError('the config has no test_dataloader, whose images are needed.')
+    cfg.model.test_cfg = dict(threshold=1., every_stage=True)
+    cfg.load_from, cfg.work_dir = checkpoint, str(work_dir)
+    runner = build_runner(cfg)
+    runner.load_or_resume()
+    runner.model.eval()
+    coarse, fine, labels = [], [], []
+    for batch in runner.build_dataloader(cfg.test_dataloader):
+        with torch.inference_mode():
+            samples = runner.model.test_step(batch)
+        if any('gt_label' not in sample for sample in samples):
+            raise ValueError('the images of the test set have no labels.')
+        coarse += [sample.coarse_score.cpu() for sample in samples]
+        fine += [sample.fine_score.cpu() for sample in samples]
+        labels += [sample.gt_label.cpu() for sample in samples]
+    coarse_macs, fine_macs = runner.model.backbone.stage_macs()
+    return dict(coarse_scores=torch.stack(coarse), fine_scores=torch.stack(fine), labels=torch.cat(labels),
+                coarse_macs=coarse_macs, fine_macs=fine_macs)
+
+
+def line(point: dict) -> str:
+    """A point as a line of the table."""
+    return (f'{point["threshold"]:10.6g}{point["exit_share"]:10.1%}{point["top1"]:10.2f}'
+            f'{point["macs"] / 1e9:18.4g}')
+
+
+def draw(swept: Curve, chosen: dict, path: Path) -> None:
+    """Plot accuracy over multiply-adds, with each tenth of the threshold and the chosen points."""
+    axes = (figure := Figure(figsize=(6, 4), layout='constrained')).subplots()
+    axes.plot(swept.macs / 1e9, swept.top1)
+    # Of the thresholds that come to the same, the first alone is written.
+    points = [swept.point(index) for index in reversed(tenths(swept))]
+    for place, threshold in {(point['macs'] / 1e9, point['top1']): point['threshold'] for point in points}.items():
+        axes.plot(*place, '.', color='C0')
+        axes.annotate(f'{threshold:g}', place, (2, 3), textcoords='offset points', fontsize=7)
+    for name, point in chosen.items():
+        axes.plot(point['macs'] / 1e9, point['top1'], 'o', mfc='none',
+                  label=f'{name}: threshold {point["threshold"]:.6g}')
+    if chosen:
+        axes.legend(loc='lower right')
+    axes.set(xlabel='multiply-adds of the backbone (G)', ylabel='top-1 accuracy (%)')
+    figure.savefig(path, dpi=150)
+
+
+def tenths(swept: Curve) -> range:
+    """Indices of the thresholds 0, 0.1, ..., 1."""
+    return range(0, len(swept.threshold), (len(swept.threshold) - 1) // 10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--out', help='folder of the results (default: work_dirs/<name of the config>/threshold)')
+    parser.add_argument('--flops', type=macs, help='find the most accurate threshold within this budget, e.g. 2.0G')
+    parser.add_argument('--top1', type=float, help='find the cheapest threshold of at least this accuracy, e.g. 79.8')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
+    args = parser.parse_args()
+
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    out = Path(args.out or Path('work_dirs') / Path(args.config).stem / 'threshold')
+    out.mkdir(parents=True, exist_ok=True)
+    chosen, unreachable = {}, []
+    try:
+        run = run_both_stages(cfg, args.checkpoint, out)
+    except ValueError as error:
+        raise SystemExit(f'sweep_threshold.py: {error}')
+    swept = curve(**run, thresholds=torch.arange(1001, dtype=torch.double) / 1000)
+    every = curve(**run, thresholds=operating_points(run['coarse_scores']))
+    for name, wanted, find in (('flops', args.flops, most_accurate), ('top1', args.top1, cheapest)):
+        try:
+            if wanted is not None:
+                chosen[name] = every.point(find(every, wanted))
+        except ValueError as error:
+            unreachable.append(f'--{name}: {error}')
+
+    columns = {name: values.tolist() for name, values in swept._asdict().items()}
+    (out / 'curve.json').write_text(json.dumps(dict(
+        images=len(run['labels']), coarse_macs=run['coarse_macs'], fine_macs=run['fine_macs'], chosen=chosen,
+        curve=columns)))
+    with open(out / 'curve.csv', 'w', newline='') as file:
+        csv.writer(file).writerows([columns, *zip(*columns.values())])
+    draw(swept, chosen, out / 'curve.png')
+
+    print(f'{"threshold":>10}{"exit":>10}{"top-1":>10}{"multiply-adds, G":>18}')
+    for index in tenths(swept):
+        print(line(swept.point(index)))
+    for name, point in chosen.items():
+        print(f'--{name} is met by\n{line(point)}')
+    print(f'curve.json, curve.csv and curve.png are in {out}')
+    if unreachable:
+        raise SystemExit('sweep_threshold.py: ' + '\n'.join(unreachable))
+
+
+if __name__ == '__main__':
+    main()
