@@ -28,6 +28,10 @@ PLAIN = dict(type='mmdyn.DeiT', arch=DEIT, img_size=SIDE, patch_size=8)
 PLAIN_TIMM = dict(PLAIN, arch=dict(DEIT, mlp_ratio=4))
 LINEAR = dict(type='LinearClsHead', num_classes=CLASSES, in_channels=32)
 DISTILLED = dict(LINEAR, type='DeiTClsHead')
+# Both with 4x4 pixels a patch, and deep enough for the global class attention, which begins at the 4th block.
+FAMILIES = {'deit': dict(DEIT, depth=5), 'lvvit': dict(DEIT, depth=5, mlp_ratio=3)}
+HEADS = {'deit': LINEAR, 'lvvit': dict(LINEAR, type='mmdyn.LVViTHead')}
+EPS = {'deit': 1e-6, 'lvvit': 1e-5}
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +52,7 @@ def images():
     return torch.randn(2, 3, SIDE, SIDE)
 
 
-# The models of the DGE, PVT and DeiT authors: shapes of their tensors, and one image at a time through them.
+# The models of the DGE, PVT, DeiT, LV-ViT and CF-ViT authors: shapes of their tensors, and one image at a time.
 
 
 def tensors(shapes):
@@ -110,13 +114,51 @@ def authors_deit(splits=()):
     return {**tensors(shapes), **given}
 
 
+def layer(name, *shape):
+    return {f'{name}.weight': shape, f'{name}.bias': shape[:1]}
+
+
+def authors_plain(family, **embeddings):
+    """DeiT or LV-ViT with these position embeddings, each given by the side of its grid."""
+    hidden = 32 * FAMILIES[family]['mlp_ratio']
+    shapes = {'cls_token': (1, 1, 32), **layer('norm', 32), **layer('head', CLASSES, 32)}
+    shapes.update({name: (1, 1 + side**2, 32) for name, side in embeddings.items()})
+    for j in range(FAMILIES[family]['depth']):
+        for name, shape in {'norm1': (32, ), 'attn.qkv': (96, 32), 'attn.proj': (32, 32), 'norm2': (32, ),
+                            'mlp.fc1': (hidden, 32), 'mlp.fc2': (32, hidden)}.items():
+            shapes.update(layer(f'blocks.{j}.{name}', *shape))
+    if family == 'deit':
+        return tensors({**shapes, **layer('patch_embed.proj', 32, 3, 4, 4)})
+    shapes = {name: shape for name, shape in shapes.items() if not name.endswith('qkv.bias')}
+    shapes.update({**layer('patch_embed.proj', 32, 64, 2, 2), **layer('aux_head', CLASSES, 32)})
+    for i, (channels, kernel) in enumerate(((3, 7), (64, 3), (64, 3)), start=1):
+        shapes[f'patch_embed.conv{i}.weight'] = (64, channels, kernel, kernel)
+        shapes.update({**layer(f'patch_embed.bn{i}', 64), f'patch_embed.bn{i}.running_mean': (64, )})
+    given = {f'patch_embed.bn{i}.running_var': torch.rand(64) + 0.5 for i in (1, 2, 3)}
+    given.update({f'patch_embed.bn{i}.num_batches_tracked': torch.tensor(i) for i in (1, 2, 3)})
+    return {**tensors(shapes), **given}
+
+
+def authors_cfvit(family, side):
+    hidden = 32 * FAMILIES[family]['mlp_ratio']
+    reuse = {**layer('reuse_block.0', 32), **layer('reuse_block.1.fc1', hidden, 32),
+             **layer('reuse_block.1.fc2', 32, hidden)}
+    return {**authors_plain(family, **{'pos_embed_list.0': side, 'pos_embed_list.1': 2 * side}), **tensors(reuse)}
+
+
 def linear(w, name, x):
-    return x @ w[f'{name}.weight'].T + w[f'{name}.bias']
+    return x @ w[f'{name}.weight'].T + w.get(f'{name}.bias', 0)
 
 
 def norm(w, name, x):
+    eps = EPS['lvvit' if 'aux_head.weight' in w else 'deit']
     x = x - x.mean(-1, keepdim=True)
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f'{name}.weight'] + w[f'{name}.bias']
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[f'{name}.weight'] + w[f'{name}.bias']
+
+
+def mlp(w, name, x):
+    hidden = linear(w, f'{name}.fc1', x)
+    return linear(w, f'{name}.fc2', hidden * (1 + torch.erf(hidden / 2**0.5)) / 2)
 
 
 def conv(w, name, maps):
@@ -158,9 +200,7 @@ def change(w, block, queries, tokens, shape, heads, places):
         attended = [(q @ k.T / q.shape[1]**0.5).softmax(-1) @ v
                     for q, k, v in zip(*(x.chunk(heads, -1) for x in (query, key, value)))]
     middle = queries + linear(w, f'{block}.attn.proj', torch.cat(attended, -1))
-    hidden = linear(w, f'{block}.mlp.fc1', norm(w, f'{block}.norm2', middle))
-    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
-    return middle + linear(w, f'{block}.mlp.fc2', hidden) - queries
+    return middle + mlp(w, f'{block}.mlp', norm(w, f'{block}.norm2', middle)) - queries
 
 
 def encode(w, block, tokens, shape, heads, chosen):
@@ -217,6 +257,63 @@ def authors_logits(w, images):
     return torch.stack(logits), chosen
 
 
+def embed(w, image):
+    """(3, H, W) -> (N, C), through LV-ViT's convolutions if there are any."""
+    maps = image[None]
+    for i in (1, 2, 3) if 'aux_head.weight' in w else ():
+        kernel = w[f'patch_embed.conv{i}.weight']
+        maps = F.conv2d(maps, kernel, stride=2 if i == 1 else 1, padding=kernel.shape[2] // 2)
+        mean, variance, weight, bias = (w[f'patch_embed.bn{i}.{part}'][:, None, None]
+                                        for part in ('running_mean', 'running_var', 'weight', 'bias'))
+        maps = ((maps - mean) / (variance + 1e-5).sqrt() * weight + bias).clamp(min=0)
+    return conv(w, 'patch_embed.proj', maps)[0].flatten(1).T
+
+
+def run_blocks(w, tokens):
+    """(n, C) -> the normed output (n, C), and the global class attention (n - 1, )."""
+    share, score = 1 / 2 if 'aux_head.weight' in w else 1, 0
+    for j in range(5):
+        block = f'blocks.{j}'
+        query, key, value = (x.unflatten(1, (2, 16)).transpose(0, 1) for x in linear(
+            w, f'{block}.attn.qkv', norm(w, f'{block}.norm1', tokens)).chunk(3, -1))
+        attention = (query @ key.mT / 4).softmax(-1)
+        tokens = tokens + share * linear(w, f'{block}.attn.proj', (attention @ value).transpose(0, 1).flatten(1))
+        tokens = tokens + share * mlp(w, f'{block}.mlp', norm(w, f'{block}.norm2', tokens))
+        if j >= 3:
+            score = 0.99 * score + 0.01 * attention[:, 0, 1:].mean(0)
+    return norm(w, 'norm', tokens), score
+
+
+def classify(w, tokens):
+    logits = linear(w, 'head', tokens[0])
+    if 'aux_head.weight' not in w:
+        return logits
+    return (logits + linear(w, 'aux_head', tokens[1:]).amax(0) / 4) / 1.25
+
+
+def coarse_to_fine(w, images, side):
+    """(B, 3, H, W) images -> coarse and fine logits (B, classes), and the split ones of side * side patches (B, k)."""
+    places = torch.linspace(0, images.shape[2] - 1, images.shape[2] // 2)[:, None]
+    shares = (1 - (places - torch.arange(images.shape[2])).abs()).clamp(min=0)  # half the side, corner on corner
+    (class_token, ), (coarse_places, ), (fine_places, ) = (
+        w[name] for name in ('cls_token', 'pos_embed_list.0', 'pos_embed_list.1'))
+    coarse_logits, fine_logits, split = [], [], []
+    for image in images:
+        coarse = embed(w, shares @ image @ shares.T) + coarse_places[1:]
+        tokens, score = run_blocks(w, torch.cat([class_token + coarse_places[:1], coarse]))
+        coarse_logits.append(classify(w, tokens))
+        reused = mlp(w, 'reuse_block.1', norm(w, 'reuse_block.0', tokens[1:]))
+        fine = (embed(w, image) + fine_places[1:]).unflatten(0, (2 * side, 2 * side))
+        split.append(score.topk((side**2 + 1) // 2)[1].sort()[0])
+        sequence = [class_token + fine_places[:1]]
+        for i in range(side**2):
+            row, column = 2 * (i // side), 2 * (i % side)
+            sequence.append(fine[row:row + 2, column:column + 2].flatten(0, 1) + reused[i] if i in split[-1] else
+                            coarse[i:i + 1])
+        fine_logits.append(classify(w, run_blocks(w, torch.cat(sequence))[0]))
+    return torch.stack(coarse_logits), torch.stack(fine_logits), torch.stack(split)
+
+
 # The same models in other libraries.
 
 
@@ -236,7 +333,19 @@ def in_mmpretrain(backbone, head):
 
 
 def classifier(backbone, head=LINEAR):
-    return build_classifier(dict(type='ImageClassifier', backbone=backbone, head=head))
+    kind = 'mmdyn.CoarseToFineClassifier' if backbone['type'] == 'mmdyn.CFViT' else 'ImageClassifier'
+    return build_classifier(dict(type=kind, backbone=backbone, head=head))
+
+
+def plain(family, side, **options):
+    types = {'deit': 'mmdyn.DeiT', 'lvvit': 'mmdyn.LVViT'}
+    return dict(type=types[family], arch=FAMILIES[family], img_size=4 * side, patch_size=4, norm_eps=EPS[family],
+                **options)
+
+
+def two_stages(family, side, **options):
+    return dict(type='mmdyn.CFViT', arch=dict(FAMILIES[family], family=family), coarse_size=side, patch_size=4,
+                norm_eps=EPS[family], **options)
 
 
 def logits_of(model, images):
@@ -342,6 +451,107 @@ def test_deit_of_mmpretrain(tool, tmp_path, images, randomise, backbone, head):
     assert_close(logits_of(ours, images), logits_of(theirs, images))
 
 
+@pytest.mark.parametrize('side', [7, 9])
+@pytest.mark.parametrize('family', ['deit', 'lvvit'])
+def test_cfvit_of_the_authors(tool, tmp_path, capsys, family, side):
+    weights, images = authors_cfvit(family, side), torch.randn(2, 3, 8 * side, 8 * side)
+    model = loaded(convert(tool, tmp_path, 'cfvit', weights), two_stages(family, side), HEADS[family])
+    size = sum(value.numel() for name, value in weights.items() if 'running' not in name and 'num_' not in name)
+    assert f' {len(weights)} tensors converted, 0 left out, {size:,} parameters' in capsys.readouterr().out
+    *theirs, split = coarse_to_fine(weights, images, side)
+    for ours, expected in zip(logits_of(model, images), theirs, strict=True):
+        assert_close(ours, expected)
+    backbone = model.backbone
+    with torch.no_grad():
+        tokens, regions = backbone.fine(images, backbone.coarse(images))
+    assert tokens.shape[1] == {7: 125, 9: 205}[side] and regions.equal(split)
+
+
+def test_lvvit_of_the_authors(tool, tmp_path, images):
+    weights = authors_plain('lvvit', pos_embed=16)
+    model = loaded(convert(tool, tmp_path, 'lvvit', weights), plain('lvvit', 16), HEADS['lvvit'])
+    tokens = torch.stack([run_blocks(weights, torch.cat([weights['cls_token'][0], embed(weights, image)])
+                                     + weights['pos_embed'][0])[0] for image in images])
+    # Programs differ in how they join the two.
+    ours = logits_of(model.backbone, images)[0]
+    assert_close(model.head.fc(ours[:, 0]).detach(), linear(weights, 'head', tokens[:, 0]))
+    assert_close(model.head.aux_fc(ours[:, 1:]).detach(), linear(weights, 'aux_head', tokens[:, 1:]))
+    assert logits_of(model, images).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize('kind, make, options, types', [
+    ('cfvit', lambda: authors_cfvit('deit', 7), dict(coarse_size=7, patch_size=4),
+     ('mmdyn.CoarseToFineClassifier', 'mmdyn.CFViT', 'LinearClsHead')),
+    ('cfvit', lambda: authors_cfvit('lvvit', 9), dict(coarse_size=9, patch_size=4),
+     ('mmdyn.CoarseToFineClassifier', 'mmdyn.CFViT', 'mmdyn.LVViTHead')),
+    ('lvvit', lambda: authors_plain('lvvit', pos_embed=24), dict(img_size=96, patch_size=4),
+     ('ImageClassifier', 'mmdyn.LVViT', 'mmdyn.LVViTHead')),
+    ('deit', lambda: authors_plain('deit', pos_embed=24), dict(img_size=96, patch_size=4),
+     ('ImageClassifier', 'mmdyn.DeiT', 'LinearClsHead')),
+], ids=['cfvit-deit', 'cfvit-lvvit', 'lvvit', 'deit'])
+def test_classifier_that_the_names_tell_of(tool, kind, make, options, types):
+    model = tool.infer_model(kind, tool.translate(kind, make())[0], {})
+    assert (model['type'], model['backbone']['type'], model['head']['type']) == types
+    assert {name: model['backbone'][name] for name in options} == options
+    assert model['head']['num_classes'] == CLASSES and model['backbone']['arch']['depth'] == 5
+
+
+@pytest.mark.parametrize('family', ['deit', 'lvvit'])
+@pytest.mark.parametrize('source, side', [('authors', 14), ('authors', 10), ('dense', 14), ('dynamic', 16)])
+def test_plain_checkpoints_start_cfvit(tool, tmp_path, randomise, family, source, side):
+    if source == 'authors':
+        path = convert(tool, tmp_path, family, authors_plain(family, pos_embed=side))
+    else:
+        path, dge = tmp_path / 'own.pth', dict(granularities=(1, 2)) if source == 'dynamic' else None
+        model = randomise(classifier(plain(family, side, dge=dge), HEADS[family]))
+        torch.save(dict(state_dict=model.state_dict()), path)
+    given = torch.load(path)['state_dict']
+    model = classifier(two_stages(family, 7), HEADS[family])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    load_checkpoint(model, str(path), map_location='cpu', strict=True)
+
+    for name, value in model.state_dict().items():
+        if name.startswith('backbone.reuse.'):
+            assert value.equal(before[name])
+        elif not name.endswith('pos_embed') or name == 'backbone.pos_embed' and side == 14:
+            assert value.equal(given[name])
+    fine, coarse = model.backbone.pos_embed, model.backbone.coarse_pos_embed
+    assert fine.shape == (1, 197, 32) and fine[:, 0].equal(given['backbone.pos_embed'][:, 0])
+    # Half the side between cells is the mean of four.
+    cells = fine[0, 1:].unflatten(0, (7, 2, 7, 2)).mean((1, 3)).flatten(0, 1)
+    torch.testing.assert_close(coarse[0], torch.cat([fine[0, :1], cells]), rtol=0, atol=1e-6)
+
+    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
+    backbone = MODELS.build(two_stages(family, 7, init_cfg=init_cfg))
+    backbone.init_weights()
+    assert backbone.coarse_pos_embed.equal(coarse) and backbone.blocks[4].ffn.fc2.weight.equal(
+        given['backbone.blocks.4.ffn.fc2.weight'])
+
+
+@pytest.mark.parametrize('family', ['deit', 'lvvit'])
+def test_cfvit_that_splits_everything_is_the_plain_model(tool, tmp_path, family):
+    images = torch.randn(2, 3, 56, 56)
+    path = convert(tool, tmp_path, family, authors_plain(family, pos_embed=14))
+    ours = logits_of(loaded(path, two_stages(family, 7, alpha=1, reuse=None), HEADS[family]), images)[1]
+    assert_close(ours, logits_of(loaded(path, plain(family, 14), HEADS[family]), images))
+
+
+@pytest.mark.parametrize('name, missing', [
+    ('pos_embed_list.0', 'backbone.coarse_pos_embed'),
+    ('pos_embed_list.1', 'backbone.pos_embed'),
+    ('reuse_block.0.weight', 'backbone.reuse.norm.weight'),
+    ('reuse_block.1.fc2.bias', 'backbone.reuse.mlp.fc2.bias'),
+    ('blocks.2.attn.qkv.weight', 'backbone.blocks.2.attn.kv.weight'),
+    ('patch_embed.bn3.running_var', 'backbone.patch_embed.convs.7.running_var'),
+    ('aux_head.weight', 'head.aux_fc.weight'),
+])
+def test_missing_tensor_of_cfvit(tool, tmp_path, name, missing):
+    weights = authors_cfvit('lvvit', 9)
+    del weights[name]
+    with pytest.raises(ValueError, match=f'{missing}: in the model, but not in SRC'):
+        convert(tool, tmp_path, 'cfvit', weights)
+
+
 @pytest.mark.parametrize('wrap', [
     lambda weights: dict(model=weights, args=argparse.Namespace(lr=0.1), epoch=1),
     lambda weights: dict(state_dict=weights),
@@ -402,6 +612,12 @@ def test_missing_tensor(tool, tmp_path, name, missing):
     ('mmpretrain-deit', lambda: authors_deit()),
     ('pvt', lambda: authors_pvt(FINE_TO_COARSE)),
     ('vtpack', lambda: {'layer1.0.conv1.weight': torch.ones(8, 8, 3, 3)}),
+    ('deit', lambda: authors_plain('lvvit', pos_embed=14)),
+    ('deit', lambda: authors_cfvit('deit', 7)),
+    ('lvvit', lambda: authors_plain('deit', pos_embed=14)),
+    ('lvvit', lambda: authors_cfvit('lvvit', 7)),
+    ('cfvit', lambda: authors_plain('lvvit', pos_embed=14)),
+    ('cfvit', lambda: authors_pvt()),
 ])
 def test_other_kinds(tool, tmp_path, kind, weights):
     with pytest.raises(ValueError, match='KIND'):

@@ -1,8 +1,10 @@
 """Convert a checkpoint of another program into one that mmdyn's classifiers and backbones load.
 
-KIND says who wrote SRC: vtpack (the DGE authors, PVT, DPVT and DeiT), pvt (the PVT authors), deit (the DeiT authors, timm),
-mmdet-pvt (mmdet's PyramidVisionTransformer, alone or in a detector), mmpretrain-deit (mmpretrain's VisionTransformer
-and DistilledVisionTransformer classifiers). DST serves as load_from and, with prefix='backbone.', as init_cfg.
+KIND says who wrote SRC: vtpack (the DGE authors, PVT, DPVT and DeiT), pvt (the PVT authors), deit (the DeiT authors,
+timm), lvvit (the LV-ViT authors), cfvit (the CF-ViT authors, on DeiT or LV-ViT, of any coarse grid), mmdet-pvt (mmdet's
+PyramidVisionTransformer, alone or in a detector), mmpretrain-deit (mmpretrain's VisionTransformer and
+DistilledVisionTransformer classifiers). DST serves as load_from and, with prefix='backbone.', as init_cfg. DST of deit
+and lvvit starts a training of CF-ViT as well.
 """
 import argparse
 import re
@@ -38,6 +40,13 @@ _PYRAMID: Rules = [
     (r'^block(\d)\.', r'stages.\1.blocks.'),
     (r'(?<=^stages\.)\d', _less_one),
 ]
+_LVVIT: Rules = [
+    *_AUTHORS,
+    # Each convolution is followed by its norm and an activation.
+    (r'^patch_embed\.conv(\d)\.', lambda match: f'patch_embed.convs.{3 * int(match[1]) - 3}.'),
+    (r'^patch_embed\.bn(\d)\.', lambda match: f'patch_embed.convs.{3 * int(match[1]) - 2}.'),
+    (r'^aux_head\.', 'head.aux_fc.'),
+]
 KINDS: Dict[str, Rules] = {
     'vtpack': [
         *_AUTHORS,
@@ -47,6 +56,14 @@ KINDS: Dict[str, Rules] = {
     ],
     'pvt': [*_AUTHORS, *_PYRAMID],
     'deit': _AUTHORS,
+    'lvvit': _LVVIT,
+    'cfvit': [
+        *_LVVIT,
+        (r'^pos_embed_list\.0$', 'coarse_pos_embed'),
+        (r'^pos_embed_list\.1$', 'pos_embed'),
+        (r'^reuse_block\.0\.', 'reuse.norm.'),
+        (r'^reuse_block\.1\.', 'reuse.mlp.'),
+    ],
     'mmdet-pvt': [
         (r'^backbone\.', ''),
         (r'^layers\.(\d)\.0\.projection\.', r'stages.\1.patch_embed.proj.'),
@@ -195,7 +212,8 @@ def infer_model(kind: str, state: Dict[str, Tensor], grains: Dict[str, dict]) ->
     reductions = [side(rf'{p}blocks\.\d+\.attn\.sr\.weight', 3) or 1 + bool(side(rf'{p}blocks\.\d+\.attn\.sr\.bias'))
                   for p in prefixes]
     rows = [side(rf'{p}pos_embed', 1) for p in prefixes]
-    patch = side(rf'{prefixes[0]}patch_embed\.proj\.weight', 3) or (4 if stages else 16)
+    has_stem = kind == 'lvvit' or any(name.startswith('backbone.patch_embed.convs.') for name in state)
+    patch = side(rf'{prefixes[0]}patch_embed\.proj\.weight', 3) * (2 if has_stem else 1) or (4 if stages else 16)
     distilled = any('dist' in name for name in state)
 
     sampled = [side(rf'{p}blocks\.\d+\.attn\.attn_weight\.(weight|bias)') for p in prefixes]
@@ -211,23 +229,33 @@ def infer_model(kind: str, state: Dict[str, Tensor], grains: Dict[str, dict]) ->
             out_type='featmap' if kind in BACKBONES else 'cls_token' if has_class_token else 'avg_featmap')
     else:
         arch = dict(embed_dim=dims[0], depth=depths[0], num_heads=1, mlp_ratio=ratios[0])
-        options = dict(type='mmdyn.DeiT', arch=arch, distilled=distilled)
+        if kind == 'cfvit':
+            arch['family'] = 'lvvit' if has_stem else 'deit'
+            coarse_size = isqrt(side(r'backbone\.coarse_pos_embed', 1)) or isqrt(rows[0]) // 2 or 7
+            options = dict(type='mmdyn.CFViT', arch=arch, coarse_size=coarse_size)
+        elif has_stem:
+            options = dict(type='mmdyn.LVViT', arch=arch)
+        else:
+            options = dict(type='mmdyn.DeiT', arch=arch, distilled=distilled)
     if grains:
         some, regions = next(iter(grains.values())), {grain['region_size'] for grain in grains.values()}
         options['dge'] = dict(
             granularities=[next((grain for layer, grain in grains.items() if re.match(p, layer)), some)['granularities']
                            for p in prefixes],
             region_size=regions.pop() if len(regions) == 1 else None)
+    if kind != 'cfvit':  # whose coarse_size tells its images' size
+        options['img_size'] = max(isqrt(n) * patch * 2**i for i, n in enumerate(rows)) or 224
+    first = r'convs\.0' if has_stem else 'proj'
     backbone = dict(
-        img_size=max(isqrt(n) * patch * 2**i for i, n in enumerate(rows)) or 224,
-        in_channels=side(rf'{prefixes[0]}patch_embed\.proj\.weight', 1) or 3,
-        patch_size=patch,
-        **options)
+        in_channels=side(rf'{prefixes[0]}patch_embed\.{first}\.weight', 1) or 3, patch_size=patch, **options)
     head = dict(
-        type='DeiTClsHead' if distilled else 'LinearClsHead',
+        type='mmdyn.LVViTHead' if has_stem else 'DeiTClsHead' if distilled else 'LinearClsHead',
         num_classes=side(r'head\..*\.(weight|bias)') or 1000,
         in_channels=dims[-1])
-    return dict(type='ImageClassifier', backbone=backbone, head=None if kind in BACKBONES else head)
+    return dict(
+        type='mmdyn.CoarseToFineClassifier' if kind == 'cfvit' else 'ImageClassifier',
+        backbone=backbone,
+        head=None if kind in BACKBONES else head)
 
 
 def convert(kind: str, src: Union[str, Path], dst: Union[str, Path], config: Optional[str] = None,
@@ -285,9 +313,9 @@ def convert(kind: str, src: Union[str, Path], dst: Union[str, Path], config: Opt
     Path(dst).parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(state_dict=state, meta=meta), dst)
     left_out = [name for name in weights if name not in used]
+    size = sum(state[name].numel() for name, _ in model.named_parameters() if name in state)
     print(*(f'left out: {name}\n' for name in left_out), sep='', end='')
-    print(f'{dst}: {len(used)} tensors converted, {len(left_out)} left out, '
-          f'{sum(value.numel() for value in state.values()):,} parameters')
+    print(f'{dst}: {len(used)} tensors converted, {len(left_out)} left out, {size:,} parameters')
     return dict(state_dict=state, meta=meta)
 
 
