@@ -30,3 +30,11 @@ def test_suites(suite, archs, cases):
             assert rows[name]['query_ratio'] == pytest.approx(0.5, abs=0.03) or suite == 'train'
             assert 0.5 < rows[name]['macs_ratio'] < 0.7
             assert rows[name]['efficiency'] == pytest.approx(rows[name]['macs_ratio'] / rows[name]['time_ratio'])
+
+
+def test_coarse_to_fine():
+    rows = benchmark('--suite', 'cfvit', '--batch', '4')['rows']['deit-small']
+    assert list(rows) == ['timm', 'CF-ViT, 0% stop', 'CF-ViT, 50% stop', 'CF-ViT, 100% stop']
+    # 4.60 G for the plain model, 1.10 G for the coarse and 2.91 G for the fine stage, all without the head.
+    for name, stop in (('CF-ViT, 0% stop', 0), ('CF-ViT, 50% stop', 0.5), ('CF-ViT, 100% stop', 1)):
+        assert rows[name]['macs_ratio'] == pytest.approx((1.10 + (1 - stop) * 2.91) / 4.60, abs=0.005)

@@ -18,7 +18,7 @@ def paper_tables(*args):
 
 @pytest.fixture(scope='module')
 def table():
-    return json.loads(paper_tables('--table', '1', '--json').stdout.splitlines()[-1])[0]
+    return json.loads(paper_tables('--paper', 'dge', '--table', '1', '--json').stdout.splitlines()[-1])[0]
 
 
 def pvt_small(query_ratio):
@@ -78,7 +78,25 @@ def test_what_is_explained(tool, change, said):
 
 def test_text():
     text = paper_tables('--table', '1').stdout
-    assert 'Protocol (supplement B.3)' in text and 'PVT-S+DGE (1,2,4,8)' in text and 'The table contradicts' in text
+    assert 'Protocol of DGE (supplement B.3)' in text and 'PVT-S+DGE (1,2,4,8)' in text
+    assert 'The table contradicts' in text and 'DeiT-S 7x7' in text
+
+
+def plain_vit(tokens, patches, dim, depth, ratio):
+    """Multiply-adds of a vision transformer's blocks, of its linear patch embedding and of a classifier."""
+    block = tokens * (4 + 2 * ratio) * dim**2 + 2 * tokens**2 * dim
+    return depth * block + patches * 16 * 16 * 3 * dim + dim * 1000
+
+
+def test_stages_by_hand(tool):
+    backbone = dict(type='mmdyn.CFViT', arch='deit-small', alpha=0.4)
+    coarse = plain_vit(50, 49, 384, 12, 4) + 9 * 50 * 384  # and the class attention of blocks 4 to 12
+    fine = plain_vit(1 + 4 * 20 + 29, 196, 384, 12, 4) + 49 * 2 * 4 * 384**2  # and the MLP of the feature reuse
+    row = tool.compare_stages(dict(model='x', backbone=backbone, macs=4.))
+    assert row['ours']['macs'] * 1e9 == pytest.approx(coarse + fine)
+    assert row['difference']['macs'] == pytest.approx((coarse + fine) / 4e9 - 1)
+    stops = tool.compare_stages(dict(model='x', backbone=backbone, macs=2., eta=0.5))
+    assert (coarse + (1 - stops['exits']) * fine) / 1e9 == pytest.approx(2.)
 
 
 def test_unknown_table():

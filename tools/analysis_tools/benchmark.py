@@ -1,7 +1,8 @@
 """Time dense and dynamic models side by side.
 
 Suites: det (backbones on one image of 800 x 1280), seg (on one of 512 x 2048), train (a training iteration of the dense
-model, of DGE that trains sparsely and of DGE that trains densely). DGE decides by a synthetic routing at the given
+model, of DGE that trains sparsely and of DGE that trains densely), cfvit (classification of 64 images by CF-ViT when none,
+half or all of them stop at the coarse stage, beside timm's DeiT). DGE decides by a synthetic routing at the given
 query ratio: clustered, the finest regions lie together as on the objects of a natural image, or random, the worst case.
 
 Cases run in turns; times are medians, ratios medians of neighbouring runs. Efficiency is the share of the promised
@@ -11,18 +12,21 @@ import argparse
 import json
 import platform
 import statistics
+from typing import Callable, Dict, NamedTuple, Optional
 
 import mmdyn  # noqa: F401
 import torch
 from mmdyn.analysis.latency import interleaved_times, ratio
 from mmdyn.analysis.synthetic import PATTERNS, force_routing
 from mmdyn.models import DPVT, PVT, DeiT
+from mmengine.registry import MODELS, init_default_scope
 
 FAMILIES = dict(PVT=PVT, DPVT=DPVT, DeiT=DeiT)
 SUITES = dict(
     det=dict(archs=('PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium'), shape=(800, 1280), batch=1),
     seg=dict(archs=('PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium'), shape=(512, 2048), batch=1),
-    train=dict(archs=('PVT-small', ), shape=(256, 256), batch=8))
+    train=dict(archs=('PVT-small', ), shape=(256, 256), batch=8),
+    cfvit=dict(archs=('deit-small', ), shape=(224, 224), batch=64))
 
 
 def build(name: str, **dge) -> torch.nn.Module:
@@ -61,35 +65,78 @@ def inference(model: torch.nn.Module, images: torch.Tensor):
     return run
 
 
-def make_cases(suite: str, arch: str, images: torch.Tensor, query_ratio: float, patterns) -> dict:
-    """Functions to time and the models behind them, by name; the first is the dense model."""
-    shape, models = tuple(images.shape[-2:]), {'dense': build(arch)}
-    if suite == 'train':
-        for mode in ('sparse', 'dense'):
-            models[f'DGE {mode}'] = build(arch, train_mode=mode)
-            force_routing(models[f'DGE {mode}'], shape, query_ratio, patterns[0])
-        return {name: (training_step(model, images), model) for name, model in models.items()}
-    for pattern in patterns:
-        models[f'DGE {pattern}'] = build(arch, granularities=(1, 2, 4))
-        force_routing(models[f'DGE {pattern}'], shape, query_ratio, pattern)
-    if arch.startswith('PVT-'):
-        models['mmdet'] = mmdet_pvt([len(stage.blocks) for stage in models['dense'].stages])
-    return {name: (inference(model, images), model) for name, model in models.items()}
+class Case(NamedTuple):
+    """What is timed.
+
+    Attributes:
+        run: one pass.
+        macs: multiply-adds of an image in the last pass; None if they are not known.
+        query_ratio: share of the queries in the last pass.
+    """
+    run: Callable[[], object]
+    macs: Optional[Callable[[], float]] = None
+    query_ratio: Callable[[], float] = lambda: 1.
+
+
+def backbone_case(model: torch.nn.Module, images: torch.Tensor, trains: bool = False) -> Case:
+    """A pass, or a training iteration, of one of our backbones."""
+    return Case((training_step if trains else inference)(model, images), lambda: model.cost.spent.mean().item(),
+                lambda: model.cost.query_ratio.mean().item())
+
+
+def coarse_to_fine_case(arch: str, exits: float, images: torch.Tensor) -> Case:
+    """CF-ViT's classification at a threshold that a share of the images reaches."""
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    model = MODELS.build(dict(type='mmdyn.CoarseToFineClassifier', backbone=dict(type='mmdyn.CFViT', arch=arch),
+                              head=dict(type='LinearClsHead', num_classes=1000, in_channels=384))).eval()
+    spent = []
+
+    def run():
+        with torch.inference_mode():
+            spent[:] = [sample.macs for sample in model.predict(images)]
+
+    with torch.inference_mode():
+        confidences = sorted((sample.coarse_score.max().item() for sample in model.predict(images)), reverse=True)
+    stop = round(exits * len(images))
+    model.test_cfg['threshold'] = confidences[stop - 1] if stop else 1.
+    return Case(run, lambda: statistics.mean(spent))
+
+
+def make_cases(suite: str, arch: str, images: torch.Tensor, query_ratio: float, patterns) -> Dict[str, Case]:
+    """What to time, by name; the first is what the others are compared with."""
+    shape = tuple(images.shape[-2:])
+    if suite == 'cfvit':
+        import timm
+        ours, theirs = build(arch.replace('deit', 'DeiT')), timm.create_model(f'{arch.replace("-", "_")}_patch16_224')
+        inference(ours, images[:1])()
+        cases = {'timm': Case(inference(theirs, images), lambda: ours.cost.dense)}  # the same model
+        for exits in (0., 0.5, 1.):
+            cases[f'CF-ViT, {exits:.0%} stop'] = coarse_to_fine_case(arch, exits, images)
+        return cases
+    dense = build(arch)
+    cases = {'dense': backbone_case(dense, images, suite == 'train')}
+    options = ({f'DGE {mode}': (patterns[0], dict(train_mode=mode)) for mode in ('sparse', 'dense')} if suite == 'train' else
+               {f'DGE {pattern}': (pattern, dict(granularities=(1, 2, 4))) for pattern in patterns})
+    for name, (pattern, dge) in options.items():
+        model = build(arch, **dge)
+        force_routing(model, shape, query_ratio, pattern)
+        cases[name] = backbone_case(model, images, suite == 'train')
+    if arch.startswith('PVT-') and suite != 'train':
+        cases['mmdet'] = Case(inference(mmdet_pvt([len(stage.blocks) for stage in dense.stages]), images))
+    return cases
 
 
 def measure(suite: str, arch: str, shape, batch: int, args: argparse.Namespace) -> dict:
     """Rows of one architecture."""
     cases = make_cases(suite, arch, torch.randn(batch, 3, *shape), args.query_ratio, args.patterns)
-    times = interleaved_times({name: run for name, (run, _) in cases.items()}, args.rounds)
-    dense = cases['dense'][1].cost.dense
-    rows = {}
-    for name, (_, model) in cases.items():
+    times = interleaved_times({name: case.run for name, case in cases.items()}, args.rounds)
+    reference, rows = next(iter(cases)), {}
+    for name, case in cases.items():
         row = rows[name] = dict(seconds=statistics.median(times[name]), spread=max(times[name]) - min(times[name]),
-                                time_ratio=ratio(times, name, 'dense'))
-        if hasattr(model, 'cost'):
-            with torch.no_grad():
-                cost = model.cost
-                row.update(query_ratio=cost.query_ratio.mean().item(), macs_ratio=cost.spent.mean().item() / dense)
+                                time_ratio=ratio(times, name, reference))
+        if case.macs:
+            row.update(query_ratio=case.query_ratio(), macs_ratio=case.macs() / cases[reference].macs())
             row['efficiency'] = row['macs_ratio'] / row['time_ratio']
     return rows
 

@@ -1,11 +1,14 @@
-"""Count the models of the DGE paper's tables 1 to 4 and print them beside the paper's numbers.
+"""Count the models of the DGE paper's tables 1 to 4 and of the CF-ViT paper's 1, 2 and 6, beside the papers' numbers.
 
-Protocol (supplement B.3): multiply-adds of linear layers, convolutions, both matrix products of attention and the
+Protocol of DGE (supplement B.3): multiply-adds of linear layers, convolutions, both matrix products of attention and the
 points sampled by deformable attention, on one image, of the whole model. With DGE each layer's queries cost their
 share at the given query ratio; keys, values, spatial reduction, patch embeddings, routers, neck and head are spent in
 any case. Detectors: 800 x 1280, RPN, box head at 1000 proposals; the mask head at no detections, which is what the
 paper's totals agree with (see --detections). Segmentors: 512 x 2048. The last column is the query ratio at which our
 count saves what the paper prints.
+
+Protocol of CF-ViT: the same operations of a classifier with 1000 classes. Both stages run for each image; where the paper's
+threshold lets images stop at the coarse stage, the share of them is told at which our count is what the paper prints.
 """
 import argparse
 import json
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import mmdyn  # noqa: F401
 import yaml
-from mmdyn.analysis.flops import report
+from mmdyn.analysis.flops import build_model, count_macs, report
 from mmengine.config import Config
 
 HERE = Path(__file__).resolve()
@@ -46,7 +49,8 @@ def count(config: str, shape: tuple, query_ratio: float, detections: int) -> dic
 
 def printed_heads() -> list:
     """Parameters of Mask R-CNN less those of Semantic FPN by what is printed for each backbone, in millions."""
-    det, seg = ({row['model']: row['params'] for row in table['rows']} for table in PAPER if table['table'] in (2, 3))
+    tables = [table for table in PAPER if table['paper'] == 'dge' and table['table'] in (2, 3)]
+    det, seg = ({row['model']: row['params'] for row in table['rows']} for table in tables)
     return [det[model] - seg[model] for model in det]
 
 
@@ -78,7 +82,7 @@ def compare(row: dict, ours: dict, query_ratio: float) -> dict:
 
 def show(table: dict) -> None:
     """Print a table, two lines for each model."""
-    print(f'\nTable {table["table"]}: {table["title"]}, {table["shape"][0]} x {table["shape"][1]}, DGE at query ratio '
+    print(f'\nDGE, table {table["table"]}: {table["title"]}, {table["shape"][0]} x {table["shape"][1]}, DGE at query ratio '
           f'{table["query_ratio"]}')
     print(f'{"":26}' + ''.join(f'{title:^25}' for title in ('params (M)', 'multiply-adds (G)', 'saving (G)'))
           + f'{"ratio of the":>14}')
@@ -100,25 +104,67 @@ def show(table: dict) -> None:
         print(f'- {table["note"]}')
 
 
+def classifier(backbone: dict) -> Config:
+    """Config of a classifier of 1000 classes on a plain or a coarse-to-fine vision transformer."""
+    lvvit = 'LVViT' in backbone['type'] or backbone['arch'].startswith('lvvit')
+    head = dict(type='mmdyn.LVViTHead' if lvvit else 'LinearClsHead', num_classes=1000, in_channels=384)
+    kind = 'mmdyn.CoarseToFineClassifier' if backbone['type'] == 'mmdyn.CFViT' else 'ImageClassifier'
+    return Config(dict(default_scope='mmpretrain', model=dict(type=kind, backbone=backbone, head=head)))
+
+
+def compare_stages(row: dict) -> dict:
+    """A row of the CF-ViT paper: our multiply-adds in G, of each stage too, the paper's and their relative difference."""
+    model = build_model(classifier(row['backbone']))
+    side = row['backbone'].get('img_size', 224)
+    ours = dict(macs=count_macs(model, (side, side)) / 1e9)
+    result = dict(model=row['model'], ours=ours, paper=dict(macs=row['macs']))
+    if 'eta' in row:
+        coarse, fine = (macs / 1e9 for macs in model.backbone.stage_macs())
+        head = (ours['macs'] - coarse - fine) / 2
+        ours.update(coarse=coarse + head, fine=fine + head)
+        result['exits'] = 1 - (row['macs'] - ours['coarse']) / ours['fine']
+    else:
+        result['difference'] = dict(macs=ours['macs'] / row['macs'] - 1)
+    return result
+
+
+def show_stages(table: dict) -> None:
+    """Print a table of the CF-ViT paper."""
+    print(f'\nCF-ViT, table {table["table"]}: {table["title"]}')
+    print(f'{"multiply-adds (G)":30}{"ours":>8}{"paper":>7}{"diff":>8}')
+    for row in table['rows']:
+        ours, printed = row['ours'], f'{row["paper"]["macs"]:7.4g}'
+        if 'exits' in row:
+            print(f'{row["model"]:30}{"":8}{printed}{"":8}  {ours["coarse"]:.2f} coarse, {ours["fine"]:.2f} more for fine: '
+                  f'what is printed if {row["exits"]:.0%} of the images stop')
+        else:
+            print(f'{row["model"]:30}{ours["macs"]:8.2f}{printed}{row["difference"]["macs"]:+8.1%}')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--table', choices=['1', '2', '3', '4', 'all'], default='all')
+    parser.add_argument('--paper', choices=['dge', 'cfvit', 'all'], default='all')
+    parser.add_argument('--table', choices=['1', '2', '3', '4', '6', 'all'], default='all')
     parser.add_argument('--query-ratio', type=float, default=0.5)
     parser.add_argument('--detections', type=int, default=0, help='boxes that the mask head looks at: 0.53 G each')
     parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args()
     tables = []
     for table in PAPER:
-        if args.table in (str(table['table']), 'all'):
-            rows = [compare(row, count(row['config'], tuple(table['shape']), args.query_ratio, args.detections),
-                            args.query_ratio) for row in table['rows']]
-            tables.append(dict(table, query_ratio=args.query_ratio, detections=args.detections, rows=rows))
+        if args.table not in (str(table['table']), 'all') or args.paper not in (table['paper'], 'all'):
+            continue
+        if table['paper'] == 'cfvit':
+            tables.append(dict(table, rows=[compare_stages(row) for row in table['rows']]))
+            continue
+        rows = [compare(row, count(row['config'], tuple(table['shape']), args.query_ratio, args.detections),
+                        args.query_ratio) for row in table['rows']]
+        tables.append(dict(table, query_ratio=args.query_ratio, detections=args.detections, rows=rows))
     if args.json:
         print(json.dumps(tables))
         return
     print(__doc__.partition('\n\n')[2].strip())
     for table in tables:
-        show(table)
+        (show_stages if table['paper'] == 'cfvit' else show)(table)
 
 
 if __name__ == '__main__':
