@@ -17,13 +17,14 @@ TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -v '^\#' requirements.txt | grep
 MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(shell grep '^mmcv==' requirements.txt))
 SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt setup.py | cksum | cut -d' ' -f1)
 
-.PHONY: help setup test demo demo-det demo-seg clean
+.PHONY: help setup test demo demo-det demo-seg demo-cls-cf clean
 help:
 	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (about 15 minutes, once)'
 	echo 'make test       set up, then run the tests'
 	echo 'make demo       set up, then train PVT and PVT+DGE on the demo data, test them and draw the gates'
 	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
 	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
+	echo 'make demo-cls-cf  set up, then train DeiT and CF-ViT, sweep the threshold and draw the regions'
 	echo 'make clean      remove .venv, the demo data and work_dirs/demo'
 
 setup: $(SETUP_DONE)
@@ -88,6 +89,15 @@ demo-det: setup
 
 demo-seg: setup
 	$(call run-demo,fpn_pvt-mini_digits fpn_pvt-mini-dge_digits,fpn_pvt-mini-dge_digits,ade/images/validation,ade/annotations/validation,--background 11 --side 256)
+
+demo-cls-cf: setup
+	@$(BIN)/python tools/dataset_tools/make_demo_dataset.py
+	$(BIN)/python tools/demo.py configs/demo/vit-mini_digits.py configs/demo/cf-vit-mini_digits.py
+	run=work_dirs/demo/cf-vit-mini_digits
+	checkpoint=$$(cat $$run/last_checkpoint)
+	$(BIN)/python tools/analysis_tools/sweep_threshold.py configs/demo/cf-vit-mini_digits.py "$$checkpoint" --out $$run/threshold
+	$(BIN)/python tools/visualizations/draw_regions.py configs/demo/cf-vit-mini_digits.py "$$checkpoint" \
+		--images data/demo/imagenet/val --masks data/demo/imagenet/masks/val --out $$run/regions
 
 clean:
 	rm -rf $(VENV) data/demo work_dirs/demo build *.egg-info .pytest_cache

@@ -6,14 +6,16 @@ import pytest
 import torch
 import yaml
 from mmengine.config import Config
-from mmengine.registry import HOOKS, METRICS, MODELS, init_default_scope
+from mmengine.registry import HOOKS, METRICS, MODELS, TRANSFORMS, init_default_scope
+from mmpretrain.structures import DataSample
 from torch import nn
 
 import mmdyn
-from mmdyn.analysis.flops import build_model, dynamic_backbone
+from mmdyn.analysis.flops import build_model, count_macs, dynamic_backbone
+from mmdyn.models import CFViT
 
 ROOT = Path(mmdyn.__file__).parents[1]
-CONFIGS = sorted(path.relative_to(ROOT) for folder in ('dge', 'dpvt', 'demo')
+CONFIGS = sorted(path.relative_to(ROOT) for folder in ('dge', 'dpvt', 'cfvit', 'demo')
                  for path in (ROOT / 'configs' / folder).glob('*.py'))
 SMALL = dict(embed_dims=(64, 128, 320, 512), depths=(1, 1, 1, 1), num_heads=(1, 2, 5, 8), mlp_ratios=(1, 1, 1, 1),
              sr_ratios=(8, 4, 2, 1))
@@ -59,15 +61,21 @@ def test_config_builds(path, quick):
     model = build_model(cfg)
     backbone = dynamic_backbone(model)
     assert backbone.has_dge == ('-dge' in path.stem)
+    two_stages = isinstance(backbone, CFViT)
+    assert two_stages == path.stem.startswith('cf-')
     hooks = [HOOKS.build(hook) for hook in cfg.get('custom_hooks', [])]
-    assert [type(hook).__name__ for hook in hooks] == ['BudgetHook'] * backbone.has_dge
-    if hooks:
+    expected = ['BudgetHook'] * backbone.has_dge + ['FineSelectionHook'] * two_stages
+    assert [type(hook).__name__ for hook in hooks] == expected
+    if backbone.has_dge:
         least, most = backbone.ratio_bounds()
         assert least <= hooks[0].budget <= most
+    if two_stages:
+        assert 0 < hooks[0].begin < cfg.train_cfg.max_epochs
     assert cfg.default_hooks.loss_guard.type == 'mmdyn.LossGuardHook'
     for evaluators in (cfg.val_evaluator, cfg.test_evaluator):
         ours = [evaluator for evaluator in evaluators if evaluator.type.startswith('mmdyn.')]
-        assert [type(METRICS.build(metric)).__name__ for metric in ours] == ['DynamicFLOPs'] and len(evaluators) > 1
+        expected = ['CoarseToFineMetric'] * two_stages + ['DynamicFLOPs']
+        assert [type(METRICS.build(metric)).__name__ for metric in ours] == expected and len(evaluators) > len(ours)
     pipelines = [innermost(loader.dataset).pipeline
                  for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader)]
     for pipeline in [*pipelines, *filter(None, [cfg.get('tta_pipeline')])]:
@@ -143,7 +151,8 @@ def test_segmentation_schedule_is_that_of_the_paper(name, quick):
 
 @pytest.mark.parametrize('name', [
     'dge/deit-tiny-dge_8xb16_in1k-256px.py', 'dge/mask-rcnn_pvt-t-dge_fpn_1x_coco.py',
-    'dpvt/fpn_dpvt-t-dge_8xb4-80k_ade20k-512x512.py'
+    'dpvt/fpn_dpvt-t-dge_8xb4-80k_ade20k-512x512.py', 'cfvit/cf-deit-small-7x7_8xb128_in1k-224px.py',
+    'demo/cf-vit-mini_digits.py'
 ])
 def test_weight_decay_spares_tokens_embeddings_norms_and_biases(name, quick):
     from mmengine.optim import build_optim_wrapper
@@ -154,6 +163,75 @@ def test_weight_decay_spares_tokens_embeddings_norms_and_biases(name, quick):
     for name, parameter in model.named_parameters():
         spared = parameter.ndim == 1 or name.endswith(('cls_token', 'pos_embed'))
         assert (id(parameter) in decayed) != spared, name
+
+
+@pytest.mark.parametrize('path', [path for path in CONFIGS if path.parent.name == 'cfvit'], ids=lambda path: path.stem)
+def test_cfvit_recipe_is_that_of_its_backbone(path, quick):
+    cfg = load(path.relative_to('configs'))
+    side = cfg.model.backbone.img_size
+    assert path.stem.endswith(f'_8xb128_in1k-{side}px') and 8 * cfg.train_dataloader.batch_size == 1024
+    lvvit, token_labels = 'lvvit' in path.stem, 'tokenlabel' in path.stem
+    optimizer = cfg.optim_wrapper.optimizer
+    # DeiT: 5e-4 for 512 images.
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1.6e-3 if lvvit else 1e-3, 0.05)
+    warm_up, decay = cfg.param_scheduler
+    assert (warm_up.end, decay.begin, decay.eta_min, cfg.train_cfg.max_epochs) == (5, 5, 1e-5, 300)
+    if path.stem.startswith('cf-'):
+        assert cfg.custom_hooks == [dict(type='mmdyn.FineSelectionHook', begin=200)]
+        assert f'-{cfg.model.backbone.coarse_size}x{cfg.model.backbone.coarse_size}' in path.stem
+    sampler = cfg.train_dataloader.sampler.type
+    assert sampler == ('DefaultSampler' if lvvit else 'RepeatAugSampler')
+
+    train, test = ({transform.type.split('.')[-1]: transform for transform in loader.dataset.pipeline}
+                   for loader in (cfg.train_dataloader, cfg.test_dataloader))
+    for transform in (*train.values(), *test.values()):
+        TRANSFORMS.build(transform)
+    assert train['TokenLabelCrop' if token_labels else 'RandomResizedCrop'].scale == side
+    assert (train['RandAugment'].magnitude_level, train['RandomErasing'].erase_prob) == (9, 0.25)
+    assert test['CenterCrop'].crop_size == side
+    assert test['ResizeEdge'].scale == int(side / 0.9 if lvvit else side * 256 / 224)
+
+    model = MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor))
+    assert model.backbone.blocks[-1].drop_path_rate == pytest.approx(0.1)
+    augments = getattr(model.data_preprocessor.batch_augments, 'augments', [])
+    assert [(type(augment).__name__, augment.alpha) for augment in augments] == (
+        [] if lvvit else [('Mixup', 0.8), ('CutMix', 1.0)])
+    preprocessor = type(model.data_preprocessor).__name__
+    assert preprocessor == ('MixTokenPreprocessor' if token_labels else 'ClsDataPreprocessor')
+    if token_labels:
+        coarse = 2 if path.stem.startswith('cf-') else 1  # what is mixed are whole coarse patches
+        assert model.data_preprocessor.patch_size == 16 * coarse
+
+
+@pytest.mark.parametrize('path', [path for path in CONFIGS if path.parent.name == 'cfvit'], ids=lambda path: path.stem)
+def test_cfvit_metafile_counts_both_stages(path, quick):
+    model = build_model(load(path.relative_to('configs')))
+    backbone = model.backbone
+    side = 16 * backbone.shape[0]
+    entry = metafile_models()[str(path)]['Metadata']
+    assert entry['FLOPs'] == count_macs(model, (side, side))
+    if isinstance(backbone, CFViT) and backbone.out_type == 'cls_token':
+        # The classifier runs on the class token of each stage.
+        assert entry['FLOPs'] == sum(backbone.stage_macs()) + 2 * model.head.fc.weight.numel()
+
+
+def test_mixed_labels_train_both_stages():
+    cfg = load('cfvit/cf-deit-small-7x7_8xb128_in1k-224px.py')
+    arch = dict(family='deit', embed_dim=16, depth=4, num_heads=2, mlp_ratio=2)
+    cfg.model.backbone.update(arch=arch, patch_size=2, img_size=28)
+    cfg.model.head.in_channels = 16
+    model = MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor)).train()
+    images = [torch.randint(0, 255, (3, 28, 28), dtype=torch.uint8) for _ in range(4)]
+    batch = dict(inputs=images, data_samples=[DataSample().set_gt_label(label) for label in range(4)])
+    batch = model.data_preprocessor(batch, training=True)
+    scores = torch.stack([sample.gt_score for sample in batch['data_samples']])
+    assert torch.allclose(scores.sum(1), torch.ones(4)) and (scores > 0).sum(1).max() == 2
+    losses = model.loss(**batch)
+    # The fine stage learns the mixed labels, smoothed; the coarse one has another loss.
+    tokens, chosen = model.backbone.fine(batch['inputs'], model.backbone.coarse(batch['inputs']))
+    assert set(losses) == {'loss', 'loss_coarse'} and len(chosen) == len(tokens) == 4
+    sum(losses.values()).backward()
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 def test_a_detector_starts_from_an_imagenet_checkpoint(tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 MIM = Path(sys.executable).with_name('mim')
 COLUMNS = {  # title: metric, its factor, format of its value
     'top-1 %': ('accuracy/top1', 1, '{:.1f}'),
+    'coarse %': ('cf/coarse_top1', 1, '{:.1f}'),
+    'exit %': ('cf/exit_share', 100, '{:.1f}'),
     'box AP50 %': ('coco/bbox_mAP_50', 100, '{:.1f}'),
     'mask AP50 %': ('coco/segm_mAP_50', 100, '{:.1f}'),
     'mIoU %': ('mIoU', 1, '{:.1f}'),

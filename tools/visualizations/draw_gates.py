@@ -15,7 +15,7 @@ import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import (build_model, dynamic_backbone, image_files, pipeline_without_annotations,
                                   run_on_images)
 from mmdyn.visualization import (build_visualizer, describe_label, draw_gates, draw_outline, draw_prediction,
-                                 granularity_of_pixels)
+                                 granularity_of_pixels, with_title)
 from mmengine.config import Config, DictAction
 from mmengine.runner import load_checkpoint
 
@@ -30,11 +30,9 @@ def dge_layers(backbone, shapes):
 
 def labelled(picture: np.ndarray, text: str, side: int) -> np.ndarray:
     """The picture enlarged to ``side`` pixels of height below a line of text."""
-    picture = cv2.resize(picture, (round(picture.shape[1] * side / picture.shape[0]), side),
-                         interpolation=cv2.INTER_NEAREST if picture.shape[0] <= side else cv2.INTER_AREA)
-    title = np.full((18, picture.shape[1], 3), 255, np.uint8)
-    cv2.putText(title, text, (2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.pad(np.concatenate([title, picture]), ((0, 4), (0, 4), (0, 0)), constant_values=255)
+    interpolation = cv2.INTER_NEAREST if picture.shape[0] <= side else cv2.INTER_AREA
+    size = round(picture.shape[1] * side / picture.shape[0]), side
+    return with_title(cv2.resize(picture, size, interpolation=interpolation), text)
 
 
 def prediction(visualizer, run, args) -> np.ndarray:

@@ -1,0 +1,22 @@
+_base_ = './vit-mini_digits.py'
+
+model = dict(
+    type='mmdyn.CoarseToFineClassifier',
+    backbone=dict(
+        _delete_=True,
+        type='mmdyn.CFViT',
+        arch=dict(family='deit', embed_dim=64, depth=4, num_heads=4, mlp_ratio=2),
+        coarse_size=4,
+        ema_start=2,
+        img_size=64,
+        patch_size=8,
+        init_cfg=_base_.model.backbone.init_cfg),
+    test_cfg=dict(threshold=0.75))
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.coarse_pos_embed': dict(decay_mult=0.)}))
+custom_hooks = [dict(type='mmdyn.FineSelectionHook', begin=8)]
+val_evaluator = [
+    dict(type='Accuracy', topk=1),
+    dict(type='mmdyn.CoarseToFineMetric', topk=1),
+    dict(type='mmdyn.DynamicFLOPs')
+]
+test_evaluator = val_evaluator

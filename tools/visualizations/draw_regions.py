@@ -1,0 +1,95 @@
+"""Draw which regions of an image CF-ViT looked at more finely, and what each of its stages made of it.
+
+Writes a row of pictures for each image: the image as the network sees it; the coarse patches, with the coarse stage's class
+and confidence; and, where the fine stage ran, the patches that it split, the others greyed, with its class and confidence.
+The title of the stage whose prediction counts is red. With --masks, folders of the same names, the share of the object's
+pixels and of the background's that lie in split regions is printed, over all images.
+"""
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+import mmdyn  # noqa: F401
+from mmdyn.analysis.flops import (build_model, dynamic_backbone, image_files, pipeline_without_annotations,
+                                  run_on_images)
+from mmdyn.models import CFViT
+from mmdyn.visualization import build_visualizer, describe_stages, draw_regions, split_pixels, with_title
+from mmengine.config import Config, DictAction
+from mmengine.runner import load_checkpoint
+
+RED, BLACK = (200, 0, 0), (0, 0, 0)
+
+
+def row_of(run, name: str, coarse_size: int, side: int, dataset_meta: dict) -> np.ndarray:
+    """The pictures of an image side by side."""
+    image = np.ascontiguousarray(run.view.numpy()[::-1].transpose(1, 2, 0))
+    image = cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST if len(image) <= side else cv2.INTER_AREA)
+    titles = describe_stages(run.sample, dataset_meta)
+    colours = [RED if stage == run.sample.exit_stage else BLACK for stage in (0, 1)]
+    regions = [None, run.sample.get('regions')]
+    row = [with_title(image, name)]
+    for title, colour, split in zip(titles, colours, regions):
+        split = None if split is None else split.tolist()
+        row.append(with_title(draw_regions(image, coarse_size, split), title, colour))
+    return np.concatenate(row, axis=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--images', required=True, help='folder of images')
+    parser.add_argument('--masks', help='folder of masks with the same names')
+    parser.add_argument('--background', type=int, default=0, help='value of the background in the masks')
+    parser.add_argument('--out', required=True, help='folder of the pictures')
+    parser.add_argument('--num', type=int, default=16, help='number of pictures')
+    parser.add_argument('--side', type=int, default=160, help='side of a picture in pixels')
+    parser.add_argument('--threshold', type=float, help="confidence that stops an image, instead of the config's")
+    parser.add_argument('--every-stage', action='store_true', help='run the fine stage on images that stop as well')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
+    args = parser.parse_args()
+
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    wanted = dict(threshold=args.threshold, every_stage=args.every_stage or None)
+    cfg.merge_from_dict({f'model.test_cfg.{name}': value for name, value in wanted.items() if value is not None})
+    model = build_model(cfg)
+    backbone = dynamic_backbone(model)
+    if not isinstance(backbone, CFViT):
+        raise SystemExit(f'draw_regions.py: the model of {args.config} has no CFViT, so there is nothing to draw.')
+    checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
+    dataset_meta = build_visualizer(cfg, checkpoint.get('meta', {}).get('dataset_meta')).dataset_meta
+    pipeline = pipeline_without_annotations(cfg)
+
+    files, out = image_files(args.images), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = set(files[::max(1, len(files) // args.num)][:args.num])
+    pixels, stopped = np.zeros((2, 2), int), 0  # of background and object: in split regions, all
+    # Each stage is a run of its own, with the same prediction.
+    runs = {run.path: run for run in run_on_images(model, cfg, files if args.masks else sorted(drawn))}
+    for path, run in runs.items():
+        name = path.relative_to(args.images)
+        stopped += run.sample.exit_stage == 0
+        if args.masks and 'regions' in run.sample:
+            mask_file = Path(args.masks) / name
+            if not mask_file.exists():
+                raise SystemExit(f'draw_regions.py: no mask {mask_file} for {path}.')
+            # The image's own pipeline, so that a mask is cropped and resized as the image was.
+            mask = pipeline(dict(img_path=str(mask_file)))['inputs'].numpy()[0] != args.background
+            split = split_pixels(run.sample.regions.tolist(), backbone.coarse_size, mask.shape)
+            pixels += [[(split & part).sum(), part.sum()] for part in (~mask, mask)]
+        if path in drawn:
+            picture = row_of(run, path.stem, backbone.coarse_size, args.side, dataset_meta)
+            cv2.imwrite(str(out / f'{"-".join(name.with_suffix("").parts)}.png'), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    print(f'{len(drawn)} pictures in {out}')
+    print(f'{stopped} of {len(runs)} images stop after the coarse stage, at a confidence of '
+          f'{model.test_cfg["threshold"]:g}')
+    if pixels.any():
+        background, objects = pixels[:, 0] / pixels[:, 1].clip(1)
+        print(f'split regions hold {objects:.1%} of the object, {background:.1%} of the background')
+
+
+if __name__ == '__main__':
+    main()
