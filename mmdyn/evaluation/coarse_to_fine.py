@@ -1,3 +1,4 @@
+import math
 from collections import OrderedDict
 from typing import Any, List, Sequence, Union
 
@@ -12,10 +13,10 @@ from ..registry import METRICS
 class CoarseToFineMetric(BaseMetric):
     """Accuracy of each stage of CF-ViT, and what the early exit saves, from one test.
 
-    Reports, over the images: ``top<k>`` of the stage at which each image stops, ``coarse_top<k>`` of the coarse
-    stage, and ``fine_top<k>`` of the fine stage if that ran on all images, as with ``test_cfg=dict(every_stage=True)``
-    or ``threshold=1``, in per cent; ``exit_share``, the share in [0, 1] that stops after the coarse stage; and
-    ``gflops``, the backbone's multiply-adds in 1e9.
+    Reports, over the images: ``top<k>`` of the stage at which each image stops, ``coarse_top<k>`` of the coarse stage,
+    and ``fine_top<k>`` of the fine stage, in per cent; ``exit_share``, the share in [0, 1] that stops after the coarse
+    stage; and ``gflops``, the backbone's multiply-adds in 1e9. ``fine_top<k>`` is not a number unless the fine stage ran
+    on all images, as with ``test_cfg=dict(every_stage=True)`` or ``threshold=1``.
 
     Args:
         topk: k, or several.
@@ -57,10 +58,9 @@ class CoarseToFineMetric(BaseMetric):
         """Average over the images."""
         metrics = OrderedDict()
         for name in ('', 'coarse_', 'fine_'):
-            hits = [result['hits'].get(name) for result in results]
-            if None not in hits:
-                shares = torch.tensor(hits, dtype=torch.double).mean(0).tolist()
-                metrics.update({f'{name}top{k}': 100 * share for k, share in zip(self.topk, shares)})
+            unknown = [math.nan] * len(self.topk)
+            hits = torch.tensor([result['hits'].get(name, unknown) for result in results], dtype=torch.double)
+            metrics.update({f'{name}top{k}': 100 * share for k, share in zip(self.topk, hits.mean(0).tolist())})
         metrics['exit_share'] = sum(result['exits'] for result in results) / len(results)
         metrics['gflops'] = sum(result['macs'] for result in results) / len(results) / 1e9
         return metrics
