@@ -1,6 +1,6 @@
 _base_ = [
-    '../_base_/models/cf-deit_cls.py', '../_base_/datasets/imagenet_224.py', '../_base_/schedules/imagenet_deit_300e.py',
-    '../_base_/default_runtime.py'
+    '../_base_/models/cf-deit_cls.py', '../_base_/datasets/imagenet_224.py',
+    '../_base_/schedules/imagenet_deit_300e.py', '../_base_/default_runtime.py'
 ]
 
 custom_hooks = [dict(type='mmdyn.FineSelectionHook', begin=200)]

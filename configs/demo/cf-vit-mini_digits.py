@@ -12,7 +12,7 @@ model = dict(
         patch_size=8,
         init_cfg=_base_.model.backbone.init_cfg),
     test_cfg=dict(threshold=0.75))
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.coarse_pos_embed': dict(decay_mult=0.)}))
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.coarse_pos_embed': dict(lr_mult=10., decay_mult=0.)}))
 custom_hooks = [dict(type='mmdyn.FineSelectionHook', begin=8)]
 val_evaluator = [
     dict(type='Accuracy', topk=1),

@@ -14,7 +14,9 @@ model = dict(
     head=dict(in_channels=64))
 
 max_epochs = 15
-optim_wrapper = dict(optimizer=dict(lr=2e-3))
+# Digits lie anywhere: little is learnt before the positions are told apart.
+optim_wrapper = dict(
+    optimizer=dict(lr=2e-3), paramwise_cfg=dict(custom_keys={'.pos_embed': dict(lr_mult=10.)}))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=True, end=1, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=1, end=max_epochs, convert_to_iter_based=True)

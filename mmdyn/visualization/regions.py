@@ -26,7 +26,8 @@ def split_pixels(regions: Sequence[int], coarse_size: int, size: Tuple[int, int]
     regions = np.asarray(regions, dtype=int)
     if len(regions) and not 0 <= regions.min() <= regions.max() < coarse_size**2:
         raise ValueError(f'Regions {regions.min()} to {regions.max()} are not all in a grid of {coarse_size} x '
-                         f'{coarse_size} patches, which has 0 to {coarse_size**2 - 1}: give the coarse_size of the model.')
+                         f'{coarse_size} patches, which has 0 to {coarse_size**2 - 1}: give the coarse_size of the '
+                         'model.')
     cells = np.isin(np.arange(coarse_size**2), regions).reshape(coarse_size, coarse_size)
     return cells[np.ix_(*(np.arange(side) * coarse_size // side for side in size))]
 
@@ -53,7 +54,7 @@ def draw_regions(image: np.ndarray, coarse_size: int, regions: Optional[Sequence
 
 
 def _borders(count: int, size: Tuple[int, int]) -> np.ndarray:
-    """(H, W), the first row and column of pixels of each patch of a count x count grid but those at the image's edge."""
+    """(H, W), the first row and column of pixels of each patch of a count x count grid, but not at the image's edge."""
     rows, columns = (np.diff(np.arange(side) * count // side, prepend=0) > 0 for side in size)
     return rows[:, None] | columns
 

@@ -1,9 +1,9 @@
 """Draw which regions of an image CF-ViT looked at more finely, and what each of its stages made of it.
 
-Writes a row of pictures for each image: the image as the network sees it; the coarse patches, with the coarse stage's class
-and confidence; and, where the fine stage ran, the patches that it split, the others greyed, with its class and confidence.
-The title of the stage whose prediction counts is red. With --masks, folders of the same names, the share of the object's
-pixels and of the background's that lie in split regions is printed, over all images.
+Writes a row of pictures for each image: the image as the network sees it; the coarse patches, with the coarse stage's
+class and confidence; and, where the fine stage ran, the patches that it split, the others greyed, with its class and
+confidence. The title of the stage whose prediction counts is red. With --masks, folders of the same names, the share of
+the object's pixels and of the background's that lie in split regions is printed, over all images.
 """
 import argparse
 from pathlib import Path
@@ -81,8 +81,9 @@ def main() -> None:
             split = split_pixels(run.sample.regions.tolist(), backbone.coarse_size, mask.shape)
             pixels += [[(split & part).sum(), part.sum()] for part in (~mask, mask)]
         if path in drawn:
-            picture = row_of(run, path.stem, backbone.coarse_size, args.side, dataset_meta)
-            cv2.imwrite(str(out / f'{"-".join(name.with_suffix("").parts)}.png'), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            title = '-'.join(name.with_suffix('').parts)
+            picture = row_of(run, title, backbone.coarse_size, args.side, dataset_meta)
+            cv2.imwrite(str(out / f'{title}.png'), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     print(f'{len(drawn)} pictures in {out}')
     print(f'{stopped} of {len(runs)} images stop after the coarse stage, at a confidence of '
           f'{model.test_cfg["threshold"]:g}')
