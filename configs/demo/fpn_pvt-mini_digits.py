@@ -56,7 +56,7 @@ test_dataloader = val_dataloader
 val_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='mmdyn.DynamicFLOPs')]
 test_evaluator = val_evaluator
 
-max_iters = 1600
+max_iters = 1400
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',

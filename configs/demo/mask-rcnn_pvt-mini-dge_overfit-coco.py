@@ -1,5 +1,7 @@
 # A check of the whole way: Mask R-CNN on a small PVT+DGE learns 8 images of COCO by heart and is tested on them.
-_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py', '../_base_/models/pvt_mini.py']
+_base_ = [
+    'mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py', '../_base_/models/pvt_mini.py'
+]
 
 norm_cfg = dict(type='BN')
 model = dict(

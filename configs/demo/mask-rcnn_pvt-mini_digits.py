@@ -1,5 +1,7 @@
 # Mask R-CNN on a small PVT, for the digits of tools/dataset_tools/make_demo_dataset.py on images of 128 pixels.
-_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py', '../_base_/models/pvt_mini.py']
+_base_ = [
+    'mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py', '../_base_/models/pvt_mini.py'
+]
 
 # From scratch, norms let the heads learn in minutes.
 norm_cfg = dict(type='BN')

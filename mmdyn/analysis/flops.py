@@ -129,9 +129,9 @@ def report(cfg: Config, shape: Tuple[int, int], query_ratio: Optional[float] = N
         detections: boxes that a detector's mask head looks at, see :func:`count_macs`.
 
     Returns:
-        ``params`` and ``params_dense``, with and without DGE; ``flops_dense`` and ``flops``, multiply-adds of one image,
-        dense and as spent, by the whole model; ``query_ratio``; and ``layers``, one dict for each encoder block of name,
-        flops_dense, flops_queries (those of them that queries cost), flops and query_ratio.
+        ``params`` and ``params_dense``, with and without DGE; ``flops_dense`` and ``flops``, multiply-adds of one
+        image, dense and as spent, by the whole model; ``query_ratio``; and ``layers``, one dict for each encoder block
+        of name, flops_dense, flops_queries (those of them that queries cost), flops and query_ratio.
     """
     if query_ratio is not None and not 0 < query_ratio <= 1:
         raise ValueError(f'query_ratio={query_ratio} must be greater than 0 and at most 1.')

@@ -35,8 +35,8 @@ def synthetic_choice(regions: Tuple[int, int], granularities: Sequence[int], que
     others = [shares[k] for k in order[1:]]
     coarse = sum(others) / len(others) if others else shares[order[0]]
     if not coarse <= query_ratio <= max(shares):
-        raise ValueError(f'query_ratio={query_ratio}: granularities {tuple(granularities)}, with equal shares of all but '
-                         f'the finest, allow {coarse:.4f} to {max(shares):.4f}.')
+        raise ValueError(f'query_ratio={query_ratio}: granularities {tuple(granularities)}, with equal shares of all '
+                         f'but the finest, allow {coarse:.4f} to {max(shares):.4f}.')
     finest = (query_ratio - coarse) / (shares[order[0]] - coarse) if others else 1.
     noise = torch.rand(*regions, generator=torch.Generator().manual_seed(seed))
     if pattern == 'clustered':

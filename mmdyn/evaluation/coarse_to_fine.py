@@ -15,8 +15,8 @@ class CoarseToFineMetric(BaseMetric):
 
     Reports, over the images: ``top<k>`` of the stage at which each image stops, ``coarse_top<k>`` of the coarse stage,
     and ``fine_top<k>`` of the fine stage, in per cent; ``exit_share``, the share in [0, 1] that stops after the coarse
-    stage; and ``gflops``, the backbone's multiply-adds in 1e9. ``fine_top<k>`` is not a number unless the fine stage ran
-    on all images, as with ``test_cfg=dict(every_stage=True)`` or ``threshold=1``.
+    stage; and ``gflops``, the backbone's multiply-adds in 1e9. ``fine_top<k>`` is not a number unless the fine stage
+    ran on all images, as with ``test_cfg=dict(every_stage=True)`` or ``threshold=1``.
 
     Args:
         topk: k, or several.

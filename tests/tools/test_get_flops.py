@@ -127,6 +127,13 @@ def test_text_uses_the_budget_of_the_config():
     assert 'at query ratio 0.5000' in text and 'stages.3.blocks.0' in text
 
 
+def test_coarse_to_fine_without_img_size(tmp_path):
+    cfg = Config.fromfile(ROOT / 'configs/demo/cf-vit-mini_digits.py')
+    del cfg.model.backbone.img_size
+    cfg.dump(tmp_path / 'cf.py')
+    assert ' at 64 x 64\n' in get_flops(tmp_path / 'cf.py').stdout
+
+
 def test_images(tmp_path):
     for i, size in enumerate([(64, 64), (32, 64)]):
         cv2.imwrite(str(tmp_path / f'{i}.png'), np.random.default_rng(i).integers(0, 255, (*size, 3), np.uint8))

@@ -1,9 +1,9 @@
 """Time dense and dynamic models side by side.
 
-Suites: det (backbones on one image of 800 x 1280), seg (on one of 512 x 2048), train (a training iteration of the dense
-model, of DGE that trains sparsely and of DGE that trains densely), cfvit (classification of 64 images by CF-ViT when none,
-half or all of them stop at the coarse stage, beside timm's DeiT). DGE decides by a synthetic routing at the given
-query ratio: clustered, the finest regions lie together as on the objects of a natural image, or random, the worst case.
+Suites: det (backbones on one image of 800 x 1280), seg (on one of 512 x 2048), train (a training iteration of the
+dense model, of DGE that trains sparsely and of DGE that trains densely), cfvit (classification of 64 images by CF-ViT
+when none, half or all of them stop at the coarse stage, beside timm's DeiT). DGE decides by a synthetic routing at the
+given query ratio: clustered, the finest regions lie together as on the objects of a natural image, or random, the worst case.
 
 Cases run in turns; times are medians, ratios medians of neighbouring runs. Efficiency is the share of the promised
 saving that arrives: the ratio of multiply-adds over the ratio of times.
@@ -116,8 +116,10 @@ def make_cases(suite: str, arch: str, images: torch.Tensor, query_ratio: float, 
         return cases
     dense = build(arch)
     cases = {'dense': backbone_case(dense, images, suite == 'train')}
-    options = ({f'DGE {mode}': (patterns[0], dict(train_mode=mode)) for mode in ('sparse', 'dense')} if suite == 'train' else
-               {f'DGE {pattern}': (pattern, dict(granularities=(1, 2, 4))) for pattern in patterns})
+    if suite == 'train':
+        options = {f'DGE {mode}': (patterns[0], dict(train_mode=mode)) for mode in ('sparse', 'dense')}
+    else:
+        options = {f'DGE {pattern}': (pattern, dict(granularities=(1, 2, 4))) for pattern in patterns}
     for name, (pattern, dge) in options.items():
         model = build(arch, **dge)
         force_routing(model, shape, query_ratio, pattern)

@@ -1,8 +1,8 @@
 """Count parameters and multiply-adds of a config's model, dense and as spent with DGE.
 
 Protocol: multiply-adds of linear layers, convolutions, both matrix products of attention and the points sampled by
-deformable attention, on one image, of the whole model; of a two-stage detector with 1000 proposals. Spent are those that
-do not depend on the routing, the routers, and C^l of eq. 7 for each query that is used.
+deformable attention, on one image, of the whole model; of a two-stage detector with 1000 proposals. Spent are those
+that do not depend on the routing, the routers, and C^l of eq. 7 for each query that is used.
 """
 import argparse
 import json
@@ -14,7 +14,10 @@ from mmengine.config import Config
 
 def default_shape(cfg: Config) -> tuple:
     """(H, W) of the images that the config's backbone is made for."""
-    size = cfg.model.backbone.get('img_size', 256)
+    backbone = cfg.model.backbone
+    if backbone.type.endswith('CFViT'):
+        return (2 * backbone.get('patch_size', 16) * backbone.get('coarse_size', 7), ) * 2
+    size = backbone.get('img_size', 256)
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

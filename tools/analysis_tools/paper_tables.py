@@ -1,14 +1,14 @@
 """Count the models of the DGE paper's tables 1 to 4 and of the CF-ViT paper's 1, 2 and 6, beside the papers' numbers.
 
-Protocol of DGE (supplement B.3): multiply-adds of linear layers, convolutions, both matrix products of attention and the
-points sampled by deformable attention, on one image, of the whole model. With DGE each layer's queries cost their
+Protocol of DGE (supplement B.3): multiply-adds of linear layers, convolutions, both matrix products of attention and
+the points sampled by deformable attention, on one image, of the whole model. With DGE each layer's queries cost their
 share at the given query ratio; keys, values, spatial reduction, patch embeddings, routers, neck and head are spent in
 any case. Detectors: 800 x 1280, RPN, box head at 1000 proposals; the mask head at no detections, which is what the
 paper's totals agree with (see --detections). Segmentors: 512 x 2048. The last column is the query ratio at which our
 count saves what the paper prints.
 
-Protocol of CF-ViT: the same operations of a classifier with 1000 classes. Both stages run for each image; where the paper's
-threshold lets images stop at the coarse stage, the share of them is told at which our count is what the paper prints.
+Protocol of CF-ViT: the same operations of a classifier with 1000 classes. Both stages run for each image; where the
+paper's threshold lets images stop at the coarse stage, the share of them is told at which our count is what it prints.
 """
 import argparse
 import json
@@ -68,8 +68,8 @@ def compare(row: dict, ours: dict, query_ratio: float) -> dict:
                    f'{paper["saving"] / paper["dense"]:.0%} of its own, ours {ours["saving"] / ours["dense"]:.0%}')
         far.clear()
     if far & {'params', 'params_dge'}:
-        why.append(f'{paper["params"]} M parameters are printed, {ours["params"]:.2f} M counted. By what is printed, Mask '
-                   f'R-CNN has from {min(printed_heads()):.1f} to {max(printed_heads()):.1f} M more than Semantic FPN, '
+        why.append(f'{paper["params"]} M parameters are printed, {ours["params"]:.2f} M counted. By what is printed, '
+                   f'Mask R-CNN has from {min(printed_heads()):.1f} to {max(printed_heads()):.1f} M more than Semantic FPN, '
                    'although the heads are the same for each backbone')
     if 'saving' in far:
         why.append(f'queries spend {ours["queries"]:.1f} of the {ours["blocks"]:.1f} G in the encoder blocks. A query '
@@ -82,8 +82,8 @@ def compare(row: dict, ours: dict, query_ratio: float) -> dict:
 
 def show(table: dict) -> None:
     """Print a table, two lines for each model."""
-    print(f'\nDGE, table {table["table"]}: {table["title"]}, {table["shape"][0]} x {table["shape"][1]}, DGE at query ratio '
-          f'{table["query_ratio"]}')
+    height, width = table['shape']
+    print(f'\nDGE, table {table["table"]}: {table["title"]}, {height} x {width}, query ratio {table["query_ratio"]}')
     print(f'{"":26}' + ''.join(f'{title:^25}' for title in ('params (M)', 'multiply-adds (G)', 'saving (G)'))
           + f'{"ratio of the":>14}')
     print(f'{"model":26}' + f'{"ours":>9}{"paper":>7}{"diff":>8} ' * 3 + f'{"paper saving":>14}')
@@ -113,7 +113,7 @@ def classifier(backbone: dict) -> Config:
 
 
 def compare_stages(row: dict) -> dict:
-    """A row of the CF-ViT paper: our multiply-adds in G, of each stage too, the paper's and their relative difference."""
+    """A row of the CF-ViT paper: our multiply-adds in G, of each stage too, and the paper's."""
     model = build_model(classifier(row['backbone']))
     side = row['backbone'].get('img_size', 224)
     ours = dict(macs=count_macs(model, (side, side)) / 1e9)
@@ -135,8 +135,8 @@ def show_stages(table: dict) -> None:
     for row in table['rows']:
         ours, printed = row['ours'], f'{row["paper"]["macs"]:7.4g}'
         if 'exits' in row:
-            print(f'{row["model"]:30}{"":8}{printed}{"":8}  {ours["coarse"]:.2f} coarse, {ours["fine"]:.2f} more for fine: '
-                  f'what is printed if {row["exits"]:.0%} of the images stop')
+            print(f'{row["model"]:30}{"":8}{printed}{"":8}  {ours["coarse"]:.2f} coarse, {ours["fine"]:.2f} more for fine'
+                  f': what is printed if {row["exits"]:.0%} of the images stop')
         else:
             print(f'{row["model"]:30}{ours["macs"]:8.2f}{printed}{row["difference"]["macs"]:+8.1%}')
 

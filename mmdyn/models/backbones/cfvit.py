@@ -54,8 +54,8 @@ class CFViT(PlainViT):
         ema_start: block, counted from 1, at which the global class attention begins.
         score: ``'global'`` class attention, that of the ``'last'`` block, ``'random'``, or ``'negative'`` global class
             attention (table 4).
-        reuse: ``'mlp'``, ``'linear'``, MLP with the ``'class_token'`` or with ``'uninformative'`` tokens as well, or None
-            (table 5).
+        reuse: ``'mlp'``, ``'linear'``, MLP with the ``'class_token'`` or with ``'uninformative'`` tokens as well, or
+            None (table 5).
         in_channels, patch_size, drop_path_rate, frozen_stages, with_cp, interpolate_mode, norm_eps, init_cfg: as for
             :class:`DeiT`.
         out_type: ``'cls_token'`` (B, C) or ``'raw'`` (B, n, C). Defaults to the class token for DeiT, and for LV-ViT to
@@ -87,8 +87,8 @@ class CFViT(PlainViT):
         family, numbers = self._family_of(arch)
         side = 2 * patch_size * coarse_size
         if img_size not in (None, side):
-            raise ValueError(f'img_size={img_size} does not fit coarse_size={coarse_size}: twice {coarse_size} patches of '
-                             f'{patch_size} pixels are {side}. Write img_size={side}, or another coarse_size.')
+            raise ValueError(f'img_size={img_size} does not fit coarse_size={coarse_size}: twice {coarse_size} patches '
+                             f'of {patch_size} pixels are {side}. Write img_size={side}, or another coarse_size.')
         for name, value in (('alpha', alpha), ('ema_decay', ema_decay)):
             if not 0 <= value <= 1:
                 raise ValueError(f'{name}={value} must be in [0, 1].')
@@ -98,9 +98,9 @@ class CFViT(PlainViT):
         out_type = out_type or ('raw' if family == 'lvvit' else 'cls_token')
         if out_type not in ('raw', 'cls_token'):
             raise ValueError(f"out_type={out_type!r}: choose 'cls_token' or 'raw'; a fine sequence is no map.")
-        super().__init__(family, numbers, side, in_channels, patch_size, out_type=out_type, drop_path_rate=drop_path_rate,
-                         frozen_stages=frozen_stages, with_cp=with_cp, interpolate_mode=interpolate_mode,
-                         norm_eps=norm_eps, init_cfg=init_cfg)
+        super().__init__(family, numbers, side, in_channels, patch_size, out_type=out_type,
+                         drop_path_rate=drop_path_rate, frozen_stages=frozen_stages, with_cp=with_cp,
+                         interpolate_mode=interpolate_mode, norm_eps=norm_eps, init_cfg=init_cfg)
         if not 1 <= ema_start <= len(self.blocks):
             raise ValueError(f'ema_start={ema_start}: choose a block from 1 to {len(self.blocks)}.')
         self.coarse_size, self.side, self.alpha = coarse_size, side, alpha
@@ -123,8 +123,8 @@ class CFViT(PlainViT):
                 raise ValueError(f'arch has family={family!r}: choose from {tuple(self.families)}.')
             return family, numbers
         if arch not in FAMILIES_OF_ARCHS:
-            raise ValueError(f'Unknown arch {arch!r}: choose from {sorted(FAMILIES_OF_ARCHS)}, or give a dict of family, '
-                             'embed_dim, depth, num_heads, mlp_ratio.')
+            raise ValueError(f'Unknown arch {arch!r}: choose from {sorted(FAMILIES_OF_ARCHS)}, or give a dict of '
+                             'family, embed_dim, depth, num_heads, mlp_ratio.')
         return FAMILIES_OF_ARCHS[arch]
 
     def position_embeddings(self):
@@ -169,8 +169,8 @@ class CFViT(PlainViT):
             patches = patches + self._upsample(reused)
             if self.reuse_kind == 'uninformative':
                 others = others + reused
-        tokens = fine_sequence(class_token + self.pos_embed[:, :1], patches + self.pos_embed[:, 1:], others, chosen, rest,
-                               self.coarse_size)
+        tokens = fine_sequence(class_token + self.pos_embed[:, :1], patches + self.pos_embed[:, 1:], others, chosen,
+                               rest, self.coarse_size)
         for block in self.blocks:
             tokens = self._run(block, tokens)
         self._spent(len(images), tokens.shape[1], self.shape, fine=True)
@@ -210,12 +210,12 @@ class CFViT(PlainViT):
                 self._stage_cost(1, fine, self.shape, fine=True).dense)
 
     def _stage_cost(self, batch: int, tokens: int, grid: Tuple[int, int], fine: bool) -> BackboneCost:
-        layers = []
+        layers, queries = [], torch.full((batch, ), tokens)
         for number, block in enumerate(self.blocks, start=1):
             query, static = block.macs((1, tokens - 1), 1)
             if self._watches(number) and not fine:
                 static += tokens * self.norm.weight.numel()  # one row of attention scores for each head
-            layers.append(LayerCost(f'blocks.{number - 1}', query, static, 0, torch.full((batch, ), tokens), tokens, False))
+            layers.append(LayerCost(f'blocks.{number - 1}', query, static, 0, queries, tokens, False))
         reused = self.coarse_size**2 + (self.reuse_kind == 'class_token')
         stem = self.patch_embed.macs(grid) + (reused * self.reuse.macs() if fine and self.reuse_kind else 0)
         return BackboneCost(layers, stem)

@@ -29,7 +29,7 @@ def split(patches: Tensor, columns: int) -> Tensor:
         patches: (B, n) indices into a grid of ``columns`` columns.
 
     Returns:
-        (B, 4 * n) indices into the grid of twice the rows and columns: upper left, upper right, lower left, lower right.
+        (B, 4 * n) indices into the grid of twice the rows and columns: upper left and right, lower left and right.
     """
     corner = patches // columns * (4 * columns) + patches % columns * 2
     steps = torch.tensor([0, 1, 2 * columns, 2 * columns + 1], device=patches.device)

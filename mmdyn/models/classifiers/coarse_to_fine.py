@@ -20,15 +20,16 @@ class CoarseToFineClassifier(ImageClassifier):
         coarse_loss: what teaches the coarse stage: ``'kl'``, the fine stage's prediction (eq. 14), or ``'ce'``, the
             labels (eq. 15).
         test_cfg: ``threshold``, eta: an image whose coarse confidence reaches it goes no further; 0 stops all, 1 none.
-            ``every_stage``: run the fine stage on all images nevertheless and keep its scores; the prediction stays that
-            of the stage at which the image would have stopped.
+            ``every_stage``: run the fine stage on all images nevertheless and keep its scores; the prediction stays
+            that of the stage at which the image would have stopped.
         kwargs: as for mmpretrain's ImageClassifier.
     """
 
     def __init__(self, *args, coarse_loss: str = 'kl', test_cfg: Optional[dict] = None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.with_neck:
-            raise ValueError('CoarseToFineClassifier takes no neck: the head takes what the backbone returns. Remove it.')
+            raise ValueError('CoarseToFineClassifier takes no neck, because the head takes what the backbone returns: '
+                             'remove it.')
         options = {**dict(threshold=0.5, every_stage=False), **(test_cfg or {})}
         unknown = set(options) - {'threshold', 'every_stage'}
         if unknown:
@@ -74,8 +75,8 @@ class CoarseToFineClassifier(ImageClassifier):
 
         Returns:
             Data samples with ``pred_score`` and ``pred_label``, ``coarse_score``, ``exit_stage`` (0 coarse, 1 fine),
-            ``macs`` that the backbone spent and, where the fine stage ran, ``fine_score`` and ``regions``, the indices of
-            the split patches in the coarse grid.
+            ``macs`` that the backbone spent and, where the fine stage ran, ``fine_score`` and ``regions``, the indices
+            of the split patches in the coarse grid.
         """
         coarse = self.backbone.coarse(inputs)
         coarse_score = self.head((self.backbone.output(coarse.tokens), )).softmax(-1)

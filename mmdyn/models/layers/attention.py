@@ -29,7 +29,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: List[in
 
 
 def class_attention(query: Tensor, key: Tensor) -> Tensor:
-    """Softmax of one query of each image over its keys, mean of the heads: (B, heads, D), (B, heads, M, D) -> (B, M)."""
+    """Softmax of one query of each image over its keys, mean of heads: (B, heads, D), (B, heads, M, D) -> (B, M)."""
     with torch.autocast(query.device.type, enabled=False):
         scores = torch.einsum('bhd,bhmd->bhm', query.float() / math.sqrt(query.shape[-1]), key.float())
         return scores.softmax(-1).mean(1)

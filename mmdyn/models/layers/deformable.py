@@ -64,9 +64,9 @@ def sample_by_mmcv(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[
 
 
 def _needs_operators(device: torch.device) -> str:
-    return (f"Deformable attention on {device} needs mmcv's operators, but the installed mmcv has none for this device: "
-            'use the CPU, or compile them with the CUDA toolkit of your torch in place: MMCV_WITH_OPS=1 FORCE_CUDA=1 pip '
-            'install --force-reinstall --no-deps --no-cache-dir --no-build-isolation mmcv==2.1.0')
+    return (f"Deformable attention on {device} needs mmcv's operators, but the installed mmcv has none for this "
+            'device: use the CPU, or compile them with the CUDA toolkit of your torch in place: MMCV_WITH_OPS=1 '
+            'FORCE_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation mmcv==2.1.0')
 
 
 SAMPLERS = {'embedding_bag': sample_by_embedding_bag, 'mmcv': sample_by_mmcv}
