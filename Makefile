@@ -15,9 +15,9 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_v
 VENV_DONE := $(VENV)/.stamp-venv-$(PYTHON_VERSION)
 TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -v '^\#' requirements.txt | grep -E '^(torch|numpy|setuptools|wheel|ninja|psutil)' | cksum | cut -d' ' -f1)
 MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(shell grep '^mmcv==' requirements.txt))
-SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt setup.py | cksum | cut -d' ' -f1)
+SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt setup.py mmdyn/models/dge/native.c | cksum | cut -d' ' -f1)
 
-.PHONY: help setup test demo demo-det demo-seg demo-cls-cf clean
+.PHONY: help setup test demo demo-det demo-seg demo-cls-cf bench clean
 help:
 	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (about 15 minutes, once)'
 	echo 'make test       set up, then run the tests'
@@ -25,6 +25,7 @@ help:
 	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
 	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
 	echo 'make demo-cls-cf  set up, then train DeiT and CF-ViT, sweep the threshold and draw the regions'
+	echo 'make bench      time dense and dynamic models beside mmdet, timm and mmcv, and write docs/benchmark.md'
 	echo 'make clean      remove .venv, the demo data and work_dirs/demo'
 
 setup: $(SETUP_DONE)
@@ -98,6 +99,14 @@ demo-cls-cf: setup
 	$(BIN)/python tools/analysis_tools/sweep_threshold.py configs/demo/cf-vit-mini_digits.py "$$checkpoint" --out $$run/threshold
 	$(BIN)/python tools/visualizations/draw_regions.py configs/demo/cf-vit-mini_digits.py "$$checkpoint" \
 		--images data/demo/imagenet/val --masks data/demo/imagenet/masks/val --out $$run/regions
+
+# What the trained routers choose is one of the routings.
+TRAINED := work_dirs/demo/pvt-mini-dge_digits/last_checkpoint
+$(TRAINED): | setup
+	@$(MAKE) demo
+
+bench: setup $(TRAINED)
+	@$(BIN)/python tools/analysis_tools/benchmark.py --suite all --out docs
 
 clean:
 	rm -rf $(VENV) data/demo work_dirs/demo build *.egg-info .pytest_cache

@@ -2,7 +2,7 @@ import re
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -50,4 +50,9 @@ setup(
     install_requires=['torch>=2.6', 'numpy', 'packaging'],
     extras_require=dict(
         mim=MIM, cls=CLS, det=DET, seg=SEG, demo=DEMO, tests=TESTS, all=[*MIM, *CLS, *DET, *SEG, *DEMO, *TESTS]),
+    # Without a compiler mmdyn runs the same in plain PyTorch.
+    ext_modules=[
+        Extension('mmdyn.models.dge._native', ['mmdyn/models/dge/native.c'], extra_compile_args=['-O3', '-fopenmp'],
+                  extra_link_args=['-fopenmp'], optional=True)
+    ],
     cmdclass=dict(build_py=BuildWithMim))

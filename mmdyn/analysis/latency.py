@@ -1,32 +1,37 @@
-"""Times of alternatives, measured side by side."""
+"""Times and memory of alternatives, measured side by side, and the limits of the machine that they run on."""
+import platform
 import statistics
 import time
-from typing import Callable, Dict, List
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
+from pathlib import Path
+from typing import Callable, Dict, List, Sequence, Union
 
 import torch
 
+Outputs = Union[torch.Tensor, Sequence[torch.Tensor]]
 
-def interleaved_times(cases: Dict[str, Callable[[], object]], rounds: int = 5, warmup: int = 1) -> Dict[str, List[float]]:
+
+def interleaved_times(cases: Dict[str, Callable[[], object]], rounds: int = 5, warmup: int = 1,
+                      device: Union[str, torch.device] = 'cpu') -> Dict[str, List[float]]:
     """Run the cases in turns, A B A B, so that whatever else the machine does meets all of them.
 
     Args:
         cases: a function for each name.
         rounds: measured runs of each case.
         warmup: runs of each case before.
+        device: what they run on; its queue is empty when a clock is read.
 
     Returns:
         seconds of each measured run, by name.
     """
     def timed(run):
-        synchronise()
+        synchronise(device)
         start = time.perf_counter()
         run()
-        synchronise()
+        synchronise(device)
         return time.perf_counter() - start
-
-    def synchronise():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
     for run in cases.values():
         for _ in range(warmup):
@@ -38,6 +43,92 @@ def interleaved_times(cases: Dict[str, Callable[[], object]], rounds: int = 5, w
     return times
 
 
+def synchronise(device: Union[str, torch.device]) -> None:
+    """Wait for an accelerator; the CPU never lags behind."""
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
 def ratio(times: Dict[str, List[float]], name: str, reference: str) -> float:
     """Median of the ratios of neighbouring runs, ``name`` over ``reference``."""
     return statistics.median(a / b for a, b in zip(times[name], times[reference]))
+
+
+def peak_memory(run: Callable[[], object], device: Union[str, torch.device] = 'cpu') -> int:
+    """Bytes that a function has allocated in tensors at its worst moment, above what there was when it started.
+
+    The same run allocates the same. What libraries allocate past torch is not counted.
+    """
+    if torch.device(device).type == 'cuda':
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        synchronise(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True,
+                                acc_events=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
+
+
+def largest_difference(outputs: Outputs, expected: Outputs) -> float:
+    """The largest difference of two models' outputs, relative to the largest absolute value of each expected one."""
+    outputs, expected = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (outputs, expected))
+    return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+               for a, b in zip(outputs, expected, strict=True))
+
+
+def supports_bfloat16(device: Union[str, torch.device]) -> bool:
+    """Whether the device computes in bfloat16 itself."""
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes: int = 256,
+           rounds: int = 5) -> Dict[str, float]:
+    """What the device reaches at best: 10^9 operations a second of a matrix product, and 10^9 bytes of a copy.
+
+    Args:
+        device: the device.
+        side: of the matrices; their product takes 2 * side^3 operations.
+        megabytes: 10^6 bytes that are copied; each is read and written.
+        rounds: runs of each, whose median counts.
+
+    Returns:
+        ``float32`` and, where the device supports it, ``bfloat16`` in GFLOP/s; ``copy`` in GB/s.
+    """
+    source = torch.randn(megabytes * 10**6 // 4, device=device)
+    target, cases, work = torch.empty_like(source), {}, {}
+    cases['copy'], work['copy'] = lambda: target.copy_(source), 2 * source.nbytes
+    for dtype in (torch.float32, torch.bfloat16)[:1 + supports_bfloat16(device)]:
+        factor, name = torch.randn(side, side, device=device).to(dtype), str(dtype).removeprefix('torch.')
+        cases[name], work[name] = lambda factor=factor: torch.mm(factor, factor), 2 * side**3
+    with torch.inference_mode():
+        times = interleaved_times(cases, rounds, device=device)
+    return {name: work[name] / statistics.median(seconds) / 1e9 for name, seconds in times.items()}
+
+
+def environment(device: Union[str, torch.device] = 'cpu') -> Dict[str, Union[str, int]]:
+    """What a time depends on: the machine, the number of threads and the versions of the libraries."""
+    found = dict(date=str(datetime.now(timezone.utc).date()), cpu=cpu_name(),
+                 capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(),
+                 torch=torch.__version__)
+    if torch.device(device).type == 'cuda':
+        found['gpu'] = torch.cuda.get_device_name(device)
+    for package in ('mmcv', 'mmdet', 'timm'):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = 'not installed'
+    return found
+
+
+def cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
+    """The processor's name."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    return next(names, '') or platform.processor() or platform.machine()

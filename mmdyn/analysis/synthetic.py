@@ -1,5 +1,5 @@
-"""Routing that is made up, so that speed can be measured at a chosen query ratio without trained weights."""
-from typing import Sequence, Tuple
+"""Routing that is made up or replayed, so that speed is measured at a chosen query ratio without trained weights."""
+from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +71,71 @@ class SyntheticRouter(nn.Module):
         return self.router(regions) * 0 + self.logits
 
 
+class LayerChoice(NamedTuple):
+    """What a DGE layer chose for one image.
+
+    Attributes:
+        granularities: sides of the patches in cells.
+        choice: (rows, columns) indices into them.
+    """
+    granularities: Tuple[int, ...]
+    choice: Tensor
+
+
+Recording = List[List[LayerChoice]]
+"""The layers of each stage."""
+
+
+def record_routing(backbone: DynamicBackbone, image: int = 0) -> Recording:
+    """What the DGE layers chose for an image of the last forward pass."""
+    return [[LayerChoice(encoder.granularities, encoder.decision.choice[image]) for encoder in stage.dge]
+            for stage, _ in backbone.named_stages()]
+
+
+def proportional(items: Sequence, index: int, count: int):
+    """The item that lies as far along ``items`` as ``index`` along ``count``."""
+    return items[index * len(items) // count]
+
+
+def recorded_granularities(recording: Recording, num_stages: int) -> List[Tuple[int, ...]]:
+    """The granularities that each of ``num_stages`` stages needs to replay a recording."""
+    return [proportional(recording, i, num_stages)[0].granularities for i in range(num_stages)]
+
+
+def replay_choice(choice: Tensor, regions: Tuple[int, int]) -> Tensor:
+    """Resize a map of choices (rows, columns) to ``regions``: each takes the choice at its centre."""
+    return F.interpolate(choice[None, None].double(), regions, mode='nearest-exact')[0, 0].long()
+
+
 def force_routing(backbone: DynamicBackbone, size: Tuple[int, int], query_ratio: float, pattern: str) -> None:
     """Make every DGE layer of a backbone decide by :func:`synthetic_choice` on images of ``size`` (H, W) pixels."""
+    for stage, _, encoder, regions in _dge_layers(backbone, size):
+        choice = synthetic_choice(regions, encoder.granularities, query_ratio, pattern, seed=stage)
+        encoder.router = SyntheticRouter(encoder.router, choice)
+
+
+def replay_routing(backbone: DynamicBackbone, size: Tuple[int, int], recording: Recording) -> None:
+    """Make every DGE layer decide on images of ``size`` as another model did.
+
+    A layer takes the choice of the one that lies as far along the recorded stages, and along the layers of its stage.
+
+    Raises:
+        ValueError: if they choose among different granularities.
+    """
+    stages = [stage for stage, _ in backbone.named_stages()]
+    for i, j, encoder, regions in _dge_layers(backbone, size):
+        recorded = proportional(proportional(recording, i, len(stages)), j, len(stages[i].dge))
+        if recorded.granularities != encoder.granularities:
+            needed = recorded_granularities(recording, len(stages))
+            raise ValueError(f'Layer {j} of stage {i} has granularities {encoder.granularities}, but the recorded one '
+                             f'{recorded.granularities}: build the backbone with dge=dict(granularities={needed}).')
+        encoder.router = SyntheticRouter(encoder.router, replay_choice(recorded.choice, regions))
+
+
+def _dge_layers(backbone: DynamicBackbone, size: Tuple[int, int]) -> Iterator[tuple]:
+    """Stage, index, encoder, and rows and columns of regions of each DGE layer on images of ``size`` pixels."""
     stride = 1
-    for seed, (stage, _) in enumerate(backbone.named_stages()):
+    for i, (stage, _) in enumerate(backbone.named_stages()):
         stride *= stage.patch_embed.proj.kernel_size[0]
-        shape = size[0] // stride, size[1] // stride
-        for encoder in stage.dge:
-            choice = synthetic_choice(grid(encoder.region, shape), encoder.granularities, query_ratio, pattern, seed)
-            encoder.router = SyntheticRouter(encoder.router, choice)
+        for j, encoder in enumerate(stage.dge):
+            yield i, j, encoder, grid(encoder.region, (size[0] // stride, size[1] // stride))

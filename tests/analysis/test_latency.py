@@ -1,6 +1,10 @@
 import time
 
-from mmdyn.analysis.latency import interleaved_times, ratio
+import pytest
+import torch
+
+from mmdyn.analysis.latency import (cpu_name, environment, interleaved_times, largest_difference, limits, peak_memory,
+                                    ratio)
 
 
 def test_runs_in_turns_after_a_warm_up():
@@ -17,3 +21,52 @@ def test_ratio_is_the_median_of_neighbours():
 def test_measures_what_the_case_takes():
     times = interleaved_times(dict(nap=lambda: time.sleep(0.02)), rounds=2, warmup=0)
     assert min(times['nap']) >= 0.02
+
+
+def test_peak_memory_of_tensors_that_come_and_go():
+    kept = [torch.empty(5000)]
+
+    def run():
+        kept.pop()  # what was there before does not count, not even when it goes
+        first, second = torch.empty(1000), torch.empty(2000, dtype=torch.double)
+        del first
+        third = torch.empty(10, dtype=torch.uint8)  # 4000 + 16000 are the most, not 16000 + 10
+        del second, third
+        kept.append(torch.empty(3000))
+
+    assert peak_memory(run) == 4000 + 16000
+
+
+def test_peak_memory_of_a_result_and_of_nothing():
+    kept = []
+    assert peak_memory(lambda: kept.append(torch.zeros(100, 100))) == 40000
+    assert peak_memory(lambda: None) == 0
+
+
+def test_largest_difference_is_relative_to_each_output():
+    a, b = torch.tensor([1., -10.]), torch.tensor([100., 0.])
+    assert largest_difference((a, b), (a, b)) == 0
+    assert largest_difference((a + torch.tensor([0.5, 0.]), b + 1), (a, b)) == pytest.approx(0.05)
+    assert largest_difference(a * 2, (a, )) == pytest.approx(1)
+
+
+def test_limits_count_operations_and_bytes(monkeypatch):
+    monkeypatch.setattr('mmdyn.analysis.latency.interleaved_times',
+                        lambda cases, rounds, device: {name: [0.001] * rounds for name in cases})
+    found = limits(side=100, megabytes=3, rounds=2)
+    assert found.pop('copy') == pytest.approx(2 * 3e6 / 0.001 / 1e9)
+    assert found.pop('float32') == found.pop('bfloat16', 2.) == pytest.approx(2 * 100**3 / 0.001 / 1e9)
+    assert not found
+
+
+def test_limits_run():
+    assert all(value > 0 for value in limits(side=64, megabytes=1, rounds=1).values())
+
+
+def test_environment(tmp_path):
+    found = environment()
+    assert found['threads'] == torch.get_num_threads() and found['torch'] == torch.__version__
+    assert {'date', 'cpu', 'capability', 'mmcv', 'mmdet', 'timm'} < set(found) and 'gpu' not in found
+    (tmp_path / 'cpuinfo').write_text('processor\t: 0\nmodel name\t: Some CPU @ 2.0 GHz\n\nmodel name\t: another\n')
+    assert cpu_name(tmp_path / 'cpuinfo') == 'Some CPU @ 2.0 GHz'
+    assert cpu_name(tmp_path / 'missing')

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from mmdyn.analysis.synthetic import PATTERNS, force_routing, synthetic_choice
+from mmdyn.analysis.synthetic import (PATTERNS, LayerChoice, force_routing, record_routing, recorded_granularities,
+                                      replay_choice, replay_routing, synthetic_choice)
 
 
 def ratio(choice, granularities):
@@ -13,7 +14,8 @@ def neighbours_alike(choice):
 
 
 @pytest.mark.parametrize('pattern', PATTERNS)
-@pytest.mark.parametrize('granularities, query_ratio', [((1, 2, 4), 0.5), ((1, 2, 4), 1.), ((1, 2), 0.4), ((0, 1), 0.3)])
+@pytest.mark.parametrize('granularities, query_ratio', [((1, 2, 4), 0.5), ((1, 2, 4), 1.), ((1, 2), 0.4),
+                                                        ((0, 1), 0.3)])
 def test_query_ratio(granularities, query_ratio, pattern):
     choice = synthetic_choice((50, 80), granularities, query_ratio, pattern)
     assert choice.shape == (50, 80) and ratio(choice, granularities) == pytest.approx(query_ratio, abs=1e-3)
@@ -46,6 +48,47 @@ def test_backbone_decides_as_told(make_backbone):
     first = model.stages[0].dge[0]
     assert torch.equal(first.decision.choice[1], synthetic_choice((10, 14), (1, 2, 4), 0.5, 'clustered', 0))
     assert torch.equal(first.router.weight, before)
+
+
+def test_replayed_choice_is_that_of_the_place():
+    choice = torch.tensor([[0, 1, 2], [2, 0, 1]])
+    assert torch.equal(replay_choice(choice, (2, 3)), choice)
+    assert torch.equal(replay_choice(choice, (4, 9)), choice.repeat_interleave(2, 0).repeat_interleave(3, 1))
+    # The centres of 1 x 2 regions lie at 1/4 and 3/4 of the width: in the first and the last column.
+    assert replay_choice(choice, (1, 2)).tolist() == [[2, 1]]
+
+
+def test_backbone_replays_another_one(make_backbone):
+    def ran(model, size):
+        with torch.no_grad():
+            model.eval()(torch.randn(2, 3, *size))
+        return [[encoder.decision.choice for encoder in stage.dge] for stage, _ in model.named_stages()]
+
+    small = make_backbone('pvt', dge=dict(granularities=((1, 2), (0, 1))))  # two layers and one
+    chosen = ran(small, (32, 32))
+    recording = record_routing(small, image=1)
+    assert recorded_granularities(recording, 2) == [(1, 2), (0, 1)]
+    assert recorded_granularities(recording, 1) == [(1, 2)]
+    assert recorded_granularities(recording, 4) == [(1, 2), (1, 2), (0, 1), (0, 1)]
+
+    model = make_backbone('pvt', dge=dict(granularities=((1, 2), (0, 1))))
+    replay_routing(model, (64, 96), recording)
+    for ours, theirs in zip(ran(model, (64, 96)), chosen):
+        for layer, other in zip(ours, theirs, strict=True):
+            assert torch.equal(layer[0], replay_choice(other[1], layer.shape[1:]))
+
+    plain = make_backbone('deit', dge=dict(granularities=(1, 2)))  # three layers: the first two take the first of two
+    replay_routing(plain, (32, 32), recording)
+    (layers, ) = ran(plain, (32, 32))
+    for layer, other in zip(layers, (0, 0, 1)):
+        assert torch.equal(layer[0], replay_choice(chosen[0][other][1], (4, 4)))
+
+
+def test_other_granularities_cannot_be_replayed(make_backbone):
+    recording = [[LayerChoice((1, 2), torch.zeros(2, 2, dtype=torch.long))]]
+    with pytest.raises(ValueError, match=r'Layer 0 of stage 0 has granularities \(1, 2, 4\), but the recorded one '
+                       r'\(1, 2\): build the backbone with dge=dict\(granularities=\[\(1, 2\), \(1, 2\)\]\)'):
+        replay_routing(make_backbone('pvt', dge=dict(granularities=(1, 2, 4))), (64, 64), recording)
 
 
 @pytest.mark.parametrize('query_ratio, pattern, said', [

@@ -1,178 +1,349 @@
-"""Time dense and dynamic models side by side.
+"""Time dense and dynamic models side by side, and tell their memory.
 
-Suites: det (backbones on one image of 800 x 1280), seg (on one of 512 x 2048), train (a training iteration of the
-dense model, of DGE that trains sparsely and of DGE that trains densely), cfvit (classification of 64 images by CF-ViT
-when none, half or all of them stop at the coarse stage, beside timm's DeiT). DGE decides by a synthetic routing at the
-given query ratio: clustered, the finest regions lie together as on the objects of a natural image, or random, the worst case.
+Suites: cls (backbones of classifiers on one image of 224 x 224 and of 256 x 256), det (on one of 800 x 1280), seg (on
+one of 512 x 2048), cfvit (classification of 64 images by CF-ViT when none, half or all of them stop at the coarse
+stage, beside timm's DeiT), train (a training iteration on 32 images of the dense model, of DGE that trains sparsely and
+of DGE that trains densely). On CUDA cls, det and seg run with more images, too.
 
-Cases run in turns; times are medians, ratios medians of neighbouring runs. Efficiency is the share of the promised
-saving that arrives: the ratio of multiply-adds over the ratio of times.
+DGE decides by a routing that is given. Two have the query ratio that is asked for: clustered, the finest regions lie
+together as on the objects of a natural image, and random, the worst case. Trained is what the demo's routers choose on
+the one of 16 images that has the median query ratio, stretched to the map; DGE then has the demo's granularities.
+Finest has all regions at granularity 1, so that there is nothing to save. Peers have the same weights: mmdet's PVT,
+timm's DeiT, and DPVT that samples with mmcv's fallback for the CPU.
+
+Cases run in turns after a warm-up; times are medians, their spread is the slowest run less the fastest, ratios are
+medians of neighbouring runs. Efficiency is the share of the promised saving that arrives: the ratio of multiply-adds
+over the ratio of times. Memory is what a further run allocates at its worst moment, weights and images not counted.
+Writes benchmark.json (benchmark-cuda.json), benchmark.md and benchmark.png.
 """
 import argparse
+import contextlib
+import copy
 import json
-import platform
+import os
+import runpy
+import shlex
 import statistics
+import sys
+from pathlib import Path
 from typing import Callable, Dict, NamedTuple, Optional
 
 import mmdyn  # noqa: F401
 import torch
-from mmdyn.analysis.latency import interleaved_times, ratio
-from mmdyn.analysis.synthetic import PATTERNS, force_routing
+from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, run_on_images
+from mmdyn.analysis.latency import (environment, interleaved_times, largest_difference, limits, peak_memory, ratio,
+                                    supports_bfloat16)
+from mmdyn.analysis.synthetic import (PATTERNS, Recording, force_routing, record_routing, recorded_granularities,
+                                      replay_routing)
 from mmdyn.models import DPVT, PVT, DeiT
+from mmdyn.models.layers.deformable import SAMPLERS, DeformableAttention
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
 
+sys.path.insert(0, str(Path(__file__).parent))
+from benchmark_report import read, table, write_report  # noqa: E402
+
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or else torch's profiler tells of each start and stop
+ROOT = Path(__file__).parents[2]
 FAMILIES = dict(PVT=PVT, DPVT=DPVT, DeiT=DeiT)
+PYRAMIDS = ('PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium')
 SUITES = dict(
-    det=dict(archs=('PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium'), shape=(800, 1280), batch=1),
-    seg=dict(archs=('PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium'), shape=(512, 2048), batch=1),
-    train=dict(archs=('PVT-small', ), shape=(256, 256), batch=8),
-    cfvit=dict(archs=('deit-small', ), shape=(224, 224), batch=64))
-
-
-def build(name: str, **dge) -> torch.nn.Module:
-    """A backbone such as PVT-small, with DGE if options of it are given."""
-    family, arch = name.split('-')
-    torch.manual_seed(0)
-    return FAMILIES[family](arch, dge=dge or None)
-
-
-def mmdet_pvt(depths) -> torch.nn.Module:
-    """mmdet's PVT."""
-    from mmdet.models.backbones import PyramidVisionTransformer
-    return PyramidVisionTransformer(pretrain_img_size=256, num_layers=depths, patch_sizes=[4, 2, 2, 2],
-                                    strides=[4, 2, 2, 2], paddings=[0] * 4, norm_cfg=dict(type='LN', eps=1e-6))
-
-
-def training_step(model: torch.nn.Module, images: torch.Tensor):
-    """A function that runs one forward and backward pass."""
-    model.train()
-
-    def step():
-        model.zero_grad()
-        sum(out.float().pow(2).mean() for out in model(images)).backward()
-
-    return step
-
-
-def inference(model: torch.nn.Module, images: torch.Tensor):
-    """A function that runs one forward pass."""
-    model.eval()
-
-    def run():
-        with torch.inference_mode():
-            model(images)
-
-    return run
+    cls=dict(archs=('PVT-small', 'DeiT-small'), shapes=((224, 224), (256, 256)), batches=(1, ), on_cuda=(1, 8, 64)),
+    det=dict(archs=PYRAMIDS, shapes=((800, 1280), ), batches=(1, ), on_cuda=(1, 2)),
+    seg=dict(archs=PYRAMIDS, shapes=((512, 2048), ), batches=(1, ), on_cuda=(1, 2)),
+    cfvit=dict(archs=('DeiT-small', ), shapes=((224, 224), ), batches=(64, )),
+    train=dict(archs=('PVT-small', ), shapes=((256, 256), ), batches=(32, )))
 
 
 class Case(NamedTuple):
     """What is timed.
 
     Attributes:
-        run: one pass.
-        macs: multiply-adds of an image in the last pass; None if they are not known.
-        query_ratio: share of the queries in the last pass.
+        run: one pass; of a case that is ``exact``, it returns the outputs.
+        macs: multiply-adds of an image in the last pass.
+        query_ratio: share of the queries in the last pass, where the model has any to choose.
+        exact: whether the outputs are to be those of the first case.
     """
     run: Callable[[], object]
-    macs: Optional[Callable[[], float]] = None
-    query_ratio: Callable[[], float] = lambda: 1.
+    macs: Callable[[], float]
+    query_ratio: Optional[Callable[[], float]] = None
+    exact: bool = False
 
 
-def backbone_case(model: torch.nn.Module, images: torch.Tensor, trains: bool = False) -> Case:
-    """A pass, or a training iteration, of one of our backbones."""
-    return Case((training_step if trains else inference)(model, images), lambda: model.cost.spent.mean().item(),
-                lambda: model.cost.query_ratio.mean().item())
+def sample_by_mmcv_fallback(value, points, weights, shape, lengths):
+    """``deformable_sampling`` by mmcv's function for the CPU, which takes as many queries of each image."""
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+    sides, batch = torch.tensor([shape], device=value.device), len(lengths)
+    where, weights = (x.unflatten(0, (batch, -1))[:, :, :, None] for x in ((points + 0.5) / sides.flip(1), weights))
+    return multi_scale_deformable_attn_pytorch(value, sides, where, weights).flatten(0, 1)
 
 
-def coarse_to_fine_case(arch: str, exits: float, images: torch.Tensor) -> Case:
+def build(name: str, img_size, **dge) -> torch.nn.Module:
+    """A backbone such as PVT-small in evaluation mode, with DGE if options of it are given."""
+    family, arch = name.split('-')
+    torch.manual_seed(0)
+    model = FAMILIES[family](arch, img_size=img_size, dge=dge or None).eval()
+    for module in model.modules():
+        if isinstance(module, DeformableAttention):  # a fresh one samples at centres of cells, a trained one anywhere
+            torch.nn.init.normal_(module.offsets.weight, std=0.05)
+            torch.nn.init.normal_(module.attn_weight.weight, std=0.05)
+    return model
+
+
+def peer_of(name: str, img_size, dense: torch.nn.Module) -> tuple:
+    """The same model by another package and that package's name; ``dense`` gets its weights."""
+    family, arch = name.split('-')
+    torch.manual_seed(0)
+    if family == 'DPVT':
+        SAMPLERS['mmcv fallback'], theirs = sample_by_mmcv_fallback, copy.deepcopy(dense)
+        for module in theirs.modules():
+            if isinstance(module, DeformableAttention):
+                module.sampler = 'mmcv fallback'
+        return theirs, 'mmcv fallback'
+    if family == 'PVT':
+        from mmdet.models.backbones import PyramidVisionTransformer
+        theirs, package, kind = PyramidVisionTransformer(
+            pretrain_img_size=img_size, num_layers=[len(stage.blocks) for stage in dense.stages]), 'mmdet', 'mmdet-pvt'
+        theirs.init_weights()
+    else:
+        import timm
+        theirs, package, kind = timm.create_model(
+            f'deit_{arch}_patch16_224', img_size=img_size, num_classes=0), 'timm', 'deit'
+    translate = runpy.run_path(str(ROOT / 'tools/model_converters/convert.py'))['translate']
+    state, *_ = translate(kind, theirs.state_dict())
+    dense.load_state_dict({name.removeprefix('backbone.'): value for name, value in state.items()})
+    return theirs.eval(), package
+
+
+def inference(call: Callable, images: torch.Tensor, autocast: bool) -> Callable[[], object]:
+    """A function that runs one forward pass, in bfloat16 if ``autocast``."""
+
+    def run():
+        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            return call(images)
+
+    return run
+
+
+def training_step(model: torch.nn.Module, images: torch.Tensor, autocast: bool) -> Callable[[], None]:
+    """A function that runs one forward and backward pass, and leaves no gradients."""
+    model.train()
+
+    def step():
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            loss = sum(out.float().pow(2).mean() for out in model(images))
+        loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def backbone_case(model: torch.nn.Module, images: torch.Tensor, autocast: bool, exact: bool = False,
+                  step: Callable = inference) -> Case:
+    """A pass of one of our backbones."""
+    return Case(step(model.to(images.device), images, autocast), lambda: model.cost.spent.mean().item(),
+                lambda: model.cost.query_ratio.mean().item(), exact)
+
+
+def backbone_cases(suite: str, arch: str, images: torch.Tensor, args: argparse.Namespace) -> Dict[str, Case]:
+    """The dense model, DGE, and where it is not trained the same by a peer and in bfloat16."""
+    shape, bfloat16 = tuple(images.shape[-2:]), args.dtype == 'bfloat16'
+    # Of dense prediction the images have many sizes; position embeddings are of those that the backbone was trained on.
+    img_size = (256, 256) if suite in ('det', 'seg') else shape
+    dense, models = build(arch, img_size), {}
+
+    def dynamic(pattern, query_ratio=args.query_ratio, **options):
+        if pattern == 'trained':
+            options['granularities'] = recorded_granularities(args.recording, len(list(dense.named_stages())))
+        model = build(arch, img_size, **{'granularities': (1, 2, 4), **options})
+        # The weights of all cases are alike; those of the routers decide nothing here.
+        model.load_state_dict({**model.state_dict(), **dense.state_dict()})
+        if pattern == 'trained':
+            replay_routing(model, shape, args.recording)
+        else:
+            force_routing(model, shape, query_ratio, pattern)
+        return model
+
+    if suite == 'train':
+        models = {'dense': dense, **{f'DGE {mode}': dynamic(args.patterns[0], train_mode=mode)
+                                     for mode in ('sparse', 'dense')}}
+        return {name: backbone_case(model, images, bfloat16, step=training_step) for name, model in models.items()}
+    theirs, package = peer_of(arch, img_size, dense)
+    cases = {'dense': backbone_case(dense, images, bfloat16)}
+    for pattern in args.patterns:
+        models[pattern] = dynamic(pattern)
+        cases[f'DGE {pattern}'] = backbone_case(models[pattern], images, bfloat16)
+    cases['DGE finest'] = backbone_case(dynamic('clustered', query_ratio=1.), images, bfloat16, exact=True)
+    cases[package] = cases['dense']._replace(run=inference(theirs.to(images.device), images, bfloat16), exact=True)
+    if not bfloat16 and supports_bfloat16(images.device):
+        cases['dense bfloat16'] = backbone_case(dense, images, True, exact=True)
+        cases['DGE bfloat16'] = backbone_case(models[args.patterns[0]], images, True)
+    return cases
+
+
+def coarse_to_fine_cases(arch: str, images: torch.Tensor, args: argparse.Namespace) -> Dict[str, Case]:
+    """timm's DeiT, and CF-ViT's classification at thresholds that none, half or all of the images reach."""
+    import timm
+    autocast, shape = args.dtype == 'bfloat16', tuple(images.shape[-2:])
+    ours = build(arch, shape).to(images.device)
+    inference(ours, images[:1], autocast)()
+    theirs = timm.create_model(f'{arch.lower().replace("-", "_")}_patch16_224', img_size=shape).eval().to(images.device)
+    cases = {'timm': Case(inference(theirs, images, autocast), lambda: ours.cost.dense)}  # the same model
+    for exits in (0., 0.5, 1.):
+        cases[f'CF-ViT, {exits:.0%} stop'] = coarse_to_fine_case(arch, ours.out_channels[-1], exits, images, autocast)
+    return cases
+
+
+def coarse_to_fine_case(arch: str, channels: int, exits: float, images: torch.Tensor, autocast: bool) -> Case:
     """CF-ViT's classification at a threshold that a share of the images reaches."""
     init_default_scope('mmpretrain')
     torch.manual_seed(0)
-    model = MODELS.build(dict(type='mmdyn.CoarseToFineClassifier', backbone=dict(type='mmdyn.CFViT', arch=arch),
-                              head=dict(type='LinearClsHead', num_classes=1000, in_channels=384))).eval()
-    spent = []
+    backbone = dict(type='mmdyn.CFViT', arch=arch.lower(), coarse_size=images.shape[-1] // 32)
+    head = dict(type='LinearClsHead', num_classes=1000, in_channels=channels)
+    model = MODELS.build(dict(type='mmdyn.CoarseToFineClassifier', backbone=backbone, head=head))
+    predict, spent = inference(model.eval().to(images.device).predict, images, autocast), []
 
     def run():
-        with torch.inference_mode():
-            spent[:] = [sample.macs for sample in model.predict(images)]
+        spent[:] = [sample.macs for sample in predict()]
 
-    with torch.inference_mode():
-        confidences = sorted((sample.coarse_score.max().item() for sample in model.predict(images)), reverse=True)
+    confidences = sorted((sample.coarse_score.max().item() for sample in predict()), reverse=True)
     stop = round(exits * len(images))
     model.test_cfg['threshold'] = confidences[stop - 1] if stop else 1.
     return Case(run, lambda: statistics.mean(spent))
 
 
-def make_cases(suite: str, arch: str, images: torch.Tensor, query_ratio: float, patterns) -> Dict[str, Case]:
-    """What to time, by name; the first is what the others are compared with."""
-    shape = tuple(images.shape[-2:])
-    if suite == 'cfvit':
-        import timm
-        ours, theirs = build(arch.replace('deit', 'DeiT')), timm.create_model(f'{arch.replace("-", "_")}_patch16_224')
-        inference(ours, images[:1])()
-        cases = {'timm': Case(inference(theirs, images), lambda: ours.cost.dense)}  # the same model
-        for exits in (0., 0.5, 1.):
-            cases[f'CF-ViT, {exits:.0%} stop'] = coarse_to_fine_case(arch, exits, images)
-        return cases
-    dense = build(arch)
-    cases = {'dense': backbone_case(dense, images, suite == 'train')}
-    if suite == 'train':
-        options = {f'DGE {mode}': (patterns[0], dict(train_mode=mode)) for mode in ('sparse', 'dense')}
-    else:
-        options = {f'DGE {pattern}': (pattern, dict(granularities=(1, 2, 4))) for pattern in patterns}
-    for name, (pattern, dge) in options.items():
-        model = build(arch, **dge)
-        force_routing(model, shape, query_ratio, pattern)
-        cases[name] = backbone_case(model, images, suite == 'train')
-    if arch.startswith('PVT-') and suite != 'train':
-        cases['mmdet'] = Case(inference(mmdet_pvt([len(stage.blocks) for stage in dense.stages]), images))
-    return cases
-
-
 def measure(suite: str, arch: str, shape, batch: int, args: argparse.Namespace) -> dict:
-    """Rows of one architecture."""
-    cases = make_cases(suite, arch, torch.randn(batch, 3, *shape), args.query_ratio, args.patterns)
-    times = interleaved_times({name: case.run for name, case in cases.items()}, args.rounds)
+    """Rows of one architecture, shape and batch."""
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, *shape, device=args.device)
+    make_cases = coarse_to_fine_cases if suite == 'cfvit' else lambda *of: backbone_cases(suite, *of)
+    cases = make_cases(arch, images, args)
+    times = interleaved_times({name: case.run for name, case in cases.items()}, args.rounds, device=args.device)
     reference, rows = next(iter(cases)), {}
+    expected = cases[reference].run() if any(case.exact for case in cases.values()) else None
     for name, case in cases.items():
         row = rows[name] = dict(seconds=statistics.median(times[name]), spread=max(times[name]) - min(times[name]),
-                                time_ratio=ratio(times, name, reference))
-        if case.macs:
-            row.update(query_ratio=case.query_ratio(), macs_ratio=case.macs() / cases[reference].macs())
-            row['efficiency'] = row['macs_ratio'] / row['time_ratio']
-    return rows
+                                time_ratio=ratio(times, name, reference),
+                                peak_memory=peak_memory(case.run, args.device),
+                                macs_ratio=case.macs() / cases[reference].macs())
+        row['efficiency'] = row['macs_ratio'] / row['time_ratio']
+        row['memory_ratio'] = row['peak_memory'] / rows[reference]['peak_memory']
+        if case.query_ratio:
+            row['query_ratio'] = case.query_ratio()
+        if case.exact:
+            row['max_difference'] = largest_difference(case.run(), expected)
+    return dict(suite=suite, arch=arch, shape=list(shape), batch=batch, rows=rows)
+
+
+def record(config: str, checkpoint: str, images: str, num: int = 16) -> Recording:
+    """What the routers of a trained model choose on the one of ``num`` images that has the median query ratio."""
+    if not Path(checkpoint).is_file():
+        raise ValueError(f'There is no checkpoint {checkpoint}: run `make demo`, or give --trained-checkpoint.')
+    cfg, files = Config.fromfile(config), image_files(images)
+    model = build_model(cfg)
+    load_checkpoint(model, checkpoint, map_location='cpu')
+    backbone = dynamic_backbone(model)
+    if backbone is None or not backbone.has_dge:
+        raise ValueError(f'The model of {config} has no DGE: give the --trained-config of one that has.')
+    runs = [(run.cost.query_ratio.item(), record_routing(backbone))
+            for run in run_on_images(model, cfg, files[::max(1, len(files) // num)][:num])]
+    return sorted(runs, key=lambda run: run[0])[len(runs) // 2][1]
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--suite', choices=[*SUITES, 'all'], default='det')
+    parser.add_argument('--archs', nargs='+', help='e.g. PVT-small; default: those of the suite')
+    parser.add_argument('--shape', nargs=2, type=int, metavar=('H', 'W'), help='default: those of the suite')
+    parser.add_argument('--batch', type=int, help='default: those of the suite')
+    parser.add_argument('--query-ratio', type=float, help='default: 0.5')
+    parser.add_argument('--patterns', nargs='+', choices=[*PATTERNS, 'trained'], help='default: all')
+    parser.add_argument('--trained-config', default=str(ROOT / 'configs/demo/pvt-mini-dge_digits.py'),
+                        help="config of the model whose choices 'trained' replays")
+    parser.add_argument('--trained-checkpoint', help="its weights; default: those of `make demo`")
+    parser.add_argument('--trained-images', default=str(ROOT / 'data/demo/imagenet/val'), help='folder of its images')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32',
+                        help='bfloat16 runs all cases under autocast; float32 has cases of bfloat16 beside the others')
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder of the results')
+    args = parser.parse_args(argv)
+
+    given = [f'--{name.replace("_", "-")}' for name in ('archs', 'shape', 'batch', 'query_ratio', 'patterns')
+             if getattr(args, name) is not None]
+    if args.suite == 'all' and given:
+        parser.error(f'{", ".join(given)} with --suite all, whose suites have their own: choose one of '
+                     f'{", ".join(SUITES)}, or leave it out.')
+    allowed = ['DeiT'] if args.suite == 'cfvit' else list(FAMILIES)
+    for arch in args.archs or []:
+        if arch.count('-') != 1 or arch.split('-')[0] not in allowed:
+            parser.error(f'--archs {arch}: give FAMILY-SIZE with a FAMILY of {", ".join(allowed)}, e.g. '
+                         f'{allowed[0]}-small.')
+    for name in ('threads', 'rounds', 'batch'):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f'--{name} {value}: give at least 1.')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda, but torch finds no CUDA device: use --device cpu, or install a torch that is '
+                     'built for the driver of this machine.')
+    args.command = shlex.join(['python', 'tools/analysis_tools/benchmark.py', *(argv or sys.argv[1:])])
+    args.query_ratio = 0.5 if args.query_ratio is None else args.query_ratio
+    args.patterns = args.patterns or [*PATTERNS, *['trained'][:args.suite not in ('cfvit', 'train')]]
+    return args
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measure what the arguments ask for, and print a table of each architecture."""
+    torch.set_num_threads(args.threads)
+    if 'trained' in args.patterns:
+        last = ROOT / 'work_dirs/demo' / Path(args.trained_config).stem / 'last_checkpoint'
+        if args.trained_checkpoint or last.exists():
+            args.recording = record(args.trained_config, args.trained_checkpoint or last.read_text(),
+                                    args.trained_images)
+        else:
+            args.patterns.remove('trained')
+            print(f'benchmark.py: no {last.relative_to(ROOT)}, so the pattern trained is left out: run `make demo` '
+                  'first.', file=sys.stderr)
+    if not args.patterns:
+        raise ValueError(f'No pattern is left: give --patterns, one or more of {", ".join(PATTERNS)}.')
+    result = dict(command=args.command, device=args.device, dtype=args.dtype, rounds=args.rounds,
+                  query_ratio=args.query_ratio, environment=environment(args.device), limits=limits(args.device),
+                  groups=[])
+    print(*(f'{name}: {value}' for name, value in result['environment'].items()), sep='\n')
+    print(*(f'{name}: {value:.0f} {"GB/s" if name == "copy" else "GFLOP/s"}'
+            for name, value in result['limits'].items()), sep='\n')
+    for suite in SUITES if args.suite == 'all' else [args.suite]:
+        options = SUITES[suite]
+        batches = options.get('on_cuda', options['batches']) if args.device == 'cuda' else options['batches']
+        for arch in args.archs or options['archs']:
+            for shape in [args.shape] if args.shape else options['shapes']:
+                for batch in [args.batch] if args.batch else batches:
+                    try:
+                        result['groups'].append(measure(suite, arch, shape, batch, args))
+                    except ImportError as error:
+                        print(f'benchmark.py: {arch} is left out of {suite}: {error}', file=sys.stderr)
+                        continue
+                    print(f'\n{suite}\n{table(result["groups"][-1:])}', flush=True)
+    return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--suite', choices=SUITES, default='det')
-    parser.add_argument('--archs', nargs='+', help='e.g. PVT-small; default: those of the suite')
-    parser.add_argument('--shape', nargs=2, type=int, metavar=('H', 'W'), help='default: that of the suite')
-    parser.add_argument('--batch', type=int, help='default: that of the suite')
-    parser.add_argument('--query-ratio', type=float, default=0.5)
-    parser.add_argument('--patterns', nargs='+', choices=PATTERNS, default=list(PATTERNS))
-    parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--json', action='store_true')
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    suite = SUITES[args.suite]
-    shape, batch = tuple(args.shape or suite['shape']), args.batch or suite['batch']
-    result = {arch: measure(args.suite, arch, shape, batch, args) for arch in args.archs or suite['archs']}
+    args = parse()
+    # Libraries print what they load.
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        try:
+            result = run(args)
+        except ValueError as error:
+            raise SystemExit(f'benchmark.py: {error}')
+        args.out.mkdir(parents=True, exist_ok=True)
+        files = [args.out / 'benchmark.json', args.out / 'benchmark-cuda.json']
+        files[args.device == 'cuda'].write_text(json.dumps(result, indent=1) + '\n')
+        write_report(read(file for file in files if file.exists()), args.out)
     if args.json:
-        print(json.dumps(dict(suite=args.suite, shape=shape, batch=batch, threads=args.threads, torch=torch.__version__,
-                              rows=result)))
-        return
-    print(f'{args.suite}: {batch} x {shape[0]} x {shape[1]}, {args.threads} threads, torch {torch.__version__}, '
-          f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}')
-    print(f'{"":30}{"seconds":>9}{"spread":>8}{"time":>8}{"MACs":>8}{"efficiency":>12}{"query ratio":>13}')
-    for arch, rows in result.items():
-        for name, row in rows.items():
-            line = f'{f"{arch} {name}":30}{row["seconds"]:9.3f}{row["spread"]:8.3f}{row["time_ratio"]:8.2f}'
-            if 'macs_ratio' in row:
-                line += f'{row["macs_ratio"]:8.2f}{row["efficiency"]:12.2f}{row["query_ratio"]:13.3f}'
-            print(line)
+        print(json.dumps(result))
 
 
 if __name__ == '__main__':

@@ -6,7 +6,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from ...registry import MODELS
-from ..layers import Attention, EncoderBlock, PatchEmbed, position_embedding, resize_position_embedding
+from ..layers import Attention, EncoderBlock, PatchEmbed, position_embedding, resize_position_embedding, to_maps
+from ..layers.linear import add_into
 from .base import (OUT_TYPES, DynamicBackbone, choose_arch, choose_out_indices, dge_of_stages, image_sides, make_blocks)
 
 _COMMON = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
@@ -27,13 +28,14 @@ class PVTStage(nn.Module):
         shape: (h, w) that the position embedding is made for.
         blocks: the encoder blocks.
         num_extra: 1 if a class token is put in front of the tokens.
+        of_tokens: whether another stage is before this one, and not the image.
     """
 
     def __init__(self, in_channels: int, dim: int, patch_size: int, shape: Tuple[int, int], blocks: List[EncoderBlock],
-                 num_extra: int, dge: Optional[dict], with_cp: bool, norm_eps: float):
+                 num_extra: int, dge: Optional[dict], with_cp: bool, norm_eps: float, of_tokens: bool):
         super().__init__()
         self.num_extra, self.shape = num_extra, shape
-        self.patch_embed = PatchEmbed(in_channels, dim, patch_size, norm_eps=norm_eps)
+        self.patch_embed = PatchEmbed(in_channels, dim, patch_size, norm_eps=norm_eps, of_tokens=of_tokens)
         self.pos_embed = position_embedding(num_extra, shape, dim)
         make_blocks(self, blocks, dim, dge, with_cp)
 
@@ -42,7 +44,8 @@ class PVTStage(nn.Module):
         tokens, shape = self.patch_embed(x)
         if self.num_extra:
             tokens = torch.cat([cls_token.expand(len(tokens), -1, -1).type_as(tokens), tokens], dim=1)
-        return tokens + resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra, mode), shape
+        positions = resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra, mode)
+        return add_into(tokens, positions), shape
 
 
 @MODELS.register_module()
@@ -118,7 +121,7 @@ class PVT(DynamicBackbone):
             ]
             self.stages.append(
                 PVTStage(dims[i], dim, 2 if i else patch_size, (height // stride, width // stride), blocks,
-                         int(i == last and out_type in self.class_token_types), dges[i], with_cp, norm_eps))
+                         int(i == last and out_type in self.class_token_types), dges[i], with_cp, norm_eps, i > 0))
         if self.stages[-1].num_extra:
             self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dims[-1]), std=0.02))
         if out_type != 'featmap':
@@ -162,8 +165,7 @@ class PVT(DynamicBackbone):
             if self.out_type == 'featmap' or i < len(self.stages) - 1:
                 x = tokens.transpose(1, 2).unflatten(2, shape)
                 if i in self.out_indices:
-                    # mmcv's RoIAlign reads the memory of the maps that necks make of these, whatever their strides.
-                    outs.append(x.contiguous())
+                    outs.append(to_maps(tokens, shape))
         self.account(len(x), shapes)
         if self.out_type == 'featmap':
             return tuple(outs)

@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..layers import Attention, ConvStem, EncoderBlock, PatchEmbed, position_embedding, resize_position_embedding
+from ..layers import (Attention, ConvStem, EncoderBlock, PatchEmbed, position_embedding, resize_position_embedding,
+                      to_maps)
 from .base import (OUT_TYPES, DynamicBackbone, choose_arch, choose_out_indices, dge_of_stages, image_sides, make_blocks)
 
 DEIT = {
@@ -120,5 +121,5 @@ class PlainViT(DynamicBackbone):
         if self.out_type == 'cls_token':
             return (tokens[:, 0], tokens[:, 1]) if self.num_extra > 1 else tokens[:, 0]
         if self.out_type == 'featmap':
-            return cells.transpose(1, 2).unflatten(2, shape).contiguous()
+            return to_maps(cells, shape)
         return cells.mean(1) if self.out_type == 'avg_featmap' else tokens

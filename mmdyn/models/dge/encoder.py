@@ -1,6 +1,6 @@
 """The dynamic grained encoder: a router, and the way of an encoder block's tokens through it (DGE paper, fig. 1)."""
 import math
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .grains import candidate_centres, candidate_of_cell, candidate_values, compress, decompress, grid, pool, route
+from ..layers.linear import uses_onednn
+from . import grains, native
+from .grains import candidate_centres, candidate_values, grid, pool, region_table, sum_over_granularities
 
 
 def check_granularities(granularities: Sequence[int], region_size: Optional[int] = None) -> Tuple[int, ...]:
@@ -69,8 +71,10 @@ class Router(nn.Module):
 
     def forward(self, regions: Tensor) -> Tensor:
         """(..., C) means of regions -> (..., K) logits."""
-        with torch.autocast(regions.device.type, enabled=False):
+        if not torch.is_autocast_enabled(regions.device.type):
             return F.linear(regions.float(), self.weight.float(), self.bias.float())
+        with torch.autocast(regions.device.type, enabled=False):
+            return self(regions)
 
 
 class Decision(NamedTuple):
@@ -153,54 +157,62 @@ class DynamicGrainedEncoder(nn.Module):
         Returns:
             (B, E + H*W, C), equal to the block's own output where the granularity is 1.
         """
-        phis, cells = self.granularities, tokens[:, num_extra:]
-        pooled = {phi: pool(cells, shape, phi) for phi in {*phis, self.region} - {0}}
-        logits = self.router(cells.mean(1, keepdim=True) if self.routing == 'layer' else pooled[self.region])
-        if self.training:
-            gates, choice = straight_through_gates(logits, self.tau)
-            if self.train_mode == 'sparse':
-                gates = gates * F.one_hot(choice, len(phis))
-            gates = self._per_region(gates, shape)
-        choice = self._per_region((choice if self.training else logits.argmax(-1))[..., None], shape)[..., 0]
+        phis = self.granularities
+        way = native if not self.training and native.is_used(tokens) else grains
+        logits = self.router(tokens[:, num_extra:].mean(1, keepdim=True) if self.routing == 'layer' else
+                             way.pool(tokens, shape, self.region, num_extra))
+        if not self.training:
+            choice = self._per_region(logits.argmax(-1), shape)
+            routing = way.route(choice, shape, phis, self.region, num_extra, padded=uses_onednn(tokens, tokens))
+            self.decision = Decision(choice, torch.tensor(routing.lengths, device='cpu'))
+            return routing.add_changes(tokens, self._sparse_change(block, tokens, shape, routing, num_extra))
 
-        candidates = [pooled[phi] for phi in phis if phi]
+        gates, choice = straight_through_gates(logits, self.tau)
+        gates, choice = self._per_region(gates, shape), self._per_region(choice, shape)
+        if self.train_mode == 'sparse':
+            gates = gates * F.one_hot(choice, len(phis))
+        counts = region_table(shape, phis, self.region, tokens.device).counts
+        self.decision = Decision(choice, num_extra + (gates.flatten(1, 2) * counts.T).sum((1, 2)))
+        if self.train_mode == 'dense':
+            return tokens + self._dense_change(block, tokens, shape, gates, num_extra)
+        routing = grains.route(choice, shape, phis, self.region, num_extra)
+        # A skipped region has a gate but no query.
+        scores = F.pad(gates.sum(-1).flatten(1), (num_extra, 0), value=1.).flatten().repeat_interleave(
+            routing.counts.flatten(), output_size=sum(routing.lengths))
+        change = self._sparse_change(block, tokens, shape, routing, num_extra)
+        return routing.add_changes(tokens, change * scores[:, None].type_as(change))
+
+    def _sparse_change(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int],
+                       routing: Union[grains.Routing, native.Routing], num_extra: int) -> Tensor:
+        """(N, C) changes of the queries of a routing."""
+        points = None
+        if getattr(block, 'uses_points', False):
+            places = F.pad(candidate_centres(shape, (1, ), tokens.device), (0, 0, num_extra, 0))
+            points = routing.means(places)
+        return self._change(block, routing.means(tokens), tokens, shape, routing.packed, num_extra, points)
+
+    def _dense_change(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], gates: Tensor,
+                      num_extra: int) -> Tensor:
+        """(B, E + H*W, C) changes of the tokens by all candidates, which the gates select from."""
+        phis, extra = self.granularities, tokens[:, :num_extra]
+        pooled = [pool(tokens, shape, phi, num_extra) for phi in phis if phi]
         # Extra tokens and cells lie together already where the cells are candidates themselves.
-        candidates[:1] = [tokens] if candidates[0] is cells else [tokens[:, :num_extra], candidates[0]]
-        candidates = torch.cat(candidates, dim=1)
-
-        if self.training:
-            scores = F.pad(candidate_values(gates, shape, phis, self.region), (num_extra, 0), value=1.)
-            self.decision = Decision(choice, scores.sum(1))
+        candidates = torch.cat([tokens, *pooled[1:]] if 1 in phis else [extra, *pooled], dim=1)
         points = None
         if getattr(block, 'uses_points', False):
             points = F.pad(candidate_centres(shape, phis, tokens.device), (0, 0, num_extra, 0))
-        if self.training and self.train_mode == 'dense':
-            change = self._change(block, candidates, tokens, shape, None, num_extra, points)
-            change = change * scores[..., None].type_as(tokens)
-            return tokens + self._sum_over_granularities(change, shape, num_extra)
-
-        routing = route(choice, shape, phis, self.region, num_extra)
-        if points is not None:
-            points = points[routing.source % len(points)]
-        change = self._change(block, compress(candidates, routing), tokens, shape, routing.lengths, num_extra, points)
-        if self.training:
-            change = change * scores.flatten()[routing.source][:, None].type_as(change)
-        else:
-            self.decision = Decision(choice, torch.tensor(routing.lengths, device='cpu'))
-        return tokens + decompress(change, routing)
+        change = self._change(block, candidates, tokens, shape, None, num_extra, points)
+        scores = F.pad(candidate_values(gates, shape, phis, self.region), (num_extra, 0), value=1.)
+        change = change * scores[..., None].type_as(change)
+        cells = sum_over_granularities(change[:, num_extra:], shape, phis)
+        return torch.cat([change[:, :num_extra], cells], dim=1) if num_extra else cells
 
     def _per_region(self, decisions: Tensor, shape: Tuple[int, int]) -> Tensor:
-        """(B, regions or 1, K) -> (B, rows, columns, K)."""
+        """(B, regions or 1, ...) -> (B, rows, columns, ...)."""
         rows, columns = grid(self.region, shape)
-        return decisions.expand(-1, rows * columns, -1).unflatten(1, (rows, columns))
+        return decisions.expand(-1, rows * columns, *decisions.shape[2:]).unflatten(1, (rows, columns))
 
     def _change(self, block, *args) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():
             return checkpoint(block.change, *args, use_reentrant=False)
         return block.change(*args)
-
-    def _sum_over_granularities(self, change: Tensor, shape: Tuple[int, int], num_extra: int) -> Tensor:
-        """(B, E + P, C) gated changes of all candidates -> (B, E + H*W, C)."""
-        table = candidate_of_cell(shape, self.granularities, change.device)
-        cells = sum(change[:, num_extra + table[k]] for k, phi in enumerate(self.granularities) if phi)
-        return torch.cat([change[:, :num_extra], cells], dim=1)

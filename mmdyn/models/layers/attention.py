@@ -1,11 +1,23 @@
 """Attention of queries over the keys and values of a dense map of tokens."""
 import math
+from itertools import accumulate
 from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from .base import AttentionBase
+from .linear import PIECE, Linear, PatchProjection, few_sizes, linear, packed_pieces, uses_onednn
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+# Scores of a head from which on two plain products are faster than a fused kernel on a CPU.
+LARGE = 2**17
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: List[int]) -> Tensor:
@@ -19,13 +31,48 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: List[in
     Returns:
         (N, heads, D).
     """
+    if not lengths:
+        return query
+    if max(lengths) * key.shape[2] >= LARGE and uses_onednn(query, key):
+        return torch.cat([attention_by_linear(*image) for image in zip(query.split(lengths), key, value)])
     if len(set(lengths)) == 1:
         query = query.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2)
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1)
+    if varlen_attn and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return varlen_attention(query, key, value, lengths)
     return torch.cat([
         F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None])[0].transpose(0, 1)
         for q, k, v in zip(query.split(lengths), key, value) if len(q)
     ])
+
+
+def attention_by_linear(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of one image's queries, some at a time, with :func:`linear` for both products.
+
+    Args:
+        query: (n, heads, D).
+        key, value: (heads, M, D).
+
+    Returns:
+        (n, heads, D).
+    """
+    out, num = torch.empty_like(query, memory_format=torch.contiguous_format), len(query)
+    # The last piece begins earlier, so that it has one of a few sizes.
+    pieces = [slice(max(min(rows.start, num - few_sizes(rows.stop - rows.start)), 0), rows.stop)
+              for rows, _, _ in packed_pieces([num], PIECE // key.shape[1])]
+    for head, (keys, values) in enumerate(zip((key / math.sqrt(query.shape[2])).contiguous(), value.mT.contiguous())):
+        for rows in pieces:
+            out[rows, head] = linear(linear(query[rows, head], keys).softmax(-1), values)
+    return out
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: List[int]) -> Tensor:
+    """:func:`packed_attention` by one fused kernel, in half precision on a GPU."""
+    images, _, keys, _ = key.shape
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
+    starts = torch.arange(0, images * keys + 1, keys, dtype=torch.int32, device=query.device)
+    key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
+    return varlen_attn(query, key, value, ends, starts, max(lengths), keys)
 
 
 def class_attention(query: Tensor, key: Tensor) -> Tensor:
@@ -35,7 +82,7 @@ def class_attention(query: Tensor, key: Tensor) -> Tensor:
         return scores.softmax(-1).mean(1)
 
 
-class Attention(nn.Module):
+class Attention(AttentionBase):
     """Multi-head attention whose keys and values are the tokens, spatially reduced if ``sr_ratio`` > 1 (PVT).
 
     Args:
@@ -49,58 +96,49 @@ class Attention(nn.Module):
         keeps_class_attention: whether a dense pass leaves its class attention behind.
         class_attention: (B, M), how much the first token of each image attended to each key, mean of the heads.
     """
-    uses_points = False
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, norm_eps: float = 1e-6, qkv_bias: bool = True):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.')
         self.num_heads, self.sr_ratio = num_heads, sr_ratio
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         if sr_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
+            self.sr = PatchProjection(dim, dim, sr_ratio, of_tokens=True)
             self.norm = nn.LayerNorm(dim, norm_eps)
         self.keeps_class_attention, self.class_attention = False, None
 
-    def reduce(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int) -> Tensor:
-        """(B, E + H*W, C) -> (B, E + (H//sr)*(W//sr), C)."""
+    def reduce(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int, norm: Optional[nn.Module] = None) -> Tensor:
+        """(B, E + H*W, C), normed by ``norm`` first -> (B, E + (H//sr)*(W//sr), C)."""
         if self.sr_ratio == 1:
-            return tokens
+            return tokens if norm is None else norm(tokens)
         if min(shape) < self.sr_ratio:
             raise ValueError(f'A map of {shape[0]} x {shape[1]} cells is too small for sr_ratio={self.sr_ratio}: use a '
                              'larger image or a smaller sr_ratio in this stage.')
-        maps = tokens[:, num_extra:].transpose(1, 2).unflatten(2, shape)
-        reduced = self.norm(self.sr(maps).flatten(2).transpose(1, 2))
-        return torch.cat([tokens[:, :num_extra], reduced], dim=1) if num_extra else reduced
+        extra, cells = tokens[:, :num_extra], tokens[:, num_extra:]
+        reduced = self.sr(cells.transpose(1, 2).unflatten(2, shape), before=norm, after=self.norm)[0]
+        if not num_extra:
+            return reduced
+        return torch.cat([extra if norm is None else norm(extra), reduced], dim=1)
 
-    def forward(self, queries: Tensor, tokens: Tensor, shape: Tuple[int, int], lengths: Optional[List[int]] = None,
-                num_extra: int = 0, points: Optional[Tensor] = None) -> Tensor:
-        """Attend from the queries to the tokens.
+    def keys_values(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0,
+                    norm: Optional[nn.Module] = None) -> Tuple[Tensor, Tensor]:
+        """Keys and values, (B, heads, M, D) each."""
+        key_value = self.kv(self.reduce(tokens, shape, num_extra, norm))
+        key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return key, value
 
-        Args:
-            queries: (B, n, C), or packed (N, C) with the ``lengths`` of the images.
-            tokens: (B, E + H*W, C).
-            shape: (H, W).
-            num_extra: E.
-            points: unused; the content of the tokens is all that counts.
-
-        Returns:
-            as ``queries``.
-        """
-        heads = (self.num_heads, -1)
-        query = self.q(queries).unflatten(-1, heads)
-        key_value = self.kv(self.reduce(tokens, shape, num_extra))
-        key, value = key_value.unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
+    def attend(self, queries: Tensor, memory: Tuple[Tensor, Tensor], shape: Tuple[int, int], lengths: List[int],
+               points: Optional[Tensor] = None) -> Tensor:
+        """From packed queries (N, C) of images of these ``lengths`` to their keys and values."""
+        query = self.q(queries).unflatten(-1, (self.num_heads, -1))
         if self.keeps_class_attention:
             # One row for each head; the other rows go through fused attention, which shows none.
-            self.class_attention = class_attention(query[:, 0].detach(), key.detach())
-        if lengths is None:
-            out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value).transpose(1, 2)
-        else:
-            out = packed_attention(query, key, value, lengths)
-        return self.proj(out.flatten(-2))
+            first = query.detach()[[0, *accumulate(lengths[:-1])]]
+            self.class_attention = class_attention(first, memory[0].detach())
+        return self.proj(packed_attention(query, *memory, lengths).flatten(1))
 
     def num_keys(self, shape: Tuple[int, int], num_extra: int) -> int:
         return num_extra + math.prod(side // self.sr_ratio for side in shape)

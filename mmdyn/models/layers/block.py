@@ -1,10 +1,14 @@
 """The vanilla encoder block: attention, then a feed-forward network."""
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
+
+from .linear import Linear, add_into, by_pieces, by_pieces_of_rows, packed_pieces
+
+# Numbers in the queries of a piece that goes through a block at once.
+ROWS = 2**19
 
 
 class FFN(nn.Module):
@@ -17,23 +21,20 @@ class FFN(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return by_pieces_of_rows(lambda rows: self.fc2(self.fc1(rows, gelu=True)), x, self.fc1.out_features)
 
     def macs(self) -> int:
         """Multiply-adds of one query."""
         return self.fc1.weight.numel() + self.fc2.weight.numel()
 
 
-def drop_path(x: Tensor, rate: float, lengths: Optional[List[int]]) -> Tensor:
-    """Stochastic depth: drop the branch of whole images, packed (N, C) or not (B, n, C), and scale up the others."""
-    images = len(x) if lengths is None else len(lengths)
-    keep = torch.empty(images, device=x.device).bernoulli_(1 - rate) / (1 - rate)
-    if lengths is None:
-        return x * keep[:, None, None].type_as(x)
+def drop_path(x: Tensor, rate: float, lengths: List[int]) -> Tensor:
+    """Stochastic depth: drop the branch of whole images of these ``lengths``, packed (N, C), and scale up the others."""
+    keep = torch.empty(len(lengths), device=x.device).bernoulli_(1 - rate) / (1 - rate)
     return x * keep.repeat_interleave(torch.tensor(lengths, device=x.device), output_size=len(x))[:, None].type_as(x)
 
 
@@ -79,16 +80,33 @@ class EncoderBlock(nn.Module):
         Returns:
             as ``queries``.
         """
-        normed = self.norm1(tokens)
-        queries_normed = normed if queries is tokens else self.norm1(queries)
-        attended = self._scale(self.attn(queries_normed, normed, shape, lengths, num_extra, points), lengths)
-        return attended + self._scale(self.ffn(self.norm2(queries + attended)), lengths)
+        packed, lengths, points = self.attn.pack(queries, shape, lengths, points)
+        count = ROWS // packed.shape[1]
+        together = self.training or torch.is_grad_enabled() or self.attn.keeps_class_attention
+        if together or len(packed) <= count:
+            normed = self.norm1(tokens)
+            memory = self.attn.keys_values(normed, shape, num_extra)
+            normed = normed.flatten(0, 1) if queries is tokens else self.norm1(packed)
+            return self._change(packed, normed, memory, shape, lengths, points).view_as(queries)
+        memory = self.attn.keys_values(tokens, shape, num_extra, self.norm1)
+
+        def run(rows, images, of_images):
+            return self._change(packed[rows], self.norm1(packed[rows]), [x[images] for x in memory], shape, of_images,
+                                None if points is None else points[rows])
+
+        return by_pieces(run, packed_pieces(lengths, count), len(packed)).view_as(queries)
+
+    def _change(self, queries: Tensor, normed: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int],
+                lengths: List[int], points: Optional[Tensor]) -> Tensor:
+        """:meth:`change` of packed queries, with what they attend to at hand."""
+        attended = self._scale(self.attn.attend(normed, memory, shape, lengths, points), lengths)
+        return add_into(attended, self._scale(self.ffn(self.norm2(queries + attended)), lengths))
 
     def forward(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0) -> Tensor:
         """The dense block: every token is a query. (B, E + H*W, C) -> the same."""
-        return tokens + self.change(tokens, tokens, shape, None, num_extra)
+        return add_into(self.change(tokens, tokens, shape, None, num_extra), tokens)
 
-    def _scale(self, x: Tensor, lengths: Optional[List[int]]) -> Tensor:
+    def _scale(self, x: Tensor, lengths: List[int]) -> Tensor:
         x = x if self.residual_scale == 1 else x * self.residual_scale
         return drop_path(x, self.drop_path_rate, lengths) if self.training and self.drop_path_rate else x
 

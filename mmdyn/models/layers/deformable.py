@@ -7,7 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dge.grains import candidate_centres
+from .base import AttentionBase
+from .linear import Linear, by_pieces_of_rows, linear
 
 
 def sample_by_embedding_bag(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[int, int],
@@ -111,10 +112,10 @@ class StartLinear(nn.Module):
         self.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
-class DeformableAttention(nn.Module):
+class DeformableAttention(AttentionBase):
     """Each head of a query takes the values at a few points around the query's reference point.
 
     Offsets and weights of the points are linear in the query. In the beginning head k looks in the direction
@@ -139,38 +140,26 @@ class DeformableAttention(nn.Module):
         direction = torch.stack([angle.cos(), angle.sin()], -1)[:, None]
         self.offsets = StartLinear(dim, (direction * torch.arange(1, num_points + 1)[:, None]).flatten())
         self.attn_weight = StartLinear(dim, torch.zeros(num_heads * num_points))
-        self.v = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, queries: Tensor, tokens: Tensor, shape: Tuple[int, int], lengths: Optional[List[int]] = None,
-                num_extra: int = 0, points: Optional[Tensor] = None) -> Tensor:
-        """Attend from the queries to the tokens.
-
-        Args:
-            queries: (B, n, C), or packed (N, C) with the ``lengths`` of the images.
-            tokens: (B, H*W, C).
-            shape: (H, W).
-            num_extra: 0: tokens without a place cannot be sampled.
-            points: (n, 2) or (N, 2), the queries' reference points: x and y in cells. Defaults to the cells' own.
-
-        Returns:
-            as ``queries``.
-        """
+    def keys_values(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0,
+                    norm: Optional[nn.Module] = None) -> Tuple[Tensor]:
+        """(B, H*W, heads, D) values. There are no extra tokens: they have no place on the map."""
         if num_extra:
             raise ValueError(f'Deformable attention samples a map, but there are {num_extra} extra tokens, which have '
                              'no place on it: use a model without class token.')
-        if points is None:
-            points = candidate_centres(shape, (1, ), queries.device)
+        values = by_pieces_of_rows(lambda rows: self.v(rows if norm is None else norm(rows)), tokens, tokens.shape[2])
+        return (values.unflatten(-1, (self.num_heads, -1)), )
+
+    def attend(self, queries: Tensor, memory: Tuple[Tensor], shape: Tuple[int, int], lengths: List[int],
+               points: Optional[Tensor] = None) -> Tensor:
+        """From packed queries (N, C) with reference points (N, 2) to the values around them."""
         heads = (self.num_heads, self.num_points)
         offsets = scale_gradient(self.offsets(queries), 0.1).unflatten(-1, (*heads, 2))
         points = points[:, None, None] + offsets.to(torch.promote_types(offsets.dtype, torch.float32))
         weights = self.attn_weight(queries).unflatten(-1, heads).softmax(-1)
-        if lengths is None:
-            points, weights = points.flatten(0, 1), weights.flatten(0, 1)
-        value = self.v(tokens).unflatten(-1, (self.num_heads, -1))
-        lengths = lengths or [queries.shape[1]] * len(queries)
-        out = deformable_sampling(value, points, weights, shape, lengths, self.sampler)
-        return self.proj(out.view_as(queries))
+        return self.proj(deformable_sampling(*memory, points, weights, shape, lengths, self.sampler))
 
     def macs(self, shape: Tuple[int, int], num_extra: int) -> Tuple[int, int]:
         """Multiply-adds of one query, with 4 of each channel for each sampled point, and of the values of one image."""

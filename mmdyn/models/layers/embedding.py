@@ -7,6 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import PatchProjection
+
 
 def check_side(x: Tensor, patch: int) -> None:
     """Raise ValueError for a (B, C, H, W) input that holds no patch."""
@@ -24,17 +26,18 @@ class PatchEmbed(nn.Module):
         patch_size: side of a patch.
         norm: whether a LayerNorm follows.
         norm_eps: its epsilon.
+        of_tokens: whether the input is tokens in the form of a map, and no image.
     """
 
-    def __init__(self, in_channels: int, dim: int, patch_size: int, norm: bool = True, norm_eps: float = 1e-6):
+    def __init__(self, in_channels: int, dim: int, patch_size: int, norm: bool = True, norm_eps: float = 1e-6,
+                 of_tokens: bool = False):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
+        self.proj = PatchProjection(in_channels, dim, patch_size, of_tokens)
         self.norm = nn.LayerNorm(dim, norm_eps) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
         check_side(x, self.proj.kernel_size[0])
-        x = self.proj(x)
-        return self.norm(x.flatten(2).transpose(1, 2)), tuple(x.shape[-2:])
+        return self.proj(x, after=self.norm)
 
     def macs(self, shape: Tuple[int, int]) -> int:
         """Multiply-adds of an image whose tokens form a map of ``shape``."""
@@ -65,15 +68,14 @@ class ConvStem(nn.Module):
                 nn.ReLU(inplace=True)
             ])
             in_channels = width
-        self.proj = nn.Conv2d(width, dim, patch_size // 2, patch_size // 2)
+        self.proj = PatchProjection(width, dim, patch_size // 2, of_tokens=False)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
         side = self.proj.kernel_size[0]
         check_side(x, 2 * side)
         # Half of an odd number is rounded up, and may hold one patch more.
         height, width = (pixels // (2 * side) * side for pixels in x.shape[-2:])
-        x = self.proj(self.convs(x)[..., :height, :width])
-        return x.flatten(2).transpose(1, 2), tuple(x.shape[-2:])
+        return self.proj(self.convs(x)[..., :height, :width])
 
     def macs(self, shape: Tuple[int, int]) -> int:
         """Multiply-adds of an image whose tokens form a map of ``shape``."""
@@ -91,9 +93,18 @@ def resize_position_embedding(embedding: Tensor, source: Tuple[int, int], target
     """Interpolate the map of (1, E + h*w, C) position embeddings to another shape; the extra rows stay."""
     if source == target:
         return embedding
-    maps = embedding[:, num_extra:].transpose(1, 2).unflatten(2, source)
-    maps = F.interpolate(maps, target, mode=mode).flatten(2).transpose(1, 2)
-    return torch.cat([embedding[:, :num_extra], maps], dim=1)
+    (height, width), dim = target, embedding.shape[2]
+    # One side after the other, with the channels, which stay as they are, for the second side of an image.
+    maps = F.interpolate(embedding[:, num_extra:].unflatten(1, source), (width, dim), mode=mode)
+    maps = F.interpolate(maps.flatten(2)[None], (height, width * dim), mode=mode).view(1, height * width, dim)
+    return torch.cat([embedding[:, :num_extra], maps], dim=1) if num_extra else maps
+
+
+def to_maps(tokens: Tensor, shape: Tuple[int, int]) -> Tensor:
+    """(B, h*w, C) -> (B, C, h, w), contiguous, because mmcv's RoIAlign reads the memory of what necks make of it."""
+    # torch transposes a matrix faster than a batch of one.
+    maps = tokens[0].t().contiguous()[None] if len(tokens) == 1 else tokens.transpose(1, 2).contiguous()
+    return maps.unflatten(2, shape)
 
 
 def fit_position_embedding(saved: Tensor, current: Tensor, shape: Tuple[int, int], num_extra: int,

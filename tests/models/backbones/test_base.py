@@ -45,7 +45,10 @@ def test_granularity_1_everywhere_is_the_dense_model(name, dtype, training, size
     for encoder in encoders(dynamic):
         encoder.router.bias.data[0] = 1e6
     images = torch.randn(2, 3, *size)
-    assert torch.equal(run(dense, images, dtype)[0], run(dynamic, images, dtype)[0])
+    # In evaluation queries are filled up to one of a few numbers, which may change the order of sums.
+    rounding = 0 if training else 1e-5
+    torch.testing.assert_close(
+        run(dynamic, images, dtype)[0], run(dense, images, dtype)[0], rtol=rounding, atol=rounding)
     assert all((encoder.decision.choice == 0).all() for encoder in encoders(dynamic))
 
 
@@ -89,7 +92,8 @@ def test_inference_mode_gives_the_same(name, make_backbone):
     model, images = make_backbone(name, dge=DGE).eval(), torch.randn(2, 3, 52, 36)
     with torch.inference_mode():
         inferred = model(images)
-    assert all(torch.equal(one, other) for one, other in zip(inferred, model(images)))
+    for one, other in zip(inferred, model(images), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', AUTOCAST)

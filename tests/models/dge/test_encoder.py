@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdyn.models.dge import DynamicGrainedEncoder, check_granularities
+from mmdyn.models.dge import DynamicGrainedEncoder, check_granularities, native
 from mmdyn.models.dge.encoder import Router, straight_through_gates
-from mmdyn.models.dge.grains import candidate_centres, candidate_of_cell
+from mmdyn.models.dge.grains import candidate_centres, patch_groups, region_table
 from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
 
 MODES = ['eval', 'sparse', 'dense']
@@ -118,6 +118,23 @@ def test_equals_the_loops_of_the_paper(mode, options, shape, num_extra, sr_ratio
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
         seen |= set(encoder.decision.choice.flatten().tolist())
     assert seen == set(range(len(encoder.granularities)))
+
+
+@pytest.mark.parametrize('shape, num_extra, sr_ratio', [*LAYOUTS, ((23, 17), 1, 2), ((23, 17), 0, None)])
+@pytest.mark.parametrize('options', OPTIONS, ids=lambda options: '-'.join(map(str, options.values())))
+@pytest.mark.parametrize('compiled', [False, True])
+@torch.no_grad()
+def test_inference_in_float32_equals_the_loops_of_the_paper(compiled, options, shape, num_extra, sr_ratio, slow_change,
+                                                            monkeypatch):
+    """By compiled functions where there are some, and without them."""
+    if not compiled:
+        monkeypatch.setattr(native, 'is_used', lambda tokens: False)
+    encoder, block = make('eval', sr_ratio, **options)
+    tokens = torch.randn(3, num_extra + math.prod(shape), DIM)
+    output = encoder(block, tokens, shape, num_extra)
+    expected, counts = dge_by_loops(encoder, block, tokens, shape, num_extra, slow_change)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(encoder.decision.queries, counts)
 
 
 def test_gates_follow_the_distribution_of_the_logits():
@@ -264,13 +281,14 @@ def test_with_cp_recomputes_the_block_and_changes_nothing(mode):
 @pytest.mark.parametrize('sr_ratio', [1, None])
 def test_runs_in_inference_mode_and_trains_afterwards(sr_ratio):
     """What inference mode leaves in a cache must not break the backward pass of the same map later."""
-    candidate_of_cell.cache_clear()
+    region_table.cache_clear()
+    patch_groups.cache_clear()
     candidate_centres.cache_clear()
     encoder, block = make('eval', sr_ratio)
     tokens = torch.randn(2, 35, DIM)
     with torch.inference_mode():
         inferred = encoder(block, tokens, (5, 7))
-    assert torch.equal(inferred, encoder(block, tokens, (5, 7)))
+    torch.testing.assert_close(inferred, encoder(block, tokens, (5, 7)), rtol=1e-5, atol=1e-6)
     for mode in ('sparse', 'dense'):
         encoder, block = make(mode, sr_ratio)
         encoder(block, tokens, (5, 7)).sum().backward()

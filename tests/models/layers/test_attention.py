@@ -2,22 +2,149 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmdyn.models.layers import Attention, packed_attention
-from mmdyn.models.layers.attention import class_attention
+from mmdyn.models.layers import attention as attention_module
+from mmdyn.models.layers.attention import attention_by_linear, class_attention, varlen_attention
+from mmdyn.models.layers.linear import few_sizes
+
+LENGTHS = [[3, 3, 3], [4, 1, 2], [0, 5, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize('lengths', [[3, 3, 3], [4, 1, 2], [0, 5, 0], [0, 0, 0]])
-def test_packed_attention_equals_one_image_after_the_other(lengths):
-    query, (key, value) = torch.randn(sum(lengths), 2, 4), torch.randn(2, 3, 2, 6, 4)
+def slow_packed_attention(query, key, value, lengths):
+    """One image, head and query after the other."""
     expected, first = torch.empty_like(query), 0
     for image, length in enumerate(lengths):
         for row in range(first, first + length):
-            for head in range(2):
-                weights = (key[image, head] @ query[row, head] / 2).softmax(0)  # sqrt(4) = 2
+            for head in range(query.shape[1]):
+                weights = (key[image, head] @ query[row, head] / query.shape[2]**0.5).softmax(0)
                 expected[row, head] = weights @ value[image, head]
         first += length
+    return expected
+
+
+@pytest.mark.parametrize('lengths', LENGTHS)
+def test_packed_attention_equals_one_image_after_the_other(lengths):
+    query, (key, value) = torch.randn(sum(lengths), 2, 4), torch.randn(2, 3, 2, 6, 4)
+    expected = slow_packed_attention(query, key, value, lengths)
     torch.testing.assert_close(packed_attention(query, key, value, lengths), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def by_linear(monkeypatch):
+    """Let products be large from 10 scores on. The queries of each call of :func:`attention_by_linear`."""
+    calls = []
+
+    def count(query, key, value):
+        calls.append(len(query))
+        return attention_by_linear(query, key, value)
+
+    monkeypatch.setattr(attention_module, 'LARGE', 10)
+    monkeypatch.setattr(attention_module, 'attention_by_linear', count)
+    return calls
+
+
+@pytest.mark.parametrize('lengths', LENGTHS)
+def test_large_attention_by_products_equals_the_fused(lengths, by_linear):
+    """Without a gradient, in float32 and where there is oneDNN; [0, 0, 0] is not large."""
+    query, (key, value) = torch.randn(sum(lengths), 2, 4), torch.randn(2, 3, 2, 6, 4)
+    expected = slow_packed_attention(query, key, value, lengths)
+    with torch.no_grad():
+        torch.testing.assert_close(packed_attention(query, key, value, lengths), expected, rtol=1e-5, atol=1e-6)
+        assert by_linear == (lengths if torch.backends.mkldnn.is_available() and sum(lengths) else [])
+        by_linear.clear()
+        with torch.backends.mkldnn.flags(enabled=False):
+            torch.testing.assert_close(packed_attention(query, key, value, lengths), expected, rtol=1e-5, atol=1e-6)
+        doubled = packed_attention(query.double(), key.double(), value.double(), lengths)
+        torch.testing.assert_close(doubled.float(), expected, rtol=1e-5, atol=1e-6)
+        with torch.autocast('cpu', torch.bfloat16):
+            packed_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), lengths)
+    assert by_linear == []
+
+
+@pytest.mark.parametrize('lengths', LENGTHS)
+@pytest.mark.parametrize('needed', range(3))
+def test_large_attention_has_gradients(lengths, needed, by_linear):
+    """Of each of the query, the keys and the values, even if nothing else needs one."""
+    tensors = [torch.randn(sum(lengths), 2, 4), *torch.randn(2, 3, 2, 6, 4)]
+    tensors[needed].requires_grad_()
+    gradients = [torch.autograd.grad(function(*tensors, lengths).square().sum() + 0 * tensors[needed].sum(),
+                                     tensors[needed])[0] for function in (packed_attention, slow_packed_attention)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('lengths, large', [([1, 1], False), ([2, 2], True), ([1, 2], True), ([1, 0], False)])
+@torch.no_grad()
+def test_attention_is_large_by_its_longest_image(lengths, large, by_linear):
+    packed_attention(torch.randn(sum(lengths), 2, 4), *torch.randn(2, 2, 2, 6, 4), lengths)
+    assert bool(by_linear) == (large and torch.backends.mkldnn.is_available())
+
+
+@pytest.mark.parametrize('num, rows', [(0, 10), (1, 10), (64, 64), (65, 64), (130, 50), (199, 70), (331, 170),
+                                       (500, 7)])
+@torch.no_grad()
+def test_attention_by_linear_in_pieces(num, rows, monkeypatch):
+    """163 of 331 queries are the last piece, rounded up to 164: one is computed twice."""
+    sizes = []
+
+    def record(x, *args):
+        sizes.append(len(x))
+        return F.linear(x, *args)
+
+    monkeypatch.setattr(attention_module, 'PIECE', rows * 9)
+    monkeypatch.setattr(attention_module, 'linear', record)
+    query = torch.randn(num, 4, 2).transpose(1, 2)  # (num, 2, 4) that is not contiguous
+    key, value = torch.randn(2, 9, 2, 4).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(query.transpose(0, 1), key, value).transpose(0, 1)
+    torch.testing.assert_close(attention_by_linear(query, key, value), expected, rtol=1e-5, atol=1e-6)
+    assert max(sizes) <= few_sizes(rows)
+    if num > rows:
+        assert all(few_sizes(size) == size for size in sizes)
+
+
+@pytest.fixture
+def varlen_attn(monkeypatch):
+    """A stand-in for the kernel that needs a GPU, which is slow and checks what it is given."""
+
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+        assert key.shape == value.shape and key.shape[1:] == query.shape[1:]
+        for ends, rows, most in ((cu_seq_q, query, max_q), (cu_seq_k, key, max_k)):
+            assert ends.dtype == torch.int32 and ends.device == query.device and ends.is_contiguous()
+            assert ends[0] == 0 and ends[-1] == len(rows) and ends.diff().min() >= 0
+            assert type(most) is int and ends.diff().max() == most
+        assert cu_seq_q.shape == cu_seq_k.shape
+        out = torch.empty_like(query)
+        pairs = (zip(ends.tolist(), ends.tolist()[1:]) for ends in (cu_seq_q, cu_seq_k))
+        for (first, last), (begin, end) in zip(*pairs):
+            scores = torch.einsum('qhd,khd->hqk', query[first:last], key[begin:end]) / query.shape[2]**0.5
+            out[first:last] = torch.einsum('hqk,khd->qhd', scores.softmax(-1), value[begin:end])
+        return out
+
+    monkeypatch.setattr(attention_module, 'varlen_attn', attend)
+
+
+@pytest.mark.parametrize('lengths', [[4, 1, 2], [0, 5, 0], [3, 3, 3], [0, 1, 7]])
+def test_varlen_attention_equals_one_image_after_the_other(lengths, varlen_attn):
+    query, (key, value) = torch.randn(sum(lengths), 2, 4), torch.randn(2, 3, 2, 6, 4)
+    expected = slow_packed_attention(query, key, value, lengths)
+    torch.testing.assert_close(varlen_attention(query, key, value, lengths), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('lengths', [[40, 1, 23], [0, 50, 0], [30, 30, 30], [0, 0, 0]])
+def test_packed_attention_on_a_gpu(lengths, dtype):
+    """Values and gradients differ from those of the same numbers in float64 by the rounding of half precision."""
+    tensors = [x.to('cuda', dtype) for x in (torch.randn(sum(lengths), 2, 32), *torch.randn(2, 3, 2, 60, 32))]
+    results = []
+    for function, to in ((packed_attention, dtype), (slow_packed_attention, torch.double)):
+        leaves = [x.to(to).requires_grad_() for x in tensors]
+        out = function(*leaves, lengths)
+        results.append([x.double() for x in (out, *torch.autograd.grad(out.sum() + sum(0 * x.sum() for x in leaves),
+                                                                       leaves))])
+    for found, expected in zip(*results):
+        assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
 
 @pytest.mark.parametrize('num_heads, sr_ratio, qkv_bias', [(1, 1, True), (3, 1, False), (2, 2, True), (3, 3, False)])

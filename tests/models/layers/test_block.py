@@ -3,8 +3,34 @@ import math
 import pytest
 import torch
 
-from mmdyn.models.layers import FFN, Attention, EncoderBlock
+from mmdyn.models.layers import FFN, Attention, DeformableAttention, EncoderBlock
+from mmdyn.models.layers import block as block_module
+from mmdyn.models.layers import linear as linear_module
 from mmdyn.models.layers.block import drop_path
+
+SHAPE = (5, 7)
+ATTENTIONS = dict(full=lambda: Attention(12, 3), reduced=lambda: Attention(12, 3, sr_ratio=2),
+                  deformable=lambda: DeformableAttention(12, 3))
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Let 8 queries go through a block at once, and 3 through its FFN of 24 channels."""
+    monkeypatch.setattr(block_module, 'ROWS', 8 * 12)
+    monkeypatch.setattr(linear_module, 'PIECE', 3 * 24)
+
+
+@pytest.fixture
+def make_block(randomise):
+    """A block in evaluation mode, and a list that gets the rows of each call of its attention and its FFN."""
+
+    def make(kind):
+        block, rows = randomise(EncoderBlock(12, ATTENTIONS[kind](), 2), std=0.3).eval(), dict(attn=[], ffn=[])
+        block.attn.proj.register_forward_pre_hook(lambda _, args: rows['attn'].append(len(args[0])))
+        block.ffn.fc2.register_forward_pre_hook(lambda _, args: rows['ffn'].append(len(args[0])))
+        return block, rows
+
+    return make
 
 
 @pytest.mark.parametrize('sr_ratio', [1, 2])
@@ -49,12 +75,10 @@ def test_residual_scale_comes_on_top_of_stochastic_depth():
     assert (block.eval().change(tokens, tokens, (2, 3)) == 5.5).all()
 
 
-@pytest.mark.parametrize('lengths', [None, [3, 0, 1] * 1000])
-def test_drop_path_drops_whole_images_and_keeps_the_expectation(lengths):
+def test_drop_path_drops_whole_images_and_keeps_the_expectation():
     """An image stays with probability 0.75 and is then scaled by 4 / 3."""
-    x = torch.ones(3000, 2, 3) if lengths is None else torch.ones(4000, 3)
-    dropped = drop_path(x, 0.25, lengths)
-    images = dropped.unbind() if lengths is None else dropped.split(lengths)
+    lengths = [3, 0, 1] * 1000
+    images = drop_path(torch.ones(4000, 3), 0.25, lengths).split(lengths)
     factors = torch.tensor([image.flatten()[0] for image in images if len(image)])
     for image, factor in zip((image for image in images if len(image)), factors):
         assert (image == factor).all()
@@ -90,3 +114,95 @@ def test_macs_by_hand():
     """The query's FFN is 2 x 12 x 24 = 576 beside the attention of test_attention."""
     assert FFN(12, 24).macs() == 576
     assert EncoderBlock(12, Attention(12, 3), 2).macs((5, 7), 1) == (2 * 144 + 2 * 36 * 12 + 576, 36 * 288)
+
+
+@pytest.mark.parametrize('kind', ATTENTIONS)
+@pytest.mark.parametrize('lengths', [[5, 1, 4], [0, 30, 0], [7, 0, 21], [3, 3, 3], [0, 0, 0]])
+def test_inference_by_pieces_changes_nothing_packed(kind, lengths, make_block, small_pieces):
+    """Images of up to 8 queries together, and larger ones in parts."""
+    block, rows = make_block(kind)
+    tokens, queries = torch.randn(3, 35, 12), torch.randn(sum(lengths), 12)
+    points = 3 * torch.rand(len(queries), 2) if kind == 'deformable' else None
+    at_once = block.change(queries, tokens, SHAPE, lengths, 0, points)
+    assert rows['attn'] == rows['ffn'] == [sum(lengths)]
+    rows['attn'].clear(), rows['ffn'].clear()
+    with torch.no_grad():
+        by_pieces = block.change(queries, tokens, SHAPE, lengths, 0, points)
+    assert sum(rows['attn']) == sum(rows['ffn']) == len(queries)
+    assert max(rows['attn']) <= 8 and max(rows['ffn']) <= 3
+    torch.testing.assert_close(by_pieces, at_once.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind, num_extra', [('full', 0), ('full', 1), ('reduced', 1), ('deformable', 0)])
+def test_inference_by_pieces_changes_nothing_dense(kind, num_extra, make_block, small_pieces):
+    """The points of the cells are those of the deformable attention by default."""
+    block, rows = make_block(kind)
+    tokens = torch.randn(2, num_extra + 35, 12)
+    with torch.no_grad():
+        by_pieces = block(tokens, SHAPE, num_extra)
+    assert len(rows['attn']) == 2 * 5 and len(rows['ffn']) > 20
+    rows['attn'].clear()
+    torch.testing.assert_close(by_pieces, block(tokens, SHAPE, num_extra).detach(), rtol=1e-5, atol=1e-5)
+    assert rows['attn'] == [len(tokens.flatten(0, 1))]
+
+
+@torch.no_grad()
+def test_class_attention_is_kept_of_whole_images(make_block, monkeypatch):
+    """However small the pieces are."""
+    block, rows = make_block('full')
+    tokens, results = torch.randn(3, 1 + 35, 12), []
+    for queries in (1000, 8):
+        monkeypatch.setattr(block_module, 'ROWS', queries * 12)
+        block.attn.keeps_class_attention, block.attn.class_attention = True, None
+        block(tokens, SHAPE, 1)
+        results.append(block.attn.class_attention)
+    assert rows['attn'] == [3 * 36, 3 * 36]
+    assert results[0].shape == (3, 36) and torch.equal(*results)
+
+
+@pytest.mark.parametrize('kind', ATTENTIONS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_pieces_under_autocast_are_those_of_the_whole(kind, dtype, make_block, monkeypatch):
+    """Of the same type. A number of rows may round sums otherwise, in a few operations in a row."""
+    block, rows = make_block(kind)
+    tokens, queries, lengths, results = torch.randn(3, 35, 12), torch.randn(31, 12), [9, 0, 22], []
+    for pieces in (False, True):
+        if pieces:
+            monkeypatch.setattr(block_module, 'ROWS', 8 * 12)
+            monkeypatch.setattr(linear_module, 'PIECE', 3 * 24)
+        points = torch.ones(31, 2) if kind == 'deformable' else None
+        with torch.autocast('cpu', dtype):
+            results.append([block.change(queries, tokens, SHAPE, lengths, 0, points), block(tokens, SHAPE)])
+    assert len(rows['attn']) > 2 + 10
+    for whole, by_pieces in zip(*results):
+        assert whole.dtype == by_pieces.dtype
+        assert (whole.float() - by_pieces.float()).norm() <= torch.finfo(dtype).eps * whole.float().norm()
+    assert [out.dtype for out in results[1]] == [dtype, torch.float32]
+
+
+@torch.no_grad()
+def test_training_without_a_gradient_drops_whole_images(small_pieces):
+    """Attention adds 1 and the FFN 10 to each token of an image, in whichever piece."""
+    block = EncoderBlock(12, Attention(12, 3), 2, drop_path_rate=0.5)
+    for layer, value in ((block.attn.proj, 1.), (block.ffn.fc2, 10.)):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, value)
+    tokens = torch.randn(100, 21, 12)
+    changes = block.change(tokens, tokens, (3, 7)).flatten(1)
+    assert (changes == changes[:, :1]).all() and set(changes[:, 0].tolist()) == {0, 2, 20, 22}
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_block_of_no_images(grad):
+    block = EncoderBlock(12, Attention(12, 3), 2).eval()
+    with torch.set_grad_enabled(grad):
+        assert block(torch.randn(0, 35, 12), SHAPE).shape == (0, 35, 12)
+
+
+@pytest.mark.parametrize('shape', [(3, 7, 12), (50, 12), (0, 12), (1, 2, 3, 12)])
+def test_ffn_by_pieces_changes_nothing(shape, randomise, small_pieces):
+    ffn, x = randomise(FFN(12, 24)), torch.randn(shape)
+    with torch.no_grad():
+        by_pieces = ffn(x)
+    torch.testing.assert_close(by_pieces, ffn(x).detach(), rtol=1e-5, atol=1e-5)

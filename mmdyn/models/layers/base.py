@@ -1,0 +1,71 @@
+"""What kinds of attention have in common."""
+from typing import List, Optional, Tuple
+
+from torch import Tensor, nn
+
+from ..dge.grains import candidate_centres
+
+
+class AttentionBase(nn.Module):
+    """What attention layers share: they take queries and tokens, which may be the same.
+
+    ``uses_points`` tells whether the places of the queries count, or the content of the tokens alone, and
+    ``keeps_class_attention`` whether :meth:`attend` must see the queries of an image together.
+    """
+    uses_points = False
+    keeps_class_attention = False
+
+    def keys_values(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0,
+                    norm: Optional[nn.Module] = None) -> Tuple[Tensor, ...]:
+        """What queries attend to: tensors with a first dimension of images.
+
+        Args:
+            tokens: (B, E + H*W, C).
+            shape: (H, W).
+            num_extra: E.
+            norm: norm of the tokens, if they still need it.
+        """
+        raise NotImplementedError
+
+    def attend(self, queries: Tensor, memory: Tuple[Tensor, ...], shape: Tuple[int, int], lengths: List[int],
+               points: Optional[Tensor] = None) -> Tensor:
+        """From queries to what :meth:`keys_values` returned.
+
+        Args:
+            queries: packed (N, C).
+            memory: of the images.
+            shape: (H, W).
+            lengths: queries of each of the B images; they sum to N.
+            points: (N, 2), the queries' places: x and y in cells, where ``uses_points``.
+
+        Returns:
+            (N, C).
+        """
+        raise NotImplementedError
+
+    def forward(self, queries: Tensor, tokens: Tensor, shape: Tuple[int, int], lengths: Optional[List[int]] = None,
+                num_extra: int = 0, points: Optional[Tensor] = None) -> Tensor:
+        """Attend from the queries to the tokens.
+
+        Args:
+            queries: (B, n, C), or packed (N, C) with the ``lengths`` of the images.
+            tokens: (B, E + H*W, C).
+            shape: (H, W).
+            num_extra: E.
+            points: (n, 2) or (N, 2), the queries' places, where ``uses_points``. Default to the cells' own.
+
+        Returns:
+            as ``queries``.
+        """
+        packed, lengths, points = self.pack(queries, shape, lengths, points)
+        return self.attend(packed, self.keys_values(tokens, shape, num_extra), shape, lengths, points).view_as(queries)
+
+    def pack(self, queries: Tensor, shape: Tuple[int, int], lengths: Optional[List[int]],
+             points: Optional[Tensor]) -> Tuple[Tensor, List[int], Optional[Tensor]]:
+        """Queries, lengths and points as :meth:`attend` takes them, from what :meth:`forward` takes."""
+        if self.uses_points and points is None:
+            points = candidate_centres(shape, (1, ), queries.device)
+        if lengths is not None:
+            return queries, lengths, points
+        images, num = queries.shape[:2]
+        return queries.flatten(0, 1), [num] * images, points.repeat(images, 1) if self.uses_points else None

@@ -1,0 +1,169 @@
+"""Linear layers, and pieces of rows that are small enough to stay in cache from one layer to the next."""
+import math
+from typing import Callable, Iterable, Iterator, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+ONEDNN = torch.backends.mkldnn.is_available()
+# Numbers that a piece of rows has in memory.
+PIECE = 2**20
+
+
+def uses_onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> bool:
+    """Whether :func:`linear` calls oneDNN's operator: in float32 on a CPU, when nothing of it is recorded or traced.
+
+    ``torch.backends.mkldnn.enabled`` (``with torch.backends.mkldnn.flags(enabled=False)``) switches it off.
+    """
+    return (x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
+            and is_plain_inference(x, weight, weight if bias is None else bias) and torch._C._get_mkldnn_enabled() and ONEDNN and not torch.is_autocast_enabled('cpu'))
+
+
+def is_plain_inference(*inputs: Tensor) -> bool:
+    """Whether nothing that happens to the inputs is recorded for a backward pass, or traced."""
+    recorded = torch.is_grad_enabled() and (not inputs or any(x.requires_grad for x in inputs))
+    return not (recorded or torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, gelu: bool = False) -> Tensor:
+    """A linear layer, with a GELU behind it if ``gelu``: (..., C_in), (C_out, C_in), (C_out) -> (..., C_out).
+
+    torch's float32 products on a CPU are MKL's, which on some CPUs does not use their widest instructions. oneDNN's do,
+    and apply the GELU to what they have just computed.
+    """
+    if uses_onednn(x, weight, bias):
+        bias = None if bias is None else bias.contiguous()
+        return torch.ops.mkldnn._linear_pointwise(
+            x, weight.contiguous(), bias, *(('gelu', [], 'none') if gelu else ('none', [], '')))
+    x = F.linear(x, weight, bias)
+    return F.gelu(x) if gelu else x
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _linear_flops(x_shape, weight_shape, *args, **kwargs) -> int:
+    """What torch's counter of operations has no formula for."""
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+def add_into(change: Tensor, x: Tensor) -> Tensor:
+    """``change + x``, in the memory of ``change`` unless ``x`` is of a wider type."""
+    return change.add_(x) if change.dtype == x.dtype else change + x
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by :func:`linear`."""
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        return linear(x, self.weight, self.bias, gelu)
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution of non-overlapping patches, as a linear layer of each: (B, C_in, H, W) -> (B, h*w, C_out), (h, w).
+
+    What remains of a side that is no multiple of the patch's is left out. The weights are those of ``nn.Conv2d``.
+
+    Args:
+        in_channels, out_channels: channels.
+        side: side of a patch.
+        of_tokens: whether the maps are tokens, whose channels lie side by side in memory. So do the weights' then.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, side: int, of_tokens: bool):
+        super().__init__(in_channels, out_channels, side, side)
+        if of_tokens:
+            self.to(memory_format=torch.channels_last)
+        self.of_tokens = of_tokens
+
+    def forward(self, maps: Tensor, before: Optional[nn.Module] = None,
+                after: Optional[nn.Module] = None) -> Tuple[Tensor, Tuple[int, int]]:
+        """``before`` and ``after`` are run on the last dimension, e.g. norms, on pieces that stay in cache."""
+        side = self.kernel_size[0]
+        height, width = maps.shape[2] // side, maps.shape[3] // side
+        # (B, h, w, C_in, side, side)
+        patches = maps[:, :, :height * side, :width * side].unflatten(3, (width, side)).unflatten(2, (height, side))
+        patches = patches.permute(0, 2, 4, 1, 3, 5)
+        count = max(PIECE // math.prod(patches.shape[2:]), 1)
+
+        def run(rows, images, _):
+            top, num = rows.start - images.start * height, (rows.stop - rows.start) // (images.stop - images.start)
+            return self._project(patches[images, top:top + num], before, after).flatten(0, 1)
+
+        if torch.is_grad_enabled() or len(maps) * height <= count:
+            tokens = self._project(patches, before, after)
+        else:
+            tokens = by_pieces(run, packed_pieces([height] * len(maps), count), len(maps) * height)
+        return tokens.view(len(maps), height * width, -1), (height, width)
+
+    def _project(self, patches: Tensor, before: Optional[nn.Module], after: Optional[nn.Module]) -> Tensor:
+        """(B, h, w, C_in, side, side) -> (B, h, w, C_out)."""
+        weight = self.weight
+        if self.of_tokens:
+            patches, weight = patches.permute(0, 1, 2, 4, 5, 3), weight.permute(0, 2, 3, 1)
+        patches = patches if before is None else before(patches)
+        tokens = linear(patches.flatten(3), weight.flatten(1), self.bias)
+        return tokens if after is None else after(tokens)
+
+
+def few_sizes(rows: int) -> int:
+    """``rows``, rounded up by at most 1/32 to one of a few numbers: oneDNN prepares for each number that it meets."""
+    step = min(2**max(rows.bit_length() - 6, 0), 64)
+    return -(-rows // step) * step
+
+
+def packed_pieces(lengths: List[int], count: int) -> Iterator[Tuple[slice, slice, List[int]]]:
+    """Split the packed rows of images into pieces of about ``count`` rows or fewer: whole images, or parts of one.
+
+    Args:
+        lengths: rows of each image.
+        count: rows of a piece.
+
+    Yields:
+        the piece's rows, its images, and the rows of each of them.
+    """
+    row = first = 0
+    while first < len(lengths):
+        last, total = first + 1, lengths[first]
+        while last < len(lengths) and total + lengths[last] <= count:
+            total, last = total + lengths[last], last + 1
+        parts = max(-(-total // count), 1)
+        size = few_sizes(-(-total // parts))
+        for start in range(0, max(total, 1), max(size, 1)):
+            end = min(start + size, total)
+            yield slice(row + start, row + end), slice(first, last), lengths[first:last] if parts == 1 else [end - start]
+        row, first = row + total, last
+
+
+def by_pieces(function: Callable[..., Tensor], pieces: Iterable[tuple], count: int) -> Tensor:
+    """The rows that ``function`` returns for each piece, put together: (count, C).
+
+    Args:
+        function: of a piece.
+        pieces: what it takes, the slice of its rows first.
+        count: rows of all pieces.
+    """
+    out = None
+    for piece in pieces:
+        part = function(*piece)
+        if len(part) == count:
+            return part
+        out = part.new_empty(count, *part.shape[1:]) if out is None else out
+        out[piece[0]] = part
+    return out
+
+
+def by_pieces_of_rows(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
+    """``function`` of the rows of (..., C), each by itself; in inference some at a time.
+
+    Args:
+        function: e.g. a feed-forward network.
+        x: (..., C).
+        width: numbers that the function has in memory for each row.
+    """
+    count = PIECE // width
+    if torch.is_grad_enabled() or x.numel() <= count * x.shape[-1]:
+        return function(x)
+    rows = x.flatten(0, -2)
+    pieces = ((piece, ) for piece, _, _ in packed_pieces([len(rows)], count))
+    return by_pieces(lambda piece: function(rows[piece]), pieces, len(rows)).unflatten(0, x.shape[:-1])
