@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.linear import uses_onednn
+from ..layers.linear import is_plain_inference
 from . import grains, native
 from .grains import candidate_centres, candidate_values, grid, pool, region_table, sum_over_granularities
 
@@ -163,8 +163,12 @@ class DynamicGrainedEncoder(nn.Module):
                              way.pool(tokens, shape, self.region, num_extra))
         if not self.training:
             choice = self._per_region(logits.argmax(-1), shape)
-            routing = way.route(choice, shape, phis, self.region, num_extra, padded=uses_onednn(tokens, tokens))
+            routing = way.route(choice, shape, phis, self.region, num_extra,
+                                padded=is_plain_inference() and tokens.device.type == 'cpu')
             self.decision = Decision(choice, torch.tensor(routing.lengths, device='cpu'))
+            if 1 in phis and sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
+                # Every cell is a query: the vanilla block.
+                return tokens + self._change(block, tokens, tokens, shape, None, num_extra)
             return routing.add_changes(tokens, self._sparse_change(block, tokens, shape, routing, num_extra))
 
         gates, choice = straight_through_gates(logits, self.tau)

@@ -27,15 +27,16 @@ def grid(side: int, shape: Tuple[int, int]) -> Tuple[int, int]:
 
 
 def remembered(function):
-    """Cache a function of shapes, whose tensors may go into backward passes even if inference mode asks first."""
+    """Cache a function of shapes that works on the CPU; its tensors may go into backward passes, whoever asks first."""
 
     @lru_cache(maxsize=256)
+    @torch.compiler.disable
     @wraps(function)
-    def outside_of_inference_mode(*args):
-        with torch.inference_mode(False):
+    def call(*args):
+        with torch.inference_mode(False), torch.device('cpu'):
             return function(*args)
 
-    return outside_of_inference_mode
+    return call
 
 
 @dataclass(frozen=True)
@@ -229,18 +230,19 @@ def route(choice: Tensor, shape: Tuple[int, int], granularities: Tuple[int, ...]
     batch, device, (rows, columns) = len(choice), choice.device, grid(region, shape)
     table, size = region_table(shape, granularities, region, device), num_extra + math.prod(shape)
     pick = (choice.flatten(1) * (rows * columns) + torch.arange(rows * columns, device=device)).flatten()
+    extra = torch.arange(num_extra, device=device)
     counts = F.pad(table.counts.flatten()[pick].view(batch, -1), (num_extra, 0), value=1)
-    used = None if table.used is None else _of_images(table.used, pick, batch, torch.ones(num_extra, dtype=torch.bool))
+    used = None if table.used is None else _of_images(table.used, pick, batch, extra >= 0)
     sums = counts.sum(1)
     if table.skips:
         *lengths, total = torch.cat([sums, used.sum()[None]]).tolist()
     else:
         lengths, total = sums.tolist(), batch * size
 
-    cells = _of_images(table.cells, pick, batch, torch.arange(-num_extra, 0))
+    cells = _of_images(table.cells, pick, batch, extra - num_extra)
     if batch > 1 or num_extra:
         cells = cells + torch.arange(num_extra, batch * size, size, dtype=torch.int32, device=device)[:, None]
-    starts = _of_images(table.starts, pick, batch, torch.ones(num_extra, dtype=torch.bool))
+    starts = _of_images(table.starts, pick, batch, extra >= 0)
     cells, starts = cells.flatten(), starts.flatten()
     if used is not None:
         place = torch.nonzero_static(used.flatten(), size=total).squeeze(1)
@@ -263,7 +265,7 @@ def route(choice: Tensor, shape: Tuple[int, int], granularities: Tuple[int, ...]
 def _of_images(rows: Tensor, pick: Tensor, batch: int, extra: Tensor) -> Tensor:
     """(K*R, S*S) rows of a table -> (B, E + R*S*S), the picked ones of each image, with ``extra`` in front."""
     picked = rows.index_select(0, pick).view(batch, -1)
-    return torch.cat([extra.to(picked).expand(batch, -1), picked], dim=1) if len(extra) else picked
+    return torch.cat([extra.to(picked.dtype).expand(batch, -1), picked], dim=1) if len(extra) else picked
 
 
 def tile(regions: Tensor, times: int, size: Tuple[int, int]) -> Tensor:
@@ -286,9 +288,8 @@ def candidate_values(values: Tensor, shape: Tuple[int, int], granularities: Tupl
 @remembered
 def candidate_centres(shape: Tuple[int, int], granularities: Tuple[int, ...], device: torch.device) -> Tensor:
     """Centres of an image's candidates, the means of their valid cells' places: (P, 2) x and y in cells."""
-    row, column = torch.arange(shape[0], device=device), torch.arange(shape[1], device=device)
-    places = torch.stack(torch.meshgrid(column, row, indexing='xy'), -1).float().flatten(0, 1)[None]
-    return torch.cat([pool(places, shape, phi)[0] for phi in granularities if phi])
+    places = torch.stack(torch.meshgrid(*map(torch.arange, shape[::-1]), indexing='xy'), -1).float().flatten(0, 1)[None]
+    return torch.cat([pool(places, shape, phi)[0] for phi in granularities if phi]).to(device)
 
 
 def sum_over_granularities(candidates: Tensor, shape: Tuple[int, int], granularities: Tuple[int, ...]) -> Tensor:

@@ -51,7 +51,7 @@ class Routing:
                  padded: bool):
         # Tensors are kept for as long as their memory is used.
         self.choice, self.sides = choice.contiguous(), sides_of(granularities)
-        self.first, lengths = torch.empty(choice.shape, dtype=torch.long), torch.empty(len(choice), dtype=torch.long)
+        self.first, lengths = torch.empty_like(self.choice), choice.new_empty(len(choice))
         self.geometry = Geometry(len(choice), num_extra, *shape, 0, region)
         self.decision = self.choice.data_ptr(), self.sides.data_ptr(), self.first.data_ptr()
         library().count_queries(self.geometry, *self.decision, lengths.data_ptr())
@@ -86,5 +86,4 @@ def route(choice: Tensor, shape: Tuple[int, int], granularities: Tuple[int, ...]
 
 @lru_cache(maxsize=None)
 def sides_of(granularities: Tuple[int, ...]) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(granularities)
+    return torch.tensor(granularities, device='cpu')

@@ -62,7 +62,8 @@ def attention_by_linear(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
               for rows, _, _ in packed_pieces([num], PIECE // key.shape[1])]
     for head, (keys, values) in enumerate(zip((key / math.sqrt(query.shape[2])).contiguous(), value.mT.contiguous())):
         for rows in pieces:
-            out[rows, head] = linear(linear(query[rows, head], keys).softmax(-1), values)
+            weights = linear(query[rows, head], keys).softmax(-1, dtype=torch.float32).to(values.dtype)
+            out[rows, head] = linear(weights, values)
     return out
 
 

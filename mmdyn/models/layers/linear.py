@@ -7,24 +7,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-ONEDNN = torch.backends.mkldnn.is_available()
+# Types that oneDNN computes in on this CPU.
+ONEDNN = set()
+if torch.backends.mkldnn.is_available():
+    ONEDNN = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
 # Numbers that a piece of rows has in memory.
 PIECE = 2**20
 
 
 def uses_onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> bool:
-    """Whether :func:`linear` calls oneDNN's operator: in float32 on a CPU, when nothing of it is recorded or traced.
+    """Whether :func:`linear` calls oneDNN's operator: on a CPU, when nothing is recorded, traced or cast by autocast.
 
     ``torch.backends.mkldnn.enabled`` (``with torch.backends.mkldnn.flags(enabled=False)``) switches it off.
     """
-    return (x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
-            and is_plain_inference(x, weight, weight if bias is None else bias) and torch._C._get_mkldnn_enabled() and ONEDNN and not torch.is_autocast_enabled('cpu'))
+    return (is_plain_inference(x, weight, weight if bias is None else bias) and x.device.type == 'cpu'
+            and x.dtype == weight.dtype and x.dtype in ONEDNN and torch._C._get_mkldnn_enabled()
+            and (x.dtype == torch.bfloat16 or not torch.is_autocast_enabled('cpu')))
 
 
 def is_plain_inference(*inputs: Tensor) -> bool:
     """Whether nothing that happens to the inputs is recorded for a backward pass, or traced."""
-    recorded = torch.is_grad_enabled() and (not inputs or any(x.requires_grad for x in inputs))
-    return not (recorded or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not (torch.is_grad_enabled() and (not inputs or any(x.requires_grad for x in inputs)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, gelu: bool = False) -> Tensor:

@@ -130,3 +130,10 @@ def test_unfit_options(options, message, make_backbone):
 def test_map_smaller_than_the_reduction():
     with pytest.raises(ValueError, match='A map of 1 x 8 cells is too small for sr_ratio=2: use a larger image'):
         PVT(SMALL, 32)(torch.randn(1, 3, 4, 32))
+
+
+@torch.no_grad()
+def test_dense_compiles_as_one_graph():
+    model, images = PVT(SMALL, img_size=32).eval(), torch.randn(2, 3, 32, 48)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)

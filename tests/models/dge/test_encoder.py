@@ -313,6 +313,33 @@ def test_autocast_decides_as_float32(mode, dtype):
     assert torch.isfinite(torch.autograd.grad(output.sum(), tokens)[0]).all()
 
 
+@pytest.mark.parametrize('mode', MODES)
+def test_compiles(mode):
+    """In parts: the number of queries is only known when the router has decided."""
+    encoder, block = make(mode, sr_ratio=2)
+    tokens, results = torch.randn(2, 1 + 35, DIM), []
+    for run in (encoder, torch.compile(encoder, backend='eager')):
+        torch.manual_seed(0)
+        results.append(run(block, tokens, (5, 7), 1))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.parametrize('mode', MODES)
+def test_synchronises_once(mode):
+    encoder, block = (module.cuda() for module in make(mode, sr_ratio=2))
+    tokens = torch.randn(3, 1 + 35, DIM, device='cuda')
+    encoder(block, tokens, (5, 7), 1)  # fills the caches
+    torch.cuda.set_sync_debug_mode('warn')
+    try:
+        with pytest.warns(UserWarning, match='synchronizing') as warnings:
+            encoder(block, tokens, (5, 7), 1)
+            torch.ones(1, device='cuda').item()  # dense training may have none of its own
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert len([warning for warning in warnings if 'synchronizing' in str(warning.message)]) <= 2
+
+
 def test_query_bounds_by_hand():
     """5 x 7: 35 cells, 3 x 4 patches of side 2, 2 x 2 of side 4."""
     assert DynamicGrainedEncoder(DIM, (1, 2, 4)).query_bounds((5, 7)) == (4, 35)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmdyn.models.layers import Attention, packed_attention
 from mmdyn.models.layers import attention as attention_module
 from mmdyn.models.layers.attention import attention_by_linear, class_attention, varlen_attention
-from mmdyn.models.layers.linear import few_sizes
+from mmdyn.models.layers.linear import ONEDNN, few_sizes
 
 LENGTHS = [[3, 3, 3], [4, 1, 2], [0, 5, 0], [0, 0, 0]]
 
@@ -58,9 +58,21 @@ def test_large_attention_by_products_equals_the_fused(lengths, by_linear):
             torch.testing.assert_close(packed_attention(query, key, value, lengths), expected, rtol=1e-5, atol=1e-6)
         doubled = packed_attention(query.double(), key.double(), value.double(), lengths)
         torch.testing.assert_close(doubled.float(), expected, rtol=1e-5, atol=1e-6)
-        with torch.autocast('cpu', torch.bfloat16):
-            packed_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), lengths)
     assert by_linear == []
+
+
+@pytest.mark.parametrize('lengths', LENGTHS)
+@pytest.mark.parametrize('autocast', [True, False])
+@torch.no_grad()
+def test_large_attention_in_bfloat16_rounds_like_its_inputs(lengths, autocast, by_linear):
+    """Its softmax is computed in float32: weights and outputs are rounded once, each to eps / 2."""
+    query, (key, value) = torch.randn(sum(lengths), 2, 4).bfloat16(), torch.randn(2, 3, 2, 6, 4).bfloat16()
+    expected = slow_packed_attention(query.double(), key.double(), value.double(), lengths)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        out = packed_attention(query, key, value, lengths)
+    assert out.dtype == torch.bfloat16
+    assert by_linear == (lengths if torch.bfloat16 in ONEDNN and sum(lengths) else [])
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize('lengths', LENGTHS)

@@ -56,11 +56,12 @@ def test_linear_with_a_strided_bias():
 
 
 @torch.no_grad()
-def test_onednn_is_used_in_float32_alone():
+def test_onednn_is_used_in_types_that_it_computes_in():
     x, (weight, _) = torch.randn(3, 6), weights()
     assert uses_onednn(x, weight) == ONEDNN
     for dtype in (torch.double, torch.bfloat16, torch.half):
-        assert not uses_onednn(x.to(dtype), weight.to(dtype))
+        native = ONEDNN and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert uses_onednn(x.to(dtype), weight.to(dtype)) == native
         assert not uses_onednn(x, weight.to(dtype)) and not uses_onednn(x.to(dtype), weight)
     assert not uses_onednn(x.to('meta'), weight.to('meta'))
     for dtype in (torch.bfloat16, torch.half):
