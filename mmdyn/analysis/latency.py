@@ -1,4 +1,5 @@
 """Times and memory of alternatives, measured side by side, and the limits of the machine that they run on."""
+import os
 import platform
 import statistics
 import time
@@ -116,7 +117,7 @@ def environment(device: Union[str, torch.device] = 'cpu') -> Dict[str, Union[str
     """What a time depends on: the machine, the number of threads and the versions of the libraries."""
     found = dict(date=str(datetime.now(timezone.utc).date()), cpu=cpu_name(),
                  capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(),
-                 torch=torch.__version__)
+                 allocator=allocator(), torch=torch.__version__)
     if torch.device(device).type == 'cuda':
         found['gpu'] = torch.cuda.get_device_name(device)
     for package in ('mmcv', 'mmdet', 'timm'):
@@ -125,6 +126,13 @@ def environment(device: Union[str, torch.device] = 'cpu') -> Dict[str, Union[str
         except PackageNotFoundError:
             found[package] = 'not installed'
     return found
+
+
+def allocator() -> str:
+    """What is said of the memory allocator by variables: fresh memory takes time, and may be kept or be given back."""
+    given = (f'{name}={Path(value).name}' for name, value in sorted(os.environ.items())
+             if name == 'LD_PRELOAD' or name.startswith('MALLOC_'))
+    return ', '.join(given) or 'default'
 
 
 def cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:

@@ -1,3 +1,4 @@
+import os
 import time
 
 import pytest
@@ -61,6 +62,15 @@ def test_limits_count_operations_and_bytes(monkeypatch):
 
 def test_limits_run():
     assert all(value > 0 for value in limits(side=64, megabytes=1, rounds=1).values())
+
+
+def test_allocator_is_what_the_variables_say(monkeypatch):
+    for name in [name for name in os.environ if name == 'LD_PRELOAD' or name.startswith('MALLOC_')]:
+        monkeypatch.delenv(name)
+    assert environment()['allocator'] == 'default'
+    monkeypatch.setenv('MALLOC_TOP_PAD_', '4096')
+    monkeypatch.setenv('LD_PRELOAD', '/somewhere/libjemalloc.so.2')
+    assert environment()['allocator'] == 'LD_PRELOAD=libjemalloc.so.2, MALLOC_TOP_PAD_=4096'
 
 
 def test_environment(tmp_path):

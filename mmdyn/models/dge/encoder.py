@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.linear import is_plain_inference
+from ..layers.linear import runs_in_pieces
 from . import grains, native
 from .grains import candidate_centres, candidate_values, grid, pool, region_table, sum_over_granularities
 
@@ -163,8 +163,7 @@ class DynamicGrainedEncoder(nn.Module):
                              way.pool(tokens, shape, self.region, num_extra))
         if not self.training:
             choice = self._per_region(logits.argmax(-1), shape)
-            routing = way.route(choice, shape, phis, self.region, num_extra,
-                                padded=is_plain_inference() and tokens.device.type == 'cpu')
+            routing = way.route(choice, shape, phis, self.region, num_extra, padded=runs_in_pieces(tokens))
             self.decision = Decision(choice, torch.tensor(routing.lengths, device='cpu'))
             if 1 in phis and sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
                 # Every cell is a query: the vanilla block.

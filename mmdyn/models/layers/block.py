@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .linear import Linear, add_into, by_pieces, by_pieces_of_rows, packed_pieces
+from .base import AttentionBase
+from .linear import Linear, add_into, by_pieces, by_pieces_of_rows, packed_pieces, runs_in_pieces
 
 # Numbers in the queries of a piece that goes through a block at once.
 ROWS = 2**19
@@ -43,14 +44,14 @@ class EncoderBlock(nn.Module):
 
     Args:
         dim: channels.
-        attn: an attention layer that takes (queries, tokens, shape, lengths, num_extra, points).
+        attn: an :class:`~mmdyn.models.layers.base.AttentionBase`.
         mlp_ratio: hidden channels of the feed-forward network, in multiples of ``dim``.
         drop_path_rate: probability to drop each of the two branches of an image in training.
         norm_eps: epsilon of the norms.
         residual_scale: factor of both branches.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path_rate: float = 0., norm_eps: float = 1e-6,
+    def __init__(self, dim: int, attn: AttentionBase, mlp_ratio: float, drop_path_rate: float = 0., norm_eps: float = 1e-6,
                  residual_scale: float = 1.):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, norm_eps)
@@ -82,7 +83,7 @@ class EncoderBlock(nn.Module):
         """
         packed, lengths, points = self.attn.pack(queries, shape, lengths, points)
         count = ROWS // packed.shape[1]
-        together = self.training or torch.is_grad_enabled() or self.attn.keeps_class_attention
+        together = self.training or not runs_in_pieces(packed) or self.attn.keeps_class_attention
         if together or len(packed) <= count:
             normed = self.norm1(tokens)
             memory = self.attn.keys_values(normed, shape, num_extra)

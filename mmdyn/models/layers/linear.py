@@ -32,6 +32,11 @@ def is_plain_inference(*inputs: Tensor) -> bool:
     return not (torch.is_grad_enabled() and (not inputs or any(x.requires_grad for x in inputs)))
 
 
+def runs_in_pieces(x: Tensor) -> bool:
+    """Whether functions of rows run on some of them at a time: in inference on a CPU, for the sake of its caches."""
+    return x.device.type == 'cpu' and is_plain_inference()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, gelu: bool = False) -> Tensor:
     """A linear layer, with a GELU behind it if ``gelu``: (..., C_in), (C_out, C_in), (C_out) -> (..., C_out).
 
@@ -46,10 +51,13 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, gelu: bool 
     return F.gelu(x) if gelu else x
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
 def _linear_flops(x_shape, weight_shape, *args, **kwargs) -> int:
-    """What torch's counter of operations has no formula for."""
+    """Operations of oneDNN's operator, for torch's counter, which has no formula of its own."""
     return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+if ONEDNN:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear_flops)
 
 
 def add_into(change: Tensor, x: Tensor) -> Tensor:
@@ -95,7 +103,7 @@ class PatchProjection(nn.Conv2d):
             top, num = rows.start - images.start * height, (rows.stop - rows.start) // (images.stop - images.start)
             return self._project(patches[images, top:top + num], before, after).flatten(0, 1)
 
-        if torch.is_grad_enabled() or len(maps) * height <= count:
+        if not runs_in_pieces(maps) or len(maps) * height <= count:
             tokens = self._project(patches, before, after)
         else:
             tokens = by_pieces(run, packed_pieces([height] * len(maps), count), len(maps) * height)
@@ -159,7 +167,7 @@ def by_pieces(function: Callable[..., Tensor], pieces: Iterable[tuple], count: i
 
 
 def by_pieces_of_rows(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
-    """``function`` of the rows of (..., C), each by itself; in inference some at a time.
+    """``function`` of the rows of (..., C), each by itself, in pieces where that helps.
 
     Args:
         function: e.g. a feed-forward network.
@@ -167,7 +175,7 @@ def by_pieces_of_rows(function: Callable[[Tensor], Tensor], x: Tensor, width: in
         width: numbers that the function has in memory for each row.
     """
     count = PIECE // width
-    if torch.is_grad_enabled() or x.numel() <= count * x.shape[-1]:
+    if not runs_in_pieces(x) or x.numel() <= count * x.shape[-1]:
         return function(x)
     rows = x.flatten(0, -2)
     pieces = ((piece, ) for piece, _, _ in packed_pieces([len(rows)], count))
