@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers.linear import few_sizes
+from ..layers.linear import PIECE, few_sizes, runs_in_pieces
 
 
 def grid(side: int, shape: Tuple[int, int]) -> Tuple[int, int]:
@@ -107,8 +107,8 @@ def add_spread(table: Tensor, values: Tensor, groups: Groups) -> Tensor:
         return table + spread(values, groups)
     if not groups.complete:
         values = F.pad(values, (0, 0, 0, 1))
-    out = torch.empty_like(table)
-    for part, group, target in zip(*(x.split(max(2**19 // table.shape[1], 1)) for x in (table, groups.group, out))):
+    out, count = torch.empty_like(table), max(PIECE // 2 // table.shape[1], 1) if runs_in_pieces(table) else max(len(table), 1)
+    for part, group, target in zip(*(x.split(count) for x in (table, groups.group, out))):
         torch.add(part, values.index_select(0, group), out=target)
     return out
 
