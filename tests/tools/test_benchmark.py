@@ -63,6 +63,13 @@ def coarsest_ratio(attention):
     return used / total
 
 
+def test_attention_alone(run):
+    group, = run('--suite', 'det', '--archs', 'DPVT-tiny attention', '--shape', 64, 96)[0]['groups']
+    ours, theirs = group['rows']['ours'], group['rows']['mmcv fallback']
+    assert len(group['rows']) == 2 and ours['macs_ratio'] == theirs['macs_ratio'] == 1
+    assert ours['max_difference'] == 0 and 0 < theirs['max_difference'] < 1e-4
+
+
 def test_detection(run, trained):
     result, printed = run('--suite', 'det', '--archs', 'PVT-tiny', 'DPVT-tiny', '--shape', 256, 320, *trained, '--json')
     assert json.loads(printed.out) == result
@@ -141,7 +148,7 @@ def test_suites_are_complete(run, measured):
     pyramids = ['PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium']
     assert measured == [
         ('cls', 'PVT-small', 224, 224, 1), ('cls', 'PVT-small', 256, 256, 1), ('cls', 'DeiT-small', 224, 224, 1),
-        ('cls', 'DeiT-small', 256, 256, 1), *(('det', arch, 800, 1280, 1) for arch in pyramids),
+        ('cls', 'DeiT-small', 256, 256, 1), *(('det', arch, 800, 1280, 1) for arch in (*pyramids, 'DPVT-small attention')),
         *(('seg', arch, 512, 2048, 1) for arch in pyramids), ('cfvit', 'DeiT-small', 224, 224, 64),
         ('train', 'PVT-small', 256, 256, 32)]
 
@@ -177,6 +184,7 @@ def test_what_is_missing_is_left_out(run, monkeypatch):
     (['--suite', 'all', '--batch', '2', '--query-ratio', '0.4'], '--batch, --query-ratio with --suite all'),
     (['--archs', 'ResNet-50'], '--archs ResNet-50: give FAMILY-SIZE with a FAMILY of PVT, DPVT, DeiT'),
     (['--suite', 'cfvit', '--archs', 'PVT-tiny'], '--archs PVT-tiny: give FAMILY-SIZE with a FAMILY of DeiT'),
+    (['--archs', 'PVT-tiny attention'], "--archs 'PVT-tiny attention': attention alone is compared of DPVT"),
     (['--batch', '0'], '--batch 0: give at least 1'),
     (['--device', 'cuda'], '--device cuda, but torch finds no CUDA device: use --device cpu'),
     (['--patterns', 'trained', '--trained-config', 'x.py'], 'No pattern is left: give --patterns'),

@@ -9,9 +9,9 @@ DGE decides by a routing that is given. Two have the query ratio that is asked f
 together as on the objects of a natural image, and random, the worst case. Trained is what the demo's routers choose on
 the one of 16 images that has the median query ratio, stretched to the map; DGE then has the demo's granularities.
 Finest has all regions at granularity 1, so that there is nothing to save. Peers have the same weights: mmdet's PVT,
-timm's DeiT, and DPVT that samples with mmcv's fallback for the CPU.
+timm's DeiT, and DPVT that samples with mmcv's fallback for the CPU, whose attention layers are also timed alone.
 
-Cases run in turns after a warm-up; times are medians, their spread is the slowest run less the fastest, ratios are
+Cases run in turns after a warm-up, those of cls five times as often as --rounds says; times are medians, their spread is the slowest run less the fastest, ratios are
 medians of neighbouring runs. Efficiency is the share of the promised saving that arrives: the ratio of multiply-adds
 over the ratio of times. Memory is what a further run allocates at its worst moment, weights and images not counted.
 Writes benchmark.json (benchmark-cuda.json), benchmark.md and benchmark.png.
@@ -47,10 +47,12 @@ from benchmark_report import read, table, write_report  # noqa: E402
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or else torch's profiler tells of each start and stop
 ROOT = Path(__file__).parents[2]
 FAMILIES = dict(PVT=PVT, DPVT=DPVT, DeiT=DeiT)
+ATTENTION = ' attention'  # behind the name of an arch: its attention layers alone
 PYRAMIDS = ('PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium')
 SUITES = dict(
-    cls=dict(archs=('PVT-small', 'DeiT-small'), shapes=((224, 224), (256, 256)), batches=(1, ), on_cuda=(1, 8, 64)),
-    det=dict(archs=PYRAMIDS, shapes=((800, 1280), ), batches=(1, ), on_cuda=(1, 2)),
+    cls=dict(archs=('PVT-small', 'DeiT-small'), shapes=((224, 224), (256, 256)), batches=(1, ), on_cuda=(1, 8, 64),
+             runs=5),
+    det=dict(archs=(*PYRAMIDS, f'DPVT-small{ATTENTION}'), shapes=((800, 1280), ), batches=(1, ), on_cuda=(1, 2)),
     seg=dict(archs=PYRAMIDS, shapes=((512, 2048), ), batches=(1, ), on_cuda=(1, 2)),
     cfvit=dict(archs=('DeiT-small', ), shapes=((224, 224), ), batches=(64, )),
     train=dict(archs=('PVT-small', ), shapes=((256, 256), ), batches=(32, )))
@@ -182,6 +184,25 @@ def backbone_cases(suite: str, arch: str, images: torch.Tensor, args: argparse.N
     return cases
 
 
+def attention_cases(arch: str, images: torch.Tensor, args: argparse.Namespace) -> Dict[str, Case]:
+    """All attention layers of a dense DPVT on random tokens, beside their sampling by mmcv's fallback."""
+    autocast = args.dtype == 'bfloat16'
+    dense = build(arch, (256, 256))
+    theirs, package = peer_of(arch, (256, 256), dense)
+    inference(dense.to(images.device), images, autocast)()
+    inputs = [torch.randn(len(images), h * w, dim, device=images.device)
+              for (h, w), dim in zip(dense.last_shapes, dense.out_channels)]
+
+    def attend(model):
+        return lambda _: [block.attn(x, x, shape) for stage, x, shape in zip(model.stages, inputs, dense.last_shapes)
+                          for block in stage.blocks]
+
+    macs = sum(h * w * query + static for stage, (h, w) in zip(dense.stages, dense.last_shapes)
+               for query, static in (block.attn.macs((h, w), 0) for block in stage.blocks))
+    return {name: Case(inference(attend(model.to(images.device)), images, autocast), lambda: macs, exact=True)
+            for name, model in (('ours', dense), (package, theirs))}
+
+
 def coarse_to_fine_cases(arch: str, images: torch.Tensor, args: argparse.Namespace) -> Dict[str, Case]:
     """timm's DeiT, and CF-ViT's classification at thresholds that none, half or all of the images reach."""
     import timm
@@ -217,9 +238,14 @@ def measure(suite: str, arch: str, shape, batch: int, args: argparse.Namespace) 
     """Rows of one architecture, shape and batch."""
     torch.manual_seed(0)
     images = torch.randn(batch, 3, *shape, device=args.device)
-    make_cases = coarse_to_fine_cases if suite == 'cfvit' else lambda *of: backbone_cases(suite, *of)
-    cases = make_cases(arch, images, args)
-    times = interleaved_times({name: case.run for name, case in cases.items()}, args.rounds, device=args.device)
+    if suite == 'cfvit':
+        cases = coarse_to_fine_cases(arch, images, args)
+    elif arch.endswith(ATTENTION):
+        cases = attention_cases(arch.removesuffix(ATTENTION), images, args)
+    else:
+        cases = backbone_cases(suite, arch, images, args)
+    rounds = args.rounds * SUITES[suite].get('runs', 1)  # short runs vary more
+    times = interleaved_times({name: case.run for name, case in cases.items()}, rounds, device=args.device)
     reference, rows = next(iter(cases)), {}
     expected = cases[reference].run() if any(case.exact for case in cases.values()) else None
     for name, case in cases.items():
@@ -282,6 +308,8 @@ def parse(argv=None) -> argparse.Namespace:
         if arch.count('-') != 1 or arch.split('-')[0] not in allowed:
             parser.error(f'--archs {arch}: give FAMILY-SIZE with a FAMILY of {", ".join(allowed)}, e.g. '
                          f'{allowed[0]}-small.')
+        if arch.endswith(ATTENTION) and not arch.startswith('DPVT-'):
+            parser.error(f"--archs '{arch}': attention alone is compared of DPVT, e.g. 'DPVT-small{ATTENTION}'.")
     for name in ('threads', 'rounds', 'batch'):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -1,9 +1,13 @@
 """What kinds of attention have in common."""
-from typing import List, Optional, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
 from ..dge.grains import candidate_centres
+from .linear import by_pieces, packed_pieces, runs_in_pieces
+
+# Numbers in a piece of queries.
+ROWS = 2**19
 
 
 class AttentionBase(nn.Module):
@@ -58,7 +62,21 @@ class AttentionBase(nn.Module):
             as ``queries``.
         """
         packed, lengths, points = self.pack(queries, shape, lengths, points)
-        return self.attend(packed, self.keys_values(tokens, shape, num_extra), shape, lengths, points).view_as(queries)
+        memory = self.keys_values(tokens, shape, num_extra)
+        if not self.runs_in_pieces(packed):
+            return self.attend(packed, memory, shape, lengths, points).view_as(queries)
+        return by_pieces(lambda rows, memory, *of_rows: self.attend(packed[rows], memory, shape, *of_rows),
+                         self.pieces(packed, memory, lengths, points), len(packed)).view_as(queries)
+
+    def runs_in_pieces(self, packed: Tensor) -> bool:
+        """Whether packed queries (N, C) attend some at a time."""
+        return packed.numel() > ROWS and runs_in_pieces(packed) and not self.keeps_class_attention
+
+    def pieces(self, packed: Tensor, memory: Sequence[Tensor], lengths: List[int],
+               points: Optional[Tensor]) -> Iterator[tuple]:
+        """Pieces of packed queries (N, C): their rows, memory, lengths and points."""
+        for rows, images, of_images in packed_pieces(lengths, max(ROWS // packed.shape[1], 1)):
+            yield rows, [x[images] for x in memory], of_images, None if points is None else points[rows]
 
     def pack(self, queries: Tensor, shape: Tuple[int, int], lengths: Optional[List[int]],
              points: Optional[Tensor]) -> Tuple[Tensor, List[int], Optional[Tensor]]:

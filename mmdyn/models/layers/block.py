@@ -6,10 +6,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .base import AttentionBase
-from .linear import Linear, add_into, by_pieces, by_pieces_of_rows, packed_pieces, runs_in_pieces
-
-# Numbers in the queries of a piece that goes through a block at once.
-ROWS = 2**19
+from .linear import Linear, add_into, by_pieces, by_pieces_of_rows
 
 
 class FFN(nn.Module):
@@ -82,20 +79,15 @@ class EncoderBlock(nn.Module):
             as ``queries``.
         """
         packed, lengths, points = self.attn.pack(queries, shape, lengths, points)
-        count = ROWS // packed.shape[1]
-        together = self.training or not runs_in_pieces(packed) or self.attn.keeps_class_attention
-        if together or len(packed) <= count:
+        if self.training or not self.attn.runs_in_pieces(packed):
             normed = self.norm1(tokens)
             memory = self.attn.keys_values(normed, shape, num_extra)
             normed = normed.flatten(0, 1) if queries is tokens else self.norm1(packed)
             return self._change(packed, normed, memory, shape, lengths, points).view_as(queries)
         memory = self.attn.keys_values(tokens, shape, num_extra, self.norm1)
-
-        def run(rows, images, of_images):
-            return self._change(packed[rows], self.norm1(packed[rows]), [x[images] for x in memory], shape, of_images,
-                                None if points is None else points[rows])
-
-        return by_pieces(run, packed_pieces(lengths, count), len(packed)).view_as(queries)
+        return by_pieces(
+            lambda rows, memory, *of_rows: self._change(packed[rows], self.norm1(packed[rows]), memory, shape, *of_rows),
+            self.attn.pieces(packed, memory, lengths, points), len(packed)).view_as(queries)
 
     def _change(self, queries: Tensor, normed: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int],
                 lengths: List[int], points: Optional[Tensor]) -> Tensor:

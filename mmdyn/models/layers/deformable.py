@@ -15,19 +15,22 @@ def sample_by_embedding_bag(value: Tensor, points: Tensor, weights: Tensor, shap
                             lengths: List[int]) -> Tensor:
     """:func:`deformable_sampling` as sums of weighted rows: each point is the mean of its four neighbouring cells."""
     (height, width), heads = shape, value.shape[2]
-    corner = points.floor()
-    x, y = (torch.stack([low, low + 1], -1) for low in corner.unbind(-1))
-    to_x, to_y = (torch.stack([1 - part, part], -1) for part in (points - corner).unbind(-1))
-    to_x, to_y = to_x * ((x >= 0) & (x < width)), to_y * ((y >= 0) & (y < height))
-    shares = (weights[..., None] * to_y)[..., None] * to_x[..., None, :]
-
-    rows = y.int().clamp(0, height - 1)[..., None] * width + x.int().clamp(0, width - 1)[..., None, :]
     image = torch.arange(len(lengths), device=value.device, dtype=torch.int32).repeat_interleave(
         torch.tensor(lengths, device=value.device, dtype=torch.long), output_size=len(points))
-    rows = (rows + (image * (height * width)).view(-1, 1, 1, 1, 1)) * heads
-    rows = rows + torch.arange(heads, device=value.device, dtype=torch.int32).view(-1, 1, 1, 1)
-    sums = F.embedding_bag(rows.flatten(0, 1).flatten(1), value.flatten(0, 2), mode='sum',
-                           per_sample_weights=shares.flatten(0, 1).flatten(1))
+    # Rows of the (B * H*W * heads) values: those of an image begin at its first cell, those of a cell at its first head.
+    first = (image * (height * width * heads))[:, None] + torch.arange(heads, device=value.device, dtype=torch.int32)
+    x, y = (place.contiguous() for place in points.unbind(-1))
+    left, top = x.floor(), y.floor()
+    to_right, to_bottom = x - left, y - top
+    rows, shares = [], []
+    for line, to_line in ((top, 1 - to_bottom), (top + 1, to_bottom)):
+        share = weights * to_line * ((line >= 0) & (line < height))
+        start = first[..., None] + line.int().clamp(0, height - 1) * (width * heads)
+        for column, to_column in ((left, 1 - to_right), (left + 1, to_right)):
+            shares.append(share * to_column * ((column >= 0) & (column < width)))
+            rows.append(start + column.int().clamp(0, width - 1) * heads)
+    rows, shares = (torch.cat(parts, dim=2).flatten(0, 1) for parts in (rows, shares))
+    sums = F.embedding_bag(rows, value.flatten(0, 2), mode='sum', per_sample_weights=shares)
     return sums.view(len(points), heads * value.shape[-1])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmdyn.models.layers import FFN, Attention, DeformableAttention, EncoderBlock
-from mmdyn.models.layers import block as block_module
+from mmdyn.models.layers import base as base_module
 from mmdyn.models.layers import linear as linear_module
 from mmdyn.models.layers.block import drop_path
 
@@ -16,7 +16,7 @@ ATTENTIONS = dict(full=lambda: Attention(12, 3), reduced=lambda: Attention(12, 3
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Let 8 queries go through a block at once, and 3 through its FFN of 24 channels."""
-    monkeypatch.setattr(block_module, 'ROWS', 8 * 12)
+    monkeypatch.setattr(base_module, 'ROWS', 8 * 12)
     monkeypatch.setattr(linear_module, 'PIECE', 3 * 24)
 
 
@@ -152,7 +152,7 @@ def test_class_attention_is_kept_of_whole_images(make_block, monkeypatch):
     block, rows = make_block('full')
     tokens, results = torch.randn(3, 1 + 35, 12), []
     for queries in (1000, 8):
-        monkeypatch.setattr(block_module, 'ROWS', queries * 12)
+        monkeypatch.setattr(base_module, 'ROWS', queries * 12)
         block.attn.keeps_class_attention, block.attn.class_attention = True, None
         block(tokens, SHAPE, 1)
         results.append(block.attn.class_attention)
@@ -169,7 +169,7 @@ def test_pieces_under_autocast_are_those_of_the_whole(kind, dtype, make_block, m
     tokens, queries, lengths, results = torch.randn(3, 35, 12), torch.randn(31, 12), [9, 0, 22], []
     for pieces in (False, True):
         if pieces:
-            monkeypatch.setattr(block_module, 'ROWS', 8 * 12)
+            monkeypatch.setattr(base_module, 'ROWS', 8 * 12)
             monkeypatch.setattr(linear_module, 'PIECE', 3 * 24)
         points = torch.ones(31, 2) if kind == 'deformable' else None
         with torch.autocast('cpu', dtype):
