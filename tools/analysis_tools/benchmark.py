@@ -11,9 +11,10 @@ the one of 16 images that has the median query ratio, stretched to the map; DGE 
 Finest has all regions at granularity 1, so that there is nothing to save. Peers have the same weights: mmdet's PVT,
 timm's DeiT, and DPVT that samples with mmcv's fallback for the CPU, whose attention layers are also timed alone.
 
-Cases run in turns after a warm-up, those of cls five times as often as --rounds says; times are medians, their spread is the slowest run less the fastest, ratios are
-medians of neighbouring runs. Efficiency is the share of the promised saving that arrives: the ratio of multiply-adds
-over the ratio of times. Memory is what a further run allocates at its worst moment, weights and images not counted.
+Cases run in turns after a warm-up, those of cls five times as often as --rounds says. Times are medians, their spread
+is the slowest run less the fastest, ratios are medians of neighbouring runs. Efficiency is the share of the promised
+saving that arrives: the ratio of multiply-adds over the ratio of times. Memory is what a further run allocates at its
+worst moment, weights and images not counted.
 Writes benchmark.json (benchmark-cuda.json), benchmark.md and benchmark.png.
 """
 import argparse

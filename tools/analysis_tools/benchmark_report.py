@@ -31,7 +31,8 @@ LEGEND = '''\
 A model's name is followed by the shape of its images, batch x height x width. The first case of a model is what the
 ratios of the others refer to.
 
-- **seconds**: median of the runs, which took turns, five times as many of cls; **spread**: the slowest of them less the fastest.
+- **seconds**: median of the runs, which took turns, five times as many of cls; **spread**: the slowest of them less the
+  fastest.
 - **time**: ratio of times, median over neighbouring runs; **multiply-adds**: their ratio, as we count them.
 - **efficiency**: multiply-adds over time. At 1 the whole promised saving arrives.
 - **query ratio**: queries over those of the dense model in the layers that choose, each counted by what it costs.
@@ -44,8 +45,8 @@ DGE has the granularities 1, 2 and 4 and a routing that is given. *Clustered* an
 {ratio:g}: the finest regions lie together as on the objects of a natural image, or anywhere, which is the worst case.
 *Trained* is what a trained demo model chooses on an image, stretched to the map, with that model's granularities.
 *Finest* has granularity 1 everywhere, so that there is nothing to save. *mmdet*, *timm* and *mmcv fallback* (DPVT that
-samples with mmcv's function for the CPU) are peers with the weights of the dense model. *Attention* behind a model's name
-is all its attention layers on random tokens. *bfloat16* runs under autocast;
+samples with mmcv's function for the CPU) are peers with the weights of the dense model. *Attention* behind a model's
+name is all its attention layers on random tokens. *bfloat16* runs under autocast;
 its ratios refer to the float32 of the first case. In training, *DGE dense* runs all granularities, but those that its
 gates reject are not counted.
 '''
