@@ -11,6 +11,8 @@ from typing import Callable, Dict, List, Sequence, Union
 
 import torch
 
+from ..models.layers.linear import linear, uses_onednn
+
 Outputs = Union[torch.Tensor, Sequence[torch.Tensor]]
 
 
@@ -100,7 +102,8 @@ def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes
         rounds: runs of each, whose median counts.
 
     Returns:
-        ``float32`` and, where the device supports it, ``bfloat16`` in GFLOP/s; ``copy`` in GB/s.
+        ``float32`` and, where the device supports it, ``bfloat16`` by torch, and ``oneDNN float32``, which our models
+        use on a CPU, in GFLOP/s; ``copy`` in GB/s.
     """
     source = torch.randn(megabytes * 10**6 // 4, device=device)
     target, cases, work = torch.empty_like(source), {}, {}
@@ -109,6 +112,9 @@ def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes
         factor, name = torch.randn(side, side, device=device).to(dtype), str(dtype).removeprefix('torch.')
         cases[name], work[name] = lambda factor=factor: torch.mm(factor, factor), 2 * side**3
     with torch.inference_mode():
+        factor = torch.randn(side, side, device=device)
+        if uses_onednn(factor, factor):
+            cases['oneDNN float32'], work['oneDNN float32'] = lambda: linear(factor, factor), 2 * side**3
         times = interleaved_times(cases, rounds, device=device)
     return {name: work[name] / statistics.median(seconds) / 1e9 for name, seconds in times.items()}
 

@@ -56,8 +56,8 @@ def test_limits_count_operations_and_bytes(monkeypatch):
                         lambda cases, rounds, device: {name: [0.001] * rounds for name in cases})
     found = limits(side=100, megabytes=3, rounds=2)
     assert found.pop('copy') == pytest.approx(2 * 3e6 / 0.001 / 1e9)
-    assert found.pop('float32') == found.pop('bfloat16', 2.) == pytest.approx(2 * 100**3 / 0.001 / 1e9)
-    assert not found
+    assert {'float32'} <= set(found) <= {'float32', 'bfloat16', 'oneDNN float32'}
+    assert list(found.values()) == pytest.approx([2 * 100**3 / 0.001 / 1e9] * len(found))
 
 
 def test_limits_run():

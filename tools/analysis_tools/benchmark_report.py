@@ -132,7 +132,7 @@ def environments(results: Iterable[dict]) -> str:
         found = {'device': result['device'], 'precision': result['dtype'], 'runs of each case': result['rounds'],
                  **result['environment']}
         for name, value in result['limits'].items():
-            text = 'copy, GB/s (read and written)' if name == 'copy' else f'product of {name} matrices, GFLOP/s'
+            text = 'copy, GB/s (read and written)' if name == 'copy' else f'product of matrices, {name}, GFLOP/s'
             found[text] = f'{value:.0f}'
         columns.append(found)
     names = dict.fromkeys(name for found in columns for name in found)
