@@ -63,7 +63,7 @@ def test_one_device():
     assert ('\npython tools/analysis_tools/benchmark.py --suite det\n'
             'python tools/analysis_tools/benchmark_report.py docs/benchmark.json\n') in text
     for name, value in (('cpu', 'Some CPU'), ('threads', '2'), ('runs of each case', '7'),
-                        ('product of float32 matrices, GFLOP/s', '100'), ('copy, GB/s (read and written)', '20')):
+                        ('product of matrices, float32, GFLOP/s', '100'), ('copy, GB/s (read and written)', '20')):
         assert f'\n| {name} | {value} |\n' in text
     assert '\n0.4: the finest regions' in text and '](benchmark.png)' in text
     rows = [line for line in text.splitlines() if line.startswith('| PVT-tiny 1') or line.startswith('| model')]
