@@ -11,7 +11,7 @@ from typing import Callable, Dict, List, Sequence, Union
 
 import torch
 
-from ..models.layers.linear import linear, uses_onednn
+from ..models.layers.linear import ONEDNN, linear, uses_onednn
 
 Outputs = Union[torch.Tensor, Sequence[torch.Tensor]]
 
@@ -88,7 +88,7 @@ def supports_bfloat16(device: Union[str, torch.device]) -> bool:
     """Whether the device computes in bfloat16 itself."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 in ONEDNN
 
 
 def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes: int = 256,

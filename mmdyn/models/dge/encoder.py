@@ -165,8 +165,8 @@ class DynamicGrainedEncoder(nn.Module):
             choice = self._per_region(logits.argmax(-1), shape)
             routing = way.route(choice, shape, phis, self.region, num_extra, padded=runs_in_pieces(tokens))
             self.decision = Decision(choice, torch.tensor(routing.lengths, device='cpu'))
-            if 1 in phis and sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
-                # Every cell is a query: the vanilla block.
+            if sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
+                # Every token is a query of its own: the vanilla block.
                 return tokens + self._change(block, tokens, tokens, shape, None, num_extra)
             return routing.add_changes(tokens, self._sparse_change(block, tokens, shape, routing, num_extra))
 

@@ -33,6 +33,15 @@ def make_block(randomise):
     return make
 
 
+def constant_block(dim=4, num_heads=1, **options):
+    """A block whose attention adds 1 to each token, and whose FFN adds 10."""
+    block = EncoderBlock(dim, Attention(dim, num_heads), 2, **options)
+    for layer, value in ((block.attn.proj, 1.), (block.ffn.fc2, 10.)):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, value)
+    return block
+
+
 @pytest.mark.parametrize('sr_ratio', [1, 2])
 @pytest.mark.parametrize('shape, num_extra', [((4, 4), 0), ((5, 7), 1)])
 def test_block_equals_a_slow_one(sr_ratio, shape, num_extra, randomise, slow_change):
@@ -65,10 +74,7 @@ def test_residual_scale_is_that_of_both_branches(scale, randomise, slow_attentio
 
 def test_residual_scale_comes_on_top_of_stochastic_depth():
     """Branches that add 1 and 10 are halved, then dropped or doubled."""
-    block = EncoderBlock(4, Attention(4, 1), 2, drop_path_rate=0.5, residual_scale=0.5)
-    for layer, value in ((block.attn.proj, 1.), (block.ffn.fc2, 10.)):
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.constant_(layer.bias, value)
+    block = constant_block(drop_path_rate=0.5, residual_scale=0.5)
     tokens = torch.randn(200, 6, 4)
     changes = block.change(tokens, tokens, (2, 3)).reshape(200, -1)
     assert (changes == changes[:, :1]).all() and set(changes[:, 0].tolist()) == {0, 1, 10, 11}
@@ -90,10 +96,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_expectation():
 @pytest.mark.parametrize('lengths', [None, [6, 6, 6, 6]])
 def test_both_branches_of_an_image_drop_on_their_own(lengths):
     """Attention adds 1 and the FFN 10 to each token."""
-    block = EncoderBlock(4, Attention(4, 1), 2, drop_path_rate=0.5)
-    for layer, value in ((block.attn.proj, 1.), (block.ffn.fc2, 10.)):
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.constant_(layer.bias, value)
+    block = constant_block(drop_path_rate=0.5)
     tokens = torch.randn(4, 6, 4)
     queries = tokens if lengths is None else tokens.flatten(0, 1)
     changes = torch.cat([block.change(queries, tokens, (2, 3), lengths).reshape(4, -1) for _ in range(20)])
@@ -184,10 +187,7 @@ def test_pieces_under_autocast_are_those_of_the_whole(kind, dtype, make_block, m
 @torch.no_grad()
 def test_training_without_a_gradient_drops_whole_images(small_pieces):
     """Attention adds 1 and the FFN 10 to each token of an image, in whichever piece."""
-    block = EncoderBlock(12, Attention(12, 3), 2, drop_path_rate=0.5)
-    for layer, value in ((block.attn.proj, 1.), (block.ffn.fc2, 10.)):
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.constant_(layer.bias, value)
+    block = constant_block(12, 3, drop_path_rate=0.5)
     tokens = torch.randn(100, 21, 12)
     changes = block.change(tokens, tokens, (3, 7)).flatten(1)
     assert (changes == changes[:, :1]).all() and set(changes[:, 0].tolist()) == {0, 2, 20, 22}
