@@ -20,6 +20,12 @@ def test_patches_are_projected_one_by_one(norm, randomise):
         expected = expected * embed.norm.weight + embed.norm.bias
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
     assert embed.macs(shape) == 2 * 3 * 5 * 2 * 4 * 4
+    assert embed.shape_of(x) == shape
+    with torch.no_grad():
+        into = torch.ones(3, 6, 5)
+        added, shape = embed(x, into)
+    assert added is into or added.data_ptr() == into.data_ptr()
+    torch.testing.assert_close(into, 1 + expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('height, width', [(3, 16), (16, 3)])
@@ -110,6 +116,19 @@ def test_resize_by_hand():
     assert resize_position_embedding(row, (1, 2), (1, 4)).flatten().tolist() == [0, 0.25, 0.75, 1]
     assert resize_position_embedding(row, (2, 1), (4, 1)).flatten().tolist() == [0, 0.25, 0.75, 1]
     assert resize_position_embedding(row, (1, 2), (1, 4), mode='nearest').flatten().tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.double, 1e-12), (torch.float, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize('mode', ['nearest', 'nearest-exact', 'bilinear', 'bicubic', 'area'])
+@pytest.mark.parametrize('source, target', [((4, 6), (9, 5)), ((7, 7), (3, 16)), ((1, 2), (4, 4)), ((5, 5), (5, 2))])
+def test_resize_is_the_librarys_interpolation(source, target, mode, dtype, tolerance):
+    """In values and gradients."""
+    embedding = torch.randn(1, source[0] * source[1], 3, dtype=dtype, requires_grad=True)
+    maps = F.interpolate(embedding.to(torch.promote_types(dtype, torch.float)).mT.unflatten(2, source), target, mode=mode)
+    results = []
+    for out in (resize_position_embedding(embedding, source, target, mode=mode), maps.flatten(2).mT.to(dtype)):
+        results.append([out, *torch.autograd.grad(out.square().sum(), embedding)])
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize('saved_extra', [0, 1, 2])
