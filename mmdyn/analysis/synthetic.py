@@ -50,7 +50,7 @@ def synthetic_choice(regions: Tuple[int, int], granularities: Sequence[int], que
 
 
 class SyntheticRouter(nn.Module):
-    """A router that computes its logits and then decides as it was told.
+    """A router that decides and then does as it was told.
 
     Args:
         router: the real one, whose time is spent as well.
@@ -59,7 +59,7 @@ class SyntheticRouter(nn.Module):
 
     def __init__(self, router: nn.Module, choice: Tensor):
         super().__init__()
-        self.router = router
+        self.router, self.choice = router, choice
         self.register_buffer('logits', F.one_hot(choice.flatten(), len(router.bias)) * 100.)
 
     @property
@@ -69,6 +69,11 @@ class SyntheticRouter(nn.Module):
     def forward(self, regions: Tensor) -> Tensor:
         """(B, regions, C) means of regions -> (B, regions, K) logits."""
         return self.router(regions) * 0 + self.logits
+
+    def choose(self, tokens: Tensor, *args) -> Tensor:
+        """(B, E + H*W, C) -> (B, rows, columns) indices of granularities."""
+        self.router.choose(tokens, *args)
+        return self.choice.expand(len(tokens), -1, -1)
 
 
 class LayerChoice(NamedTuple):

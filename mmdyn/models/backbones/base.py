@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ...analysis.complexity import BackboneCost, CostMeter, LayerCost
 from ..dge import DynamicGrainedEncoder
 from ..layers import EncoderBlock, fit_position_embedding
+from ..layers.linear import is_plain_inference
 
 OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
 
@@ -94,14 +95,21 @@ class DynamicBackbone(BaseModule):
         self._batch = 0
         self._register_load_state_dict_pre_hook(fit_checkpoint, with_module=True)
 
-    def run_block(self, stage: nn.Module, index: int, tokens: Tensor, shape: Tuple[int, int]) -> Tensor:
-        """One encoder block of a stage, with or without DGE."""
+    def run_block(self, stage: nn.Module, index: int, tokens: Tensor, shape: Tuple[int, int],
+                  inplace: bool = False) -> Tensor:
+        """One encoder block of a stage, with or without DGE, which may overwrite ``tokens`` if ``inplace``."""
         block = stage.blocks[index]
         if len(stage.dge):
-            return stage.dge[index](block, tokens, shape, stage.num_extra)
+            return stage.dge[index](block, tokens, shape, stage.num_extra, inplace)
         if self.with_cp and torch.is_grad_enabled():
             return checkpoint(block, tokens, shape, stage.num_extra, use_reentrant=False)
-        return block(tokens, shape, stage.num_extra)
+        return block(tokens, shape, stage.num_extra, inplace)
+
+    @staticmethod
+    def may_overwrite(stage: nn.Module) -> bool:
+        """Whether a stage's blocks may overwrite what the one before returned: in inference, unless hooks look at it."""
+        layers = stage.dge if len(stage.dge) else stage.blocks
+        return is_plain_inference() and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
     def account(self, batch: int, shapes: List[Tuple[int, int]]) -> None:
         """Note the shapes of a forward pass, which its cost follows from, and tell those who listen."""

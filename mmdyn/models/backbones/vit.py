@@ -108,9 +108,10 @@ class PlainViT(DynamicBackbone):
         tokens = torch.cat([*(t.expand(len(x), -1, -1).type_as(tokens) for t in extra), tokens], dim=1)
         tokens = tokens + resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra,
                                                     self.interpolate_mode)
-        outs = []
+        outs, inplace = [], self.may_overwrite(self)
         for i in range(len(self.blocks)):
-            tokens = self.run_block(self, i, tokens, shape)
+            # Outputs share the memory of tokens.
+            tokens = self.run_block(self, i, tokens, shape, inplace and not outs)
             if i in self.out_indices:
                 outs.append(self._format(self.norm(tokens) if i == len(self.blocks) - 1 else tokens, shape))
         self.account(len(x), [shape])

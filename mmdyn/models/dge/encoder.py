@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.linear import runs_in_pieces
+from ..layers.linear import is_plain_inference, runs_in_pieces
 from . import grains, native
 from .grains import candidate_centres, candidate_values, grid, pool, region_table, sum_over_granularities
 
@@ -76,6 +76,12 @@ class Router(nn.Module):
         with torch.autocast(regions.device.type, enabled=False):
             return self(regions)
 
+    def choose(self, tokens: Tensor, shape: Tuple[int, int], side: int, num_extra: int) -> Tensor:
+        """(B, E + H*W, C) -> (B, rows, columns) indices of the greatest logits of the side x side regions."""
+        if native.is_used(tokens) and self.weight.dtype == self.bias.dtype == torch.float32:
+            return native.choose(tokens, shape, side, num_extra, self.weight, self.bias)
+        return self(pool(tokens, shape, side, num_extra)).argmax(-1).unflatten(1, grid(side, shape))
+
 
 class Decision(NamedTuple):
     """What an encoder decided in its last forward pass.
@@ -93,8 +99,9 @@ class DynamicGrainedEncoder(nn.Module):
     """Wraps an encoder block so that each region of its input chooses its number of queries.
 
     The block is an argument of the forward pass, not a submodule: the names of its weights are those of the dense model.
-    It is called as ``block.change(queries, tokens, shape, lengths, num_extra, points)`` and returns enc(q) - q. A block
-    that has a true attribute ``uses_points`` gets the centres of the queries' patches, others None.
+    It is an :class:`~mmdyn.models.layers.EncoderBlock` or has the methods ``change``, ``memory``, ``update`` and
+    ``forward`` and the attribute ``piece`` of one. If it has a true attribute ``uses_points``, it gets the centres of the
+    queries' patches.
 
     Args:
         dim: channels of the tokens.
@@ -145,7 +152,8 @@ class DynamicGrainedEncoder(nn.Module):
         decisions = 1 if self.routing == 'layer' else math.prod(grid(self.region, shape))
         return decisions * self.router.weight.numel()
 
-    def forward(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0) -> Tensor:
+    def forward(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0,
+                inplace: bool = False) -> Tensor:
         """Run ``block`` on as many queries as the router grants.
 
         Args:
@@ -153,24 +161,28 @@ class DynamicGrainedEncoder(nn.Module):
             tokens: (B, E + H*W, C), the E extra tokens first.
             shape: (H, W) of the map.
             num_extra: E; extra tokens are always queries.
+            inplace: whether plain inference may overwrite ``tokens`` with the result.
 
         Returns:
             (B, E + H*W, C), equal to the block's own output where the granularity is 1.
         """
         phis = self.granularities
-        way = native if not self.training and native.is_used(tokens) else grains
-        logits = self.router(tokens[:, num_extra:].mean(1, keepdim=True) if self.routing == 'layer' else
-                             way.pool(tokens, shape, self.region, num_extra))
         if not self.training:
-            choice = self._per_region(logits.argmax(-1), shape)
-            routing = way.route(choice, shape, phis, self.region, num_extra, padded=runs_in_pieces(tokens))
-            self.decision = Decision(choice, torch.tensor(routing.lengths, device='cpu'))
-            if sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
-                # Every token is a query of its own: the vanilla block.
-                return tokens + self._change(block, tokens, tokens, shape, None, num_extra)
+            if self.routing == 'layer':
+                choice = self._per_region(self.router(self._mean(tokens, num_extra)).argmax(-1), shape)
+            else:
+                choice = self.router.choose(tokens, shape, self.region, num_extra)
+            args = choice, shape, phis, self.region, num_extra
+            routing = (native.Routing(*args) if native.is_used(tokens) else
+                       grains.route(*args, padded=runs_in_pieces(tokens)))
+            self.decision = Decision(choice, routing.queries)
+            if is_plain_inference():
+                return self._infer(block, tokens, shape, routing, num_extra, inplace)
             return routing.add_changes(tokens, self._sparse_change(block, tokens, shape, routing, num_extra))
 
-        gates, choice = straight_through_gates(logits, self.tau)
+        gates, choice = straight_through_gates(
+            self.router(self._mean(tokens, num_extra) if self.routing == 'layer' else
+                        pool(tokens, shape, self.region, num_extra)), self.tau)
         gates, choice = self._per_region(gates, shape), self._per_region(choice, shape)
         if self.train_mode == 'sparse':
             gates = gates * F.one_hot(choice, len(phis))
@@ -185,14 +197,35 @@ class DynamicGrainedEncoder(nn.Module):
         change = self._sparse_change(block, tokens, shape, routing, num_extra)
         return routing.add_changes(tokens, change * scores[:, None].type_as(change))
 
-    def _sparse_change(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int],
-                       routing: Union[grains.Routing, native.Routing], num_extra: int) -> Tensor:
+    def _infer(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int],
+               routing: Union[grains.Routing, native.Routing], num_extra: int, inplace: bool) -> Tensor:
+        """The tokens with the changes of the queries of a routing, band after band."""
+        if sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
+            # Every token is a query of its own: the vanilla block.
+            return block(tokens, shape, num_extra, inplace)
+        memory, places = block.memory(tokens, shape, num_extra), self._places(block, tokens, shape, num_extra)
+        # No query of a band is made of tokens that another band changes.
+        out = tokens if inplace else tokens.clone()
+        for images, band in routing.bands(block.piece):
+            points = None if places is None else band.means(places)
+            of_images = [x[images] for x in memory] if len(tokens) > 1 else memory
+            band.add_changes_(out, block.update(band.means(tokens), of_images, shape, band.packed, points))
+        return out
+
+    def _sparse_change(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], routing: grains.Routing,
+                       num_extra: int) -> Tensor:
         """(N, C) changes of the queries of a routing."""
-        points = None
-        if getattr(block, 'uses_points', False):
-            places = F.pad(candidate_centres(shape, (1, ), tokens.device), (0, 0, num_extra, 0))
-            points = routing.means(places)
+        places = self._places(block, tokens, shape, num_extra)
+        points = None if places is None else routing.means(places)
         return self._change(block, routing.means(tokens), tokens, shape, routing.packed, num_extra, points)
+
+    @staticmethod
+    def _places(block: nn.Module, tokens: Tensor, shape: Tuple[int, int], num_extra: int) -> Optional[Tensor]:
+        """(E + H*W, 2) x and y of the tokens in cells, for a block that uses them."""
+        if not getattr(block, 'uses_points', False):
+            return None
+        places = candidate_centres(shape, (1, ), tokens.device)
+        return F.pad(places, (0, 0, num_extra, 0)) if num_extra else places
 
     def _dense_change(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], gates: Tensor,
                       num_extra: int) -> Tensor:
@@ -209,6 +242,10 @@ class DynamicGrainedEncoder(nn.Module):
         change = change * scores[..., None].type_as(change)
         cells = sum_over_granularities(change[:, num_extra:], shape, phis)
         return torch.cat([change[:, :num_extra], cells], dim=1) if num_extra else cells
+
+    @staticmethod
+    def _mean(tokens: Tensor, num_extra: int) -> Tensor:
+        return tokens[:, num_extra:].mean(1, keepdim=True)
 
     def _per_region(self, decisions: Tensor, shape: Tuple[int, int]) -> Tensor:
         """(B, regions or 1, ...) -> (B, rows, columns, ...)."""

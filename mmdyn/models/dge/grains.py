@@ -101,16 +101,14 @@ def spread(values: Tensor, groups: Groups) -> Tensor:
     return _Spread.apply(values, groups)
 
 
-def add_spread(table: Tensor, values: Tensor, groups: Groups) -> Tensor:
-    """``table + spread(values, groups)``: (T, C), (N, C) -> (T, C)."""
-    if torch.is_grad_enabled():
-        return table + spread(values, groups)
+def add_spread_(table: Tensor, values: Tensor, groups: Groups) -> Tensor:
+    """``table + spread(values, groups)`` in place, without gradients: (T, C), (N, C) -> (T, C)."""
     if not groups.complete:
         values = F.pad(values, (0, 0, 0, 1))
-    out, count = torch.empty_like(table), max(PIECE // 2 // table.shape[1], 1) if runs_in_pieces(table) else max(len(table), 1)
-    for part, group, target in zip(*(x.split(count) for x in (table, groups.group, out))):
-        torch.add(part, values.index_select(0, group), out=target)
-    return out
+    count = max(PIECE // 2 // table.shape[1], 1) if runs_in_pieces(table) else max(len(table), 1)
+    for rows, group in zip(table.split(count), groups.group.split(count)):
+        rows += values.index_select(0, group)
+    return table
 
 
 def pool(tokens: Tensor, shape: Tuple[int, int], side: int, num_extra: int = 0) -> Tensor:
@@ -208,6 +206,11 @@ class Routing:
         """``lengths`` with the surplus."""
         return [*self.lengths[:-1], self.lengths[-1] + self.surplus]
 
+    @property
+    def queries(self) -> Tensor:
+        """``lengths`` as (B)."""
+        return torch.tensor(self.lengths, device='cpu')
+
     def means(self, table: Tensor) -> Tensor:
         """The queries: (B, E + H*W, C), or (E + H*W, C) if all images share it -> (N, C), the surplus included."""
         rows = table.flatten(0, 1) if table.ndim == 3 else table.repeat(len(self.lengths), 1)
@@ -215,7 +218,15 @@ class Routing:
 
     def add_changes(self, tokens: Tensor, change: Tensor) -> Tensor:
         """(B, E + H*W, C) tokens plus the (N, C) changes of the queries that serve them -> (B, E + H*W, C)."""
-        return add_spread(tokens.flatten(0, 1), change, self.groups).view_as(tokens)
+        return tokens + spread(change, self.groups).view_as(tokens)
+
+    def add_changes_(self, tokens: Tensor, change: Tensor) -> Tensor:
+        """:meth:`add_changes` in place, without gradients."""
+        return add_spread_(tokens.view(-1, tokens.shape[2]), change, self.groups).view_as(tokens)
+
+    def bands(self, count: int) -> List[Tuple[slice, 'Routing']]:
+        """Parts of the queries that can be run one after the other, each with its images. Here it is the whole."""
+        return [(slice(None), self)]
 
 
 def route(choice: Tensor, shape: Tuple[int, int], granularities: Tuple[int, ...], region: int,

@@ -1,8 +1,10 @@
-/* The routing of dynamic grained queries on a CPU, one pass over memory for each direction; grains.py says what it means.
+/* The routing of dynamic grained queries on a CPU, one pass over memory for each step; grains.py says what it means.
  *
  * A table has extra + H * W rows of C numbers for each image. Regions of side x side cells are numbered row by row;
- * choice[image * regions + region] is an index into sides, the granularities (0 skips the region).
+ * choice[image * regions + region] is an index into sides, the granularities (0 skips the region), and first the number
+ * of the region's first query.
  */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -12,9 +14,16 @@
 #define WIDE
 #endif
 
+/* Whether threads share the work on a table of so many rows. A row costs some time whatever its length. */
+static int is_shared(int64_t rows, int64_t channels) { return rows * (channels + 16) > 65536; }
+
 typedef struct {
     int64_t images, extra, height, width, channels, side;
-} Geometry;
+    int64_t *choice, *first;
+    const int64_t *sides;
+    /* A band: regions begin to end of all images, its first query's number, its queries, and zeros behind them. */
+    int64_t begin, end, start, count, surplus;
+} Routing;
 
 typedef struct {
     int64_t top, left, bottom, right;
@@ -22,12 +31,12 @@ typedef struct {
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static int64_t regions_of(const Geometry *g) { return ceil_div(g->height, g->side) * ceil_div(g->width, g->side); }
+static int64_t regions_of(const Routing *g) { return ceil_div(g->height, g->side) * ceil_div(g->width, g->side); }
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The valid cells of a region. */
-static Area area_of(const Geometry *g, int64_t region) {
+static Area area_of(const Routing *g, int64_t region) {
     int64_t columns = ceil_div(g->width, g->side);
     int64_t top = region / columns * g->side, left = region % columns * g->side;
     return (Area){top, left, smaller(top + g->side, g->height), smaller(left + g->side, g->width)};
@@ -48,42 +57,59 @@ WIDE static void mean_of(const float *cells, int64_t width, int64_t channels, Ar
     for (int64_t c = 0; c < channels; c++) out[c] *= share;
 }
 
-WIDE static void add_rows(const float *a, const float *b, int64_t channels, float *restrict out) {
-    for (int64_t c = 0; c < channels; c++) out[c] = a[c] + b[c];
+WIDE static void add_row(float *restrict row, const float *restrict change, int64_t count) {
+    for (int64_t c = 0; c < count; c++) row[c] += change[c];
 }
 
-/* Means of the valid cells of each region: out is (images, regions, channels). */
-void region_means(const Geometry *g, const float *table, float *out) {
-    int64_t regions = regions_of(g), rows = g->extra + g->height * g->width;
-#pragma omp parallel for if (g->images * rows * g->channels > 65536)
-    for (int64_t i = 0; i < g->images * regions; i++)
-        mean_of(table + (i / regions * rows + g->extra) * g->channels, g->width, g->channels, area_of(g, i % regions),
-                out + i * g->channels);
+WIDE static float product_of(const float *a, const float *b, int64_t count) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < count; c++) sum += a[c] * b[c];
+    return sum;
 }
 
-/* The number of each region's first query, (images * regions), and the queries of each image, extra rows included. */
-void count_queries(const Geometry *g, const int64_t *choice, const int64_t *sides, int64_t *first, int64_t *lengths) {
+/* Choose the option with the greatest logit of each region's mean. The weights are (options, channels). */
+void choose(const Routing *g, const float *table, const float *weight, const float *bias, int64_t options) {
+    int64_t regions = regions_of(g), n = g->channels, rows = g->extra + g->height * g->width;
+#pragma omp parallel for if (is_shared(g->images * rows, n))
+    for (int64_t i = 0; i < g->images * regions; i++) {
+        const float *cells = table + (i / regions * rows + g->extra) * n;
+        float mean[n], best = -INFINITY;
+        mean_of(cells, g->width, n, area_of(g, i % regions), mean);
+        g->choice[i] = 0;
+        for (int64_t k = 0; k < options; k++) {
+            float logit = product_of(mean, weight + k * n, n) + bias[k];
+            if (logit > best) {
+                best = logit;
+                g->choice[i] = k;
+            }
+        }
+    }
+}
+
+/* Number the queries, and count those of each image, extra rows included. */
+void count_queries(const Routing *g, int64_t *lengths) {
     int64_t regions = regions_of(g), next = 0;
     for (int64_t image = 0; image < g->images; image++) {
         int64_t start = next;
         next += g->extra;
         for (int64_t i = image * regions; i < (image + 1) * regions; i++) {
-            first[i] = next;
-            next += patches_of(area_of(g, i % regions), sides[choice[i]]);
+            g->first[i] = next;
+            next += patches_of(area_of(g, i % regions), g->sides[g->choice[i]]);
         }
         lengths[image] = next - start;
     }
 }
 
-/* The extra rows and the means of the chosen patches. The tables of two images are stride rows apart. */
-void gather_queries(const Geometry *g, const int64_t *choice, const int64_t *sides, const int64_t *first,
-                    const float *table, float *out, int64_t stride) {
+/* A band's queries: extra rows, and means of the chosen patches. The tables of two images are stride rows apart. */
+void gather_queries(const Routing *g, const float *table, int64_t stride, float *out) {
     int64_t regions = regions_of(g), n = g->channels;
-#pragma omp parallel for if (g->images * g->height * g->width * n > 65536)
-    for (int64_t i = 0; i < g->images * regions; i++) {
+    memset(out + g->count * n, 0, g->surplus * n * sizeof(float));
+#pragma omp parallel for if (is_shared((g->end - g->begin) * g->side * g->side, n))
+    for (int64_t i = g->begin; i < g->end; i++) {
         const float *image = table + i / regions * stride * n, *cells = image + g->extra * n;
-        int64_t side = sides[choice[i]];
-        float *query = out + first[i] * n;
+        int64_t side = g->sides[g->choice[i]];
+        float *query = out + (g->first[i] - g->start) * n;
         if (i % regions == 0 && g->extra) memcpy(query - g->extra * n, image, g->extra * n * sizeof(float));
         if (!side) continue;
         Area area = area_of(g, i % regions);
@@ -99,29 +125,26 @@ void gather_queries(const Geometry *g, const int64_t *choice, const int64_t *sid
     }
 }
 
-/* Each row of the table plus the change of the query that serves it. */
-void add_changes(const Geometry *g, const int64_t *choice, const int64_t *sides, const int64_t *first,
-                 const float *table, const float *change, float *out) {
+/* Add to each row of the table the change of the query that serves it, if that is one of a band's. */
+void add_changes(const Routing *g, float *table, const float *change) {
     int64_t regions = regions_of(g), n = g->channels, rows = g->extra + g->height * g->width;
-#pragma omp parallel for if (g->images * rows * n > 65536)
-    for (int64_t i = 0; i < g->images * regions; i++) {
-        int64_t start = i / regions * rows * n, side = sides[choice[i]];
-        const float *query = change + first[i] * n;
-        if (i % regions == 0 && g->extra)
-            add_rows(table + start, query - g->extra * n, g->extra * n, out + start);
-        start += g->extra * n;
+#pragma omp parallel for if (is_shared((g->end - g->begin) * g->side * g->side, n))
+    for (int64_t i = g->begin; i < g->end; i++) {
+        float *image = table + i / regions * rows * n, *cells = image + g->extra * n;
+        const float *query = change + (g->first[i] - g->start) * n;
+        int64_t side = g->sides[g->choice[i]];
+        if (i % regions == 0 && g->extra) add_row(image, query - g->extra * n, g->extra * n);
+        if (!side) continue;
         Area area = area_of(g, i % regions);
-        int64_t columns = side ? ceil_div(area.right - area.left, side) : 0;
+        int64_t columns = ceil_div(area.right - area.left, side);
         for (int64_t row = area.top; row < area.bottom; row++) {
-            int64_t place = start + (row * g->width + area.left) * n, length = (area.right - area.left) * n;
-            const float *line = side ? query + (row - area.top) / side * columns * n : 0;
-            if (!side)
-                memcpy(out + place, table + place, length * sizeof(float));
-            else if (side == 1)
-                add_rows(table + place, line, length, out + place);
+            float *line = cells + (row * g->width + area.left) * n;
+            const float *changes = query + (row - area.top) / side * columns * n;
+            if (side == 1)
+                add_row(line, changes, columns * n);
             else
-                for (int64_t column = 0; column < area.right - area.left; column++, place += n)
-                    add_rows(table + place, line + column / side * n, n, out + place);
+                for (int64_t column = 0; column < area.right - area.left; column++)
+                    add_row(line + column * n, changes + column / side * n, n);
         }
     }
 }

@@ -1,20 +1,23 @@
 """The inference path of :mod:`.grains` on a CPU as compiled functions, native.c: a few calls instead of many operators."""
 import ctypes
-import math
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers.linear import few_sizes, is_plain_inference
+from ..layers.linear import few_sizes, is_plain_inference, packed_pieces
 from .grains import grid
 
 
-class Geometry(ctypes.Structure):
-    """Numbers of images, extra rows, rows and columns of cells, channels, and the side of a region."""
-    _fields_ = [(name, ctypes.c_int64) for name in ('images', 'extra', 'height', 'width', 'channels', 'side')]
+class _Routing(ctypes.Structure):
+    """Of native.c."""
+    _fields_ = [(name, ctypes.c_void_p if name in ('choice', 'first', 'sides') else ctypes.c_int64)
+                for name in ('images', 'extra', 'height', 'width', 'channels', 'side', 'choice', 'first', 'sides', 'begin',
+                             'end', 'start', 'count', 'surplus')]
 
 
 @lru_cache(maxsize=None)
@@ -24,9 +27,10 @@ def library() -> Optional[ctypes.CDLL]:
     if spec is None:
         return None
     functions = ctypes.CDLL(spec.origin)
-    for name, pointers in (('region_means', 2), ('count_queries', 4), ('gather_queries', 5), ('add_changes', 6)):
-        getattr(functions, name).argtypes = [ctypes.POINTER(Geometry)] + [ctypes.c_void_p] * pointers
-    functions.gather_queries.argtypes += [ctypes.c_int64]
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    for name, *types in (('choose', address, address, address, number), ('count_queries', address),
+                         ('gather_queries', address, number, address), ('add_changes', address, address)):
+        getattr(functions, name).argtypes = [ctypes.POINTER(_Routing), *types]
     return functions
 
 
@@ -36,52 +40,78 @@ def is_used(tokens: Tensor) -> bool:
             and tokens.dtype == torch.float32 and tokens.is_contiguous() and library() is not None)
 
 
-def pool(tokens: Tensor, shape: Tuple[int, int], side: int, num_extra: int = 0) -> Tensor:
-    """As :func:`.grains.pool`."""
-    out = tokens.new_empty(len(tokens), math.prod(grid(side, shape)), tokens.shape[2])
-    geometry = Geometry(len(tokens), num_extra, *shape, tokens.shape[2], side)
-    library().region_means(geometry, tokens.data_ptr(), out.data_ptr())
-    return out
+def choose(tokens: Tensor, shape: Tuple[int, int], side: int, num_extra: int, weight: Tensor, bias: Tensor) -> Tensor:
+    """The greatest logits of eq. 1: (B, E + H*W, C), (K, C), (K) -> (B, rows, columns) indices from 0 to K - 1."""
+    choice = torch.empty(len(tokens), *grid(side, shape), dtype=torch.long, device='cpu')
+    routing = _Routing(len(tokens), num_extra, *shape, tokens.shape[2], side, choice.data_ptr())
+    weight, bias = weight.contiguous(), bias.contiguous()
+    library().choose(routing, tokens.data_ptr(), weight.data_ptr(), bias.data_ptr(), len(bias))
+    return choice
 
 
-class Routing:
-    """As :class:`.grains.Routing`; for the arguments see :func:`route`."""
+class Band:
+    """The queries of some images, or of neighbouring regions of one; a surplus of zeros behind them serves no token.
 
-    def __init__(self, choice: Tensor, shape: Tuple[int, int], granularities: Tuple[int, ...], region: int, num_extra: int,
-                 padded: bool):
-        # Tensors are kept for as long as their memory is used.
-        self.choice, self.sides = choice.contiguous(), sides_of(granularities)
-        self.first, lengths = torch.empty_like(self.choice), choice.new_empty(len(choice))
-        self.geometry = Geometry(len(choice), num_extra, *shape, 0, region)
-        self.decision = self.choice.data_ptr(), self.sides.data_ptr(), self.first.data_ptr()
-        library().count_queries(self.geometry, *self.decision, lengths.data_ptr())
-        self.lengths: List[int] = lengths.tolist()
-        self.total = sum(self.lengths)
-        self.surplus = few_sizes(self.total) - self.total if padded else 0
-        self.packed = [*self.lengths[:-1], self.lengths[-1] + self.surplus]
+    Attributes:
+        packed: queries of each image, the surplus included.
+    """
+
+    def __init__(self, routing: _Routing, begin: int, end: int, start: int, lengths: List[int]):
+        count = sum(lengths)
+        surplus = few_sizes(count) - count
+        self._routing, self._band, self._size = routing, (begin, end, start, count, surplus), count + surplus
+        self.packed = [*lengths[:-1], lengths[-1] + surplus]
 
     def means(self, table: Tensor) -> Tensor:
         """As :meth:`.grains.Routing.means`."""
-        self.geometry.channels = table.shape[-1]
-        out = table.new_empty(self.total + self.surplus, table.shape[-1])
-        if self.surplus:
-            out[self.total:] = 0
+        out = table.new_empty(self._size, table.shape[-1])
         stride = table.shape[1] if table.ndim == 3 else 0
-        library().gather_queries(self.geometry, *self.decision, table.data_ptr(), out.data_ptr(), stride)
+        library().gather_queries(self._select(table), table.data_ptr(), stride, out.data_ptr())
         return out
 
-    def add_changes(self, tokens: Tensor, change: Tensor) -> Tensor:
-        """As :meth:`.grains.Routing.add_changes`."""
-        self.geometry.channels = tokens.shape[2]
-        out, change = torch.empty_like(tokens), change.to(tokens.dtype).contiguous()
-        library().add_changes(self.geometry, *self.decision, tokens.data_ptr(), change.data_ptr(), out.data_ptr())
-        return out
+    def add_changes_(self, tokens: Tensor, change: Tensor) -> Tensor:
+        """As :meth:`.grains.Routing.add_changes_`."""
+        change = change.to(tokens.dtype).contiguous()
+        library().add_changes(self._select(tokens), tokens.data_ptr(), change.data_ptr())
+        return tokens
+
+    def _select(self, table: Tensor) -> _Routing:
+        routing = self._routing
+        routing.channels = table.shape[-1]
+        routing.begin, routing.end, routing.start, routing.count, routing.surplus = self._band
+        return routing
 
 
-def route(choice: Tensor, shape: Tuple[int, int], granularities: Tuple[int, ...], region: int, num_extra: int = 0,
-          padded: bool = False) -> Routing:
-    """As :func:`.grains.route`."""
-    return Routing(choice, shape, granularities, region, num_extra, padded)
+class Routing:
+    """As :class:`.grains.Routing`, from what :func:`.grains.route` takes."""
+
+    def __init__(self, choice: Tensor, shape: Tuple[int, int], granularities: Tuple[int, ...], region: int,
+                 num_extra: int = 0):
+        choice, sides = choice.contiguous(), sides_of(granularities)
+        first, queries = torch.empty_like(choice), choice.new_empty(len(choice))
+        self._routing = _Routing(len(choice), num_extra, *shape, 0, region, choice.data_ptr(), first.data_ptr(),
+                                 sides.data_ptr())
+        self._kept = choice, sides  # for as long as their memory is used
+        library().count_queries(self._routing, queries.data_ptr())
+        self.first, self.queries, self.lengths = first, queries, queries.tolist()
+
+    def bands(self, count: int) -> List[Tuple[slice, Band]]:
+        """As :meth:`.grains.Routing.bands`, in bands of about ``count`` queries or fewer."""
+        total = sum(self.lengths)
+        if total <= count:
+            return [(slice(None), Band(self._routing, 0, self.first.numel(), 0, self.lengths))]
+        pieces, first = list(packed_pieces(self.lengths, count)), self.first.flatten()
+        regions, images_begin = len(first) // len(self.lengths), [0, *accumulate(self.lengths)]
+        # A band begins with an image's extra rows, or with the next region of it.
+        begins = torch.searchsorted(first, torch.tensor([rows.start for rows, _, _ in pieces])).tolist()
+        begins = [images.start * regions if rows.start == images_begin[images.start] else begin
+                  for begin, (rows, images, _) in zip(begins, pieces)]
+        starts = F.pad(first, (0, 1), value=total)
+        starts[:-1:regions] -= self._routing.extra
+        starts = starts[begins].tolist()
+        ends = zip([*begins[1:], len(first)], [*starts[1:], total])
+        return [(images, Band(self._routing, begin, end, start, lengths if len(lengths) > 1 else [stop - start]))
+                for begin, start, (end, stop), (_, images, lengths) in zip(begins, starts, ends, pieces) if stop > start]
 
 
 @lru_cache(maxsize=None)

@@ -72,10 +72,15 @@ class AttentionBase(nn.Module):
         """Whether packed queries (N, C) attend some at a time."""
         return packed.numel() > ROWS and runs_in_pieces(packed) and not self.keeps_class_attention
 
+    @staticmethod
+    def rows_of_piece(dim: int) -> int:
+        """Packed queries of ``dim`` channels in a piece."""
+        return max(ROWS // dim, 1)
+
     def pieces(self, packed: Tensor, memory: Sequence[Tensor], lengths: List[int],
                points: Optional[Tensor]) -> Iterator[tuple]:
         """Pieces of packed queries (N, C): their rows, memory, lengths and points."""
-        for rows, images, of_images in packed_pieces(lengths, max(ROWS // packed.shape[1], 1)):
+        for rows, images, of_images in packed_pieces(lengths, self.rows_of_piece(packed.shape[1])):
             yield rows, [x[images] for x in memory], of_images, None if points is None else points[rows]
 
     def pack(self, queries: Tensor, shape: Tuple[int, int], lengths: Optional[List[int]],

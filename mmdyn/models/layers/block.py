@@ -65,7 +65,7 @@ class EncoderBlock(nn.Module):
         return f'drop_path_rate={self.drop_path_rate:.4f}'
 
     def change(self, queries: Tensor, tokens: Tensor, shape: Tuple[int, int], lengths: Optional[List[int]] = None,
-               num_extra: int = 0, points: Optional[Tensor] = None) -> Tensor:
+               num_extra: int = 0, points: Optional[Tensor] = None, into: Optional[Tensor] = None) -> Tensor:
         """What the block adds to its queries, attn + ffn.
 
         Args:
@@ -74,20 +74,39 @@ class EncoderBlock(nn.Module):
             shape: (H, W).
             num_extra: E.
             points: (n, 2) or (N, 2) places of the queries, x and y in cells, where the attention layer uses them.
+            into: a tensor like ``queries``, or the queries themselves, that the change is added to in place.
 
         Returns:
-            as ``queries``.
+            as ``queries``: the change, or ``into``.
         """
         packed, lengths, points = self.attn.pack(queries, shape, lengths, points)
         if self.training or not self.attn.runs_in_pieces(packed):
             normed = self.norm1(tokens)
             memory = self.attn.keys_values(normed, shape, num_extra)
             normed = normed.flatten(0, 1) if queries is tokens else self.norm1(packed)
-            return self._change(packed, normed, memory, shape, lengths, points).view_as(queries)
-        memory = self.attn.keys_values(tokens, shape, num_extra, self.norm1)
+            change = self._change(packed, normed, memory, shape, lengths, points).view_as(queries)
+            return change if into is None else into.add_(change)
+        into = None if into is None else into.view_as(packed)
+        return self.update(packed, self.memory(tokens, shape, num_extra), shape, lengths, points, into).view_as(queries)
+
+    def memory(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0) -> Tuple[Tensor, ...]:
+        """What queries attend to, of tokens (B, E + H*W, C): tensors with a first dimension of images."""
+        return self.attn.keys_values(tokens, shape, num_extra, self.norm1)
+
+    def update(self, queries: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int], lengths: List[int],
+               points: Optional[Tensor] = None, into: Optional[Tensor] = None) -> Tensor:
+        """:meth:`change` of packed queries (N, C) that attend to a :meth:`memory`, in inference."""
+        if not self.attn.runs_in_pieces(queries):
+            change = self._change(queries, self.norm1(queries), memory, shape, lengths, points)
+            return change if into is None else into.add_(change)
         return by_pieces(
-            lambda rows, memory, *of_rows: self._change(packed[rows], self.norm1(packed[rows]), memory, shape, *of_rows),
-            self.attn.pieces(packed, memory, lengths, points), len(packed)).view_as(queries)
+            lambda rows, memory, *of_rows: self._change(queries[rows], self.norm1(queries[rows]), memory, shape, *of_rows),
+            self.attn.pieces(queries, memory, lengths, points), len(queries), into)
+
+    @property
+    def piece(self) -> int:
+        """Queries that stay in cache from one layer to the next."""
+        return self.attn.rows_of_piece(self.norm1.normalized_shape[0])
 
     def _change(self, queries: Tensor, normed: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int],
                 lengths: List[int], points: Optional[Tensor]) -> Tensor:
@@ -95,8 +114,11 @@ class EncoderBlock(nn.Module):
         attended = self._scale(self.attn.attend(normed, memory, shape, lengths, points), lengths)
         return add_into(attended, self._scale(self.ffn(self.norm2(queries + attended)), lengths))
 
-    def forward(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0) -> Tensor:
-        """The dense block: every token is a query. (B, E + H*W, C) -> the same."""
+    def forward(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0, inplace: bool = False) -> Tensor:
+        """The dense block: every token is a query. (B, E + H*W, C) -> the same, in the same memory if ``inplace``."""
+        if inplace:
+            self.change(tokens, tokens, shape, None, num_extra, into=tokens)
+            return tokens
         return add_into(self.change(tokens, tokens, shape, None, num_extra), tokens)
 
     def _scale(self, x: Tensor, lengths: List[int]) -> Tensor:

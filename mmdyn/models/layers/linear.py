@@ -89,14 +89,18 @@ class PatchProjection(nn.Conv2d):
             self.to(memory_format=torch.channels_last)
         self.of_tokens = of_tokens
 
-    def forward(self, maps: Tensor, before: Optional[nn.Module] = None,
-                after: Optional[nn.Module] = None) -> Tuple[Tensor, Tuple[int, int]]:
-        """``before`` and ``after`` are run on the last dimension, e.g. norms, on pieces that stay in cache."""
+    def forward(self, maps: Tensor, before: Optional[nn.Module] = None, after: Optional[nn.Module] = None,
+                into: Optional[Tensor] = None) -> Tuple[Tensor, Tuple[int, int]]:
+        """``before`` and ``after`` are run on the last dimension, e.g. norms, on pieces that stay in cache.
+
+        The tokens are added to ``into``, if it is given, and it is returned.
+        """
         side = self.kernel_size[0]
         height, width = maps.shape[2] // side, maps.shape[3] // side
         # (B, h, w, C_in, side, side)
-        patches = maps[:, :, :height * side, :width * side].unflatten(3, (width, side)).unflatten(2, (height, side))
-        patches = patches.permute(0, 2, 4, 1, 3, 5)
+        if maps.shape[2:] != (height * side, width * side):
+            maps = maps[:, :, :height * side, :width * side]
+        patches = maps.unflatten(3, (width, side)).unflatten(2, (height, side)).permute(0, 2, 4, 1, 3, 5)
         count = max(PIECE // math.prod(patches.shape[2:]), 1)
 
         def run(rows, images, _):
@@ -105,8 +109,10 @@ class PatchProjection(nn.Conv2d):
 
         if not runs_in_pieces(maps) or len(maps) * height <= count:
             tokens = self._project(patches, before, after)
+            tokens = tokens if into is None else add_into(into.view_as(tokens), tokens)
         else:
-            tokens = by_pieces(run, packed_pieces([height] * len(maps), count), len(maps) * height)
+            lines = None if into is None else into.view(len(maps) * height, width, -1)
+            tokens = by_pieces(run, packed_pieces([height] * len(maps), count), len(maps) * height, lines)
         return tokens.view(len(maps), height * width, -1), (height, width)
 
     def _project(self, patches: Tensor, before: Optional[nn.Module], after: Optional[nn.Module]) -> Tensor:
@@ -148,17 +154,22 @@ def packed_pieces(lengths: List[int], count: int) -> Iterator[Tuple[slice, slice
         row, first = row + total, last
 
 
-def by_pieces(function: Callable[..., Tensor], pieces: Iterable[tuple], count: int) -> Tensor:
+def by_pieces(function: Callable[..., Tensor], pieces: Iterable[tuple], count: int,
+              into: Optional[Tensor] = None) -> Tensor:
     """The rows that ``function`` returns for each piece, put together: (count, C).
 
     Args:
         function: of a piece.
         pieces: what it takes, the slice of its rows first.
         count: rows of all pieces.
+        into: (count, C) that they are added to instead, each as soon as it is known.
     """
-    out = None
+    out = into
     for piece in pieces:
         part = function(*piece)
+        if into is not None:
+            into[piece[0]] += part
+            continue
         if len(part) == count:
             return part
         out = part.new_empty(count, *part.shape[1:]) if out is None else out

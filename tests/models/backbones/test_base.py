@@ -96,6 +96,35 @@ def test_inference_mode_gives_the_same(name, make_backbone):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('dge', [None, DGE])
+def test_hooks_see_what_each_block_returned(name, dge, make_backbone):
+    """Inference overwrites tokens only where nobody looks."""
+    model, images, seen = make_backbone(name, dge=dge).eval(), torch.randn(2, 3, 52, 36), []
+    layers = [layer for stage, _ in model.named_stages() for layer in (stage.dge or stage.blocks)]
+    expected = model(images)
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append((output, output.detach().clone())))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            outputs = model(images)
+        torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(*pair) for pair in seen) and len(seen) == len(layers)
+        seen.clear()
+
+
+@pytest.mark.parametrize('dge', [None, DGE])
+def test_images_stay_as_they_are(name, dge, make_backbone):
+    """Of the size that the position embeddings have, and of another one."""
+    model = make_backbone(name, dge=dge).eval()
+    for size in ((32, 32), (52, 36)):
+        images = torch.randn(2, 3, *size)
+        before, weights = images.clone(), {key: value.clone() for key, value in model.state_dict().items()}
+        with torch.inference_mode():
+            first, second = model(images), model(images)
+        assert torch.equal(images, before) and all(map(torch.equal, first, second))
+        assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize('dtype', AUTOCAST)
 @pytest.mark.parametrize('train_mode', ['sparse', 'dense'])
 def test_all_weights_get_finite_gradients(name, dtype, train_mode, make_backbone):

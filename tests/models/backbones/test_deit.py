@@ -53,16 +53,18 @@ def test_extra_parameters_of_dge(arch, dim):
     assert count(DeiT(arch, dge=dict())) - count(DeiT(arch)) == 12 * (dim + 1) * 3
 
 
+@pytest.mark.parametrize('grad', [False, True])
 @pytest.mark.parametrize('distilled', [False, True])
 @pytest.mark.parametrize('out_indices, blocks', [(None, [2]), (0, [0]), (-2, [1]), ((0, 1, -1), [0, 1, 2])])
-def test_outputs_are_parts_of_the_raw_tokens(distilled, out_indices, blocks, make_backbone):
+def test_outputs_are_parts_of_the_raw_tokens(distilled, out_indices, blocks, grad, make_backbone):
     """The norm is that of the last block only."""
     images, num_extra = torch.randn(2, 3, 52, 36), 1 + distilled
     options = dict(out_indices=out_indices, distilled=distilled, dge=dict(granularities=(1, 2)))
     raw, of_block = make_backbone('deit', out_type='raw', **options).eval(), []
     for encoder in raw.dge:
         encoder.register_forward_hook(lambda module, args, output: of_block.append(output))
-    outputs = raw(images)
+    with torch.set_grad_enabled(grad):
+        outputs = raw(images)
     of_block[-1] = raw.norm(of_block[-1])
     expected = [of_block[i] for i in blocks]
     assert len(outputs) == len(expected) and all(map(torch.equal, outputs, expected))
@@ -71,7 +73,8 @@ def test_outputs_are_parts_of_the_raw_tokens(distilled, out_indices, blocks, mak
     def run(out_type):
         model = make_backbone('deit', out_type=out_type, **options).eval()
         model.load_state_dict(raw.state_dict())
-        return model(images)
+        with torch.set_grad_enabled(grad):
+            return model(images)
 
     for tokens, featmap, mean, cls_token in zip(outputs, run('featmap'), run('avg_featmap'), run('cls_token')):
         cells = tokens[:, num_extra:]

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdyn.models.dge import DynamicGrainedEncoder, check_granularities, native
 from mmdyn.models.dge.encoder import Router, straight_through_gates
 from mmdyn.models.dge.grains import candidate_centres, patch_groups, region_table
-from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
+from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock, base
 
 MODES = ['eval', 'sparse', 'dense']
 OPTIONS = [
@@ -123,18 +123,23 @@ def test_equals_the_loops_of_the_paper(mode, options, shape, num_extra, sr_ratio
 @pytest.mark.parametrize('shape, num_extra, sr_ratio', [*LAYOUTS, ((23, 17), 1, 2), ((23, 17), 0, None)])
 @pytest.mark.parametrize('options', OPTIONS, ids=lambda options: '-'.join(map(str, options.values())))
 @pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('rows', [10, 10**6])
 @torch.no_grad()
-def test_inference_in_float32_equals_the_loops_of_the_paper(compiled, options, shape, num_extra, sr_ratio, slow_change,
+def test_inference_in_float32_equals_the_loops_of_the_paper(rows, compiled, options, shape, num_extra, sr_ratio, slow_change,
                                                             monkeypatch):
-    """By compiled functions where there are some, and without them."""
+    """By compiled functions where there are some, and without them; about 10 queries at a time, or all."""
     if not compiled:
         monkeypatch.setattr(native, 'is_used', lambda tokens: False)
+    monkeypatch.setattr(base, 'ROWS', rows * DIM)
     encoder, block = make('eval', sr_ratio, **options)
     tokens = torch.randn(3, num_extra + math.prod(shape), DIM)
     output = encoder(block, tokens, shape, num_extra)
     expected, counts = dge_by_loops(encoder, block, tokens, shape, num_extra, slow_change)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(encoder.decision.queries, counts)
+    overwritten = tokens.clone()
+    assert encoder(block, overwritten, shape, num_extra, inplace=True) is overwritten
+    assert torch.equal(overwritten, output)
 
 
 def test_gates_follow_the_distribution_of_the_logits():

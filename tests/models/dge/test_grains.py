@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from mmdyn.models.dge.grains import (add_spread, candidate_centres, candidate_values, grid, means, patch_groups,
+from mmdyn.models.dge.grains import (add_spread_, candidate_centres, candidate_values, grid, means, patch_groups,
                                      patch_of_cell, pool, region_table, route, spread, sum_over_granularities, tile)
 
 CPU = torch.device('cpu')
@@ -237,6 +237,10 @@ def test_routing_of_tokens_and_of_a_table_that_images_share(shape, phis, region,
     for query, rows in zip(change, queries):
         added[list(rows)] += query
     assert torch.equal(routing.add_changes(tokens, change), added.view_as(tokens))
+    assert routing.queries.tolist() == routing.lengths
+    assert routing.bands(1) == [(slice(None), routing)]
+    with torch.no_grad():
+        assert torch.equal(routing.add_changes_(tokens.clone(), change), added.view_as(tokens))
     for table in (tokens, tokens[0]):
         rows = table.expand(3, size, 2).flatten(0, 1)
         expected = torch.stack([rows[list(query)].mean(0) for query in queries] + [torch.zeros(2)] * routing.surplus)
@@ -281,15 +285,25 @@ def test_gradients_pass_by_the_surplus(shape, phis):
 
 @pytest.mark.parametrize('padded', [False, True])
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_add_spread_is_a_sum(layout, padded):
-    """With a gradient and without."""
+def test_add_spread_is_a_sum_in_place(layout, padded):
     routing, size = random_routing(*layout, padded)
-    table, values = torch.randn(size, 3), torch.randn(sum(routing.packed), 3, requires_grad=True)
-    expected = table + spread(values.detach(), routing.groups)
-    added = add_spread(table, values, routing.groups)
-    assert torch.equal(added, expected) and added.requires_grad
+    table, values = torch.randn(size, 3), torch.randn(sum(routing.packed), 3)
+    expected = table + spread(values, routing.groups)
     with torch.no_grad():
-        assert torch.equal(add_spread(table, values, routing.groups), expected)
+        assert add_spread_(table, values, routing.groups) is table
+    assert torch.equal(table, expected)
+
+
+@pytest.mark.parametrize('padded', [False, True])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_changes_have_gradients(layout, padded):
+    """Those of the queries that serve a token; the tokens are left as they are."""
+    num_extra = layout[3]
+    routing, size = random_routing(*layout, padded)
+    tokens = torch.randn(3, size // 3, 2, dtype=torch.double, requires_grad=True)
+    change = torch.randn(sum(routing.packed), 2, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(routing.add_changes, (tokens, change))
+    assert size // 3 == num_extra + math.prod(layout[0])
 
 
 @pytest.mark.parametrize('phis', [(1, 2), (0, 2)])
@@ -300,18 +314,18 @@ def test_add_spread_of_many_channels(phis):
     expected = torch.stack([
         row if group == len(values) else row + values[group] for row, group in zip(table, routing.groups.group)])
     with torch.no_grad():
-        assert torch.equal(add_spread(table, values, routing.groups), expected)
+        assert torch.equal(add_spread_(table, values, routing.groups), expected)
 
 
 @pytest.mark.parametrize('phis', [(1, 2), (0, 2)])
 def test_half_precision_is_added_in_that_of_the_tokens(phis):
     """As under autocast."""
     routing, size = random_routing((5, 4), phis, 2, 1)
-    table, values = torch.randn(size, 3), torch.randn(sum(routing.lengths), 3, dtype=torch.bfloat16)
-    expected = table + spread(values.float(), routing.groups)
-    assert torch.equal(add_spread(table, values, routing.groups), expected)
+    tokens, change = torch.randn(3, size // 3, 3), torch.randn(sum(routing.lengths), 3, dtype=torch.bfloat16)
+    expected = tokens + spread(change.float(), routing.groups).view_as(tokens)
+    assert torch.equal(routing.add_changes(tokens, change), expected)
     with torch.no_grad():
-        assert torch.equal(add_spread(table, values, routing.groups), expected)
+        assert torch.equal(routing.add_changes_(tokens, change), expected)
 
 
 @pytest.mark.parametrize('num_extra', [0, 1])

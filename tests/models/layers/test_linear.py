@@ -187,6 +187,11 @@ def test_patches_by_pieces_are_those_of_the_whole(piece, batch, of_tokens, monke
             found, shape = proj(maps, before, after)
         assert shape == (5, 3)
         torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        into = torch.ones(batch, 15, 4)
+        found, shape = proj(maps, before, after, into)
+    assert found.data_ptr() == into.data_ptr() and found.shape == into.shape and shape == (5, 3)
+    torch.testing.assert_close(into, 1 + expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('of_tokens', [False, True])
@@ -256,6 +261,16 @@ def test_by_pieces_puts_rows_together(ends):
     pieces = [(slice(start, end), factor) for factor, (start, end) in enumerate(zip([0, *ends], ends), start=1)]
     expected = torch.cat([x[rows] * factor for rows, factor in pieces])
     assert torch.equal(by_pieces(lambda rows, factor: x[rows] * factor, iter(pieces), 7), expected)
+
+
+@pytest.mark.parametrize('ends', [[7], [3, 7], [0, 3, 3, 7]])
+def test_pieces_are_added_into_a_tensor(ends):
+    """Each when it is known: the last rows see what became of the first."""
+    into = torch.arange(7.)[:, None].repeat(1, 2)
+    pieces = [slice(start, end) for start, end in zip([0, *ends], ends)]
+    expected = into + 1
+    assert by_pieces(lambda rows, *_: torch.ones(rows.stop - rows.start, 2), [(rows, ) for rows in pieces], 7, into) is into
+    assert torch.equal(into, expected)
 
 
 def test_by_pieces_of_no_rows():
