@@ -1,12 +1,12 @@
 """The inference path of :mod:`.grains` on a CPU as compiled functions, native.c: a few calls instead of many operators."""
 import ctypes
+from bisect import bisect_left
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import List, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.linear import few_sizes, is_plain_inference, packed_pieces
@@ -100,18 +100,18 @@ class Routing:
         total = sum(self.lengths)
         if total <= count:
             return [(slice(None), Band(self._routing, 0, self.first.numel(), 0, self.lengths))]
-        pieces, first = list(packed_pieces(self.lengths, count)), self.first.flatten()
-        regions, images_begin = len(first) // len(self.lengths), [0, *accumulate(self.lengths)]
-        # A band begins with an image's extra rows, or with the next region of it.
-        begins = torch.searchsorted(first, torch.tensor([rows.start for rows, _, _ in pieces])).tolist()
-        begins = [images.start * regions if rows.start == images_begin[images.start] else begin
-                  for begin, (rows, images, _) in zip(begins, pieces)]
-        starts = F.pad(first, (0, 1), value=total)
-        starts[:-1:regions] -= self._routing.extra
-        starts = starts[begins].tolist()
-        ends = zip([*begins[1:], len(first)], [*starts[1:], total])
-        return [(images, Band(self._routing, begin, end, start, lengths if len(lengths) > 1 else [stop - start]))
-                for begin, start, (end, stop), (_, images, lengths) in zip(begins, starts, ends, pieces) if stop > start]
+        first, images_begin, bands = self.first.flatten().numpy(), [0, *accumulate(self.lengths)], []
+        regions, end, stop = len(first) // len(self.lengths), len(first), total
+        for rows, images, lengths in reversed([*packed_pieces(self.lengths, count)]):
+            # A band begins with an image's extra rows, or with the next region of it.
+            whole = rows.start == images_begin[images.start]
+            begin = images.start * regions if whole else bisect_left(first, rows.start)
+            start = rows.start if whole else int(first[begin]) if begin < end else stop
+            if stop > start:
+                lengths = lengths if len(lengths) > 1 else [stop - start]
+                bands.append((images, Band(self._routing, begin, end, start, lengths)))
+            end, stop = begin, start
+        return bands[::-1]
 
 
 @lru_cache(maxsize=None)

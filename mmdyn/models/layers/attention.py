@@ -56,11 +56,13 @@ def attention_by_linear(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (n, heads, D).
     """
+    # In two steps: rows that are a power of two apart share few places of a cache.
+    transposed = value.contiguous().mT.contiguous()
     out, num = torch.empty_like(query, memory_format=torch.contiguous_format), len(query)
     # The last piece begins earlier, so that it has one of a few sizes.
     pieces = [slice(max(min(rows.start, num - few_sizes(rows.stop - rows.start)), 0), rows.stop)
               for rows, _, _ in packed_pieces([num], PIECE // key.shape[1])]
-    for head, (keys, values) in enumerate(zip((key / math.sqrt(query.shape[2])).contiguous(), value.mT.contiguous())):
+    for head, (keys, values) in enumerate(zip((key / math.sqrt(query.shape[2])).contiguous(), transposed)):
         for rows in pieces:
             weights = linear(query[rows, head], keys).softmax(-1, dtype=torch.float32).to(values.dtype)
             out[rows, head] = linear(weights, values)

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from ..dge.grains import candidate_centres
 from .linear import by_pieces, packed_pieces, runs_in_pieces
 
-# Numbers in a piece of queries.
-ROWS = 2**19
+# Most numbers and most queries in a piece. Wide layers gain from many numbers; in narrow ones so many take memory that
+# the allocator gives back to the system after each layer.
+NUMBERS, ROWS = 2**20, 2**12
 
 
 class AttentionBase(nn.Module):
@@ -70,12 +71,12 @@ class AttentionBase(nn.Module):
 
     def runs_in_pieces(self, packed: Tensor) -> bool:
         """Whether packed queries (N, C) attend some at a time."""
-        return packed.numel() > ROWS and runs_in_pieces(packed) and not self.keeps_class_attention
+        return len(packed) > self.rows_of_piece(packed.shape[1]) and runs_in_pieces(packed) and not self.keeps_class_attention
 
     @staticmethod
     def rows_of_piece(dim: int) -> int:
         """Packed queries of ``dim`` channels in a piece."""
-        return max(ROWS // dim, 1)
+        return min(max(NUMBERS // dim, 1), ROWS)
 
     def pieces(self, packed: Tensor, memory: Sequence[Tensor], lengths: List[int],
                points: Optional[Tensor]) -> Iterator[tuple]:

@@ -130,7 +130,7 @@ def test_inference_in_float32_equals_the_loops_of_the_paper(rows, compiled, opti
     """By compiled functions where there are some, and without them; about 10 queries at a time, or all."""
     if not compiled:
         monkeypatch.setattr(native, 'is_used', lambda tokens: False)
-    monkeypatch.setattr(base, 'ROWS', rows * DIM)
+    monkeypatch.setattr(base, 'ROWS', rows)
     encoder, block = make('eval', sr_ratio, **options)
     tokens = torch.randn(3, num_extra + math.prod(shape), DIM)
     output = encoder(block, tokens, shape, num_extra)

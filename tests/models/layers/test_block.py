@@ -16,7 +16,7 @@ ATTENTIONS = dict(full=lambda: Attention(12, 3), reduced=lambda: Attention(12, 3
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Let 8 queries go through a block at once, and 3 through its FFN of 24 channels."""
-    monkeypatch.setattr(base_module, 'ROWS', 8 * 12)
+    monkeypatch.setattr(base_module, 'ROWS', 8)
     monkeypatch.setattr(linear_module, 'PIECE', 3 * 24)
 
 
@@ -154,7 +154,7 @@ def test_inference_by_pieces_changes_nothing_dense(kind, num_extra, make_block, 
 @torch.no_grad()
 def test_block_in_the_memory_of_the_tokens(kind, queries, make_block, monkeypatch):
     """All of them attend to what the tokens were before."""
-    monkeypatch.setattr(base_module, 'ROWS', queries * 12)
+    monkeypatch.setattr(base_module, 'ROWS', queries)
     block, _ = make_block(kind)
     tokens = torch.randn(2, 35, 12)
     expected = block(tokens, SHAPE)
@@ -167,7 +167,7 @@ def test_block_in_the_memory_of_the_tokens(kind, queries, make_block, monkeypatc
 @torch.no_grad()
 def test_update_from_a_memory_is_the_change(kind, most, make_block, monkeypatch):
     """Of all queries, and of the last image's with its part of the memory."""
-    monkeypatch.setattr(base_module, 'ROWS', most * 12)
+    monkeypatch.setattr(base_module, 'ROWS', most)
     block, _ = make_block(kind)
     assert block.piece == most
     tokens, queries, lengths = torch.randn(2, 35, 12), torch.randn(31, 12), [9, 22]
@@ -184,7 +184,7 @@ def test_class_attention_is_kept_of_whole_images(make_block, monkeypatch):
     block, rows = make_block('full')
     tokens, results = torch.randn(3, 1 + 35, 12), []
     for queries in (1000, 8):
-        monkeypatch.setattr(base_module, 'ROWS', queries * 12)
+        monkeypatch.setattr(base_module, 'ROWS', queries)
         block.attn.keeps_class_attention, block.attn.class_attention = True, None
         block(tokens, SHAPE, 1)
         results.append(block.attn.class_attention)
@@ -201,7 +201,7 @@ def test_pieces_under_autocast_are_those_of_the_whole(kind, dtype, make_block, m
     tokens, queries, lengths, results = torch.randn(3, 35, 12), torch.randn(31, 12), [9, 0, 22], []
     for pieces in (False, True):
         if pieces:
-            monkeypatch.setattr(base_module, 'ROWS', 8 * 12)
+            monkeypatch.setattr(base_module, 'ROWS', 8)
             monkeypatch.setattr(linear_module, 'PIECE', 3 * 24)
         points = torch.ones(31, 2) if kind == 'deformable' else None
         with torch.autocast('cpu', dtype):
