@@ -104,9 +104,11 @@ class Routing:
         regions, end, stop = len(first) // len(self.lengths), len(first), total
         for rows, images, lengths in reversed([*packed_pieces(self.lengths, count)]):
             # A band begins with an image's extra rows, or with the next region of it.
-            whole = rows.start == images_begin[images.start]
-            begin = images.start * regions if whole else bisect_left(first, rows.start)
-            start = rows.start if whole else int(first[begin]) if begin < end else stop
+            begin = images.start * regions
+            if rows.start > images_begin[images.start]:
+                begin = bisect_left(first, rows.start)
+            start = (images_begin[images.start] if begin == images.start * regions else
+                     int(first[begin]) if begin < end else stop)
             if stop > start:
                 lengths = lengths if len(lengths) > 1 else [stop - start]
                 bands.append((images, Band(self._routing, begin, end, start, lengths)))
