@@ -59,7 +59,8 @@ class SyntheticRouter(nn.Module):
 
     def __init__(self, router: nn.Module, choice: Tensor):
         super().__init__()
-        self.router, self.choice = router, choice
+        self.router = router
+        self.register_buffer('choice', choice)
         self.register_buffer('logits', F.one_hot(choice.flatten(), len(router.bias)) * 100.)
 
     @property

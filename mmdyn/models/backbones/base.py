@@ -107,7 +107,7 @@ class DynamicBackbone(BaseModule):
 
     @staticmethod
     def may_overwrite(stage: nn.Module) -> bool:
-        """Whether a stage's blocks may overwrite what the one before returned: in inference, unless hooks look at it."""
+        """Whether each block may overwrite what the one before returned: in inference, unless hooks look at it."""
         layers = stage.dge if len(stage.dge) else stage.blocks
         return is_plain_inference() and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 

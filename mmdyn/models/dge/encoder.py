@@ -99,8 +99,8 @@ class DynamicGrainedEncoder(nn.Module):
     """Wraps an encoder block so that each region of its input chooses its number of queries.
 
     The block is an argument of the forward pass, not a submodule: the names of its weights are those of the dense model.
-    It is an :class:`~mmdyn.models.layers.EncoderBlock` or has the methods ``change``, ``memory``, ``update`` and
-    ``forward`` and the attribute ``piece`` of one. If it has a true attribute ``uses_points``, it gets the centres of the
+    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``memory``, ``update`` and
+    ``forward`` and its attribute ``piece``. If it has a true attribute ``uses_points``, it gets the centres of the
     queries' patches.
 
     Args:

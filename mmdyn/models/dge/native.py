@@ -1,6 +1,6 @@
 """The inference path of :mod:`.grains` on a CPU as compiled functions, native.c: a few calls instead of many operators."""
 import ctypes
-from bisect import bisect_left
+from bisect import bisect_right
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
@@ -14,10 +14,10 @@ from .grains import grid
 
 
 class _Routing(ctypes.Structure):
-    """Of native.c."""
+    """As in native.c."""
     _fields_ = [(name, ctypes.c_void_p if name in ('choice', 'first', 'sides') else ctypes.c_int64)
-                for name in ('images', 'extra', 'height', 'width', 'channels', 'side', 'choice', 'first', 'sides', 'begin',
-                             'end', 'start', 'count', 'surplus')]
+                for name in ('images', 'extra', 'height', 'width', 'channels', 'side', 'choice', 'first', 'sides',
+                             'begin', 'end', 'start', 'count', 'surplus')]
 
 
 @lru_cache(maxsize=None)
@@ -91,7 +91,7 @@ class Routing:
         first, queries = torch.empty_like(choice), choice.new_empty(len(choice))
         self._routing = _Routing(len(choice), num_extra, *shape, 0, region, choice.data_ptr(), first.data_ptr(),
                                  sides.data_ptr())
-        self._kept = choice, sides  # for as long as their memory is used
+        self._routing.tensors = choice, first, sides  # for as long as their memory is used
         library().count_queries(self._routing, queries.data_ptr())
         self.first, self.queries, self.lengths = first, queries, queries.tolist()
 
@@ -100,20 +100,23 @@ class Routing:
         total = sum(self.lengths)
         if total <= count:
             return [(slice(None), Band(self._routing, 0, self.first.numel(), 0, self.lengths))]
-        first, images_begin, bands = self.first.flatten().numpy(), [0, *accumulate(self.lengths)], []
-        regions, end, stop = len(first) // len(self.lengths), len(first), total
-        for rows, images, lengths in reversed([*packed_pieces(self.lengths, count)]):
-            # A band begins with an image's extra rows, or with the next region of it.
-            begin = images.start * regions
-            if rows.start > images_begin[images.start]:
-                begin = bisect_left(first, rows.start)
-            start = (images_begin[images.start] if begin == images.start * regions else
-                     int(first[begin]) if begin < end else stop)
-            if stop > start:
-                lengths = lengths if len(lengths) > 1 else [stop - start]
-                bands.append((images, Band(self._routing, begin, end, start, lengths)))
-            end, stop = begin, start
-        return bands[::-1]
+        first, image_begins, bands = self.first.flatten().numpy(), [0, *accumulate(self.lengths)], []
+        regions, begin, start = len(first) // len(self.lengths), 0, 0
+        for rows, images, lengths in packed_pieces(self.lengths, count):
+            if rows.start > image_begins[images.start]:
+                continue  # a further part of an image
+            most, last, image_end = rows.stop - rows.start, images.stop * regions, image_begins[images.stop]
+            while start < image_end:
+                end, stop = last, image_end
+                if image_end - start > most + most // 16:
+                    # As many regions as have no more queries than this part, so that layers meet few numbers of them.
+                    end = min(max(bisect_right(first, start + most) - 1, begin + 1), last)
+                    stop = image_end if end == last else int(first[end])
+                bands.append((images, Band(self._routing, begin, end, start,
+                                           lengths if len(lengths) > 1 else [stop - start])))
+                begin, start = end, stop
+            begin = last
+        return bands
 
 
 @lru_cache(maxsize=None)

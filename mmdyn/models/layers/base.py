@@ -71,7 +71,8 @@ class AttentionBase(nn.Module):
 
     def runs_in_pieces(self, packed: Tensor) -> bool:
         """Whether packed queries (N, C) attend some at a time."""
-        return len(packed) > self.rows_of_piece(packed.shape[1]) and runs_in_pieces(packed) and not self.keeps_class_attention
+        num, dim = packed.shape
+        return num > self.rows_of_piece(dim) and runs_in_pieces(packed) and not self.keeps_class_attention
 
     @staticmethod
     def rows_of_piece(dim: int) -> int:

@@ -99,9 +99,11 @@ class EncoderBlock(nn.Module):
         if not self.attn.runs_in_pieces(queries):
             change = self._change(queries, self.norm1(queries), memory, shape, lengths, points)
             return change if into is None else into.add_(change)
-        return by_pieces(
-            lambda rows, memory, *of_rows: self._change(queries[rows], self.norm1(queries[rows]), memory, shape, *of_rows),
-            self.attn.pieces(queries, memory, lengths, points), len(queries), into)
+
+        def run(rows, memory, *of_rows):
+            return self._change(queries[rows], self.norm1(queries[rows]), memory, shape, *of_rows)
+
+        return by_pieces(run, self.attn.pieces(queries, memory, lengths, points), len(queries), into)
 
     @property
     def piece(self) -> int:

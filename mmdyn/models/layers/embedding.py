@@ -38,7 +38,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor, into: Optional[Tensor] = None) -> Tuple[Tensor, Tuple[int, int]]:
         """The tokens are added to ``into``, if it is given, and it is returned."""
-        self.shape_of(x)
+        check_side(x, self.proj.kernel_size[0])
         return self.proj(x, after=self.norm, into=into)
 
     def shape_of(self, x: Tensor) -> Tuple[int, int]:
@@ -100,7 +100,8 @@ def position_embedding(num_extra: int, shape: Tuple[int, int], dim: int) -> nn.P
 TAPS = {'nearest': 1, 'nearest-exact': 1, 'bilinear': 2, 'bicubic': 4}
 
 
-def interpolation_taps(source: int, target: int, mode: str, dtype: torch.dtype, device: torch.device) -> Tuple[Tensor, Tensor]:
+def interpolation_taps(source: int, target: int, mode: str, dtype: torch.dtype,
+                       device: torch.device) -> Tuple[Tensor, Tensor]:
     """The cells of a line of ``source`` that each of ``target`` cells is a weighted sum of: (target, T) and weights."""
     matrix = F.interpolate(torch.eye(source, dtype=dtype, device=device)[None, None], (target, source), mode=mode)[0, 0]
     cells = matrix.abs().topk(min(TAPS.get(mode, source), source)).indices

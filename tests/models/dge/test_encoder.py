@@ -125,8 +125,8 @@ def test_equals_the_loops_of_the_paper(mode, options, shape, num_extra, sr_ratio
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('rows', [10, 10**6])
 @torch.no_grad()
-def test_inference_in_float32_equals_the_loops_of_the_paper(rows, compiled, options, shape, num_extra, sr_ratio, slow_change,
-                                                            monkeypatch):
+def test_inference_in_float32_equals_the_loops_of_the_paper(rows, compiled, options, shape, num_extra, sr_ratio,
+                                                            slow_change, monkeypatch):
     """By compiled functions where there are some, and without them; about 10 queries at a time, or all."""
     if not compiled:
         monkeypatch.setattr(native, 'is_used', lambda tokens: False)

@@ -124,7 +124,8 @@ def test_resize_by_hand():
 def test_resize_is_the_librarys_interpolation(source, target, mode, dtype, tolerance):
     """In values and gradients."""
     embedding = torch.randn(1, source[0] * source[1], 3, dtype=dtype, requires_grad=True)
-    maps = F.interpolate(embedding.to(torch.promote_types(dtype, torch.float)).mT.unflatten(2, source), target, mode=mode)
+    maps = embedding.to(torch.promote_types(dtype, torch.float)).mT.unflatten(2, source)
+    maps = F.interpolate(maps, target, mode=mode)
     results = []
     for out in (resize_position_embedding(embedding, source, target, mode=mode), maps.flatten(2).mT.to(dtype)):
         results.append([out, *torch.autograd.grad(out.square().sum(), embedding)])
