@@ -7,7 +7,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dge.grains import remembered
 from .linear import PatchProjection
 
 
@@ -96,35 +95,14 @@ def position_embedding(num_extra: int, shape: Tuple[int, int], dim: int) -> nn.P
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_extra + math.prod(shape), dim), std=0.02))
 
 
-# Cells that each interpolated one is a sum of.
-TAPS = {'nearest': 1, 'nearest-exact': 1, 'bilinear': 2, 'bicubic': 4}
-
-
-def interpolation_taps(source: int, target: int, mode: str, dtype: torch.dtype,
-                       device: torch.device) -> Tuple[Tensor, Tensor]:
-    """The cells of a line of ``source`` that each of ``target`` cells is a weighted sum of: (target, T) and weights."""
-    matrix = F.interpolate(torch.eye(source, dtype=dtype, device=device)[None, None], (target, source), mode=mode)[0, 0]
-    cells = matrix.abs().topk(min(TAPS.get(mode, source), source)).indices
-    return cells, matrix.gather(1, cells)
-
-
-remembered_taps = remembered(interpolation_taps)
-
-
 def resize_position_embedding(embedding: Tensor, source: Tuple[int, int], target: Tuple[int, int],
                               num_extra: int = 0, mode: str = 'bilinear') -> Tensor:
     """Interpolate the map of (1, E + h*w, C) position embeddings to another shape; the extra rows stay."""
     if source == target:
         return embedding
-    (height, width), device, full = target, embedding.device, torch.promote_types(embedding.dtype, torch.float32)
-    taps = interpolation_taps if torch.compiler.is_compiling() else remembered_taps
-    (lines, of_lines), (cells, of_cells) = (taps(*sides, mode, full, device) for sides in zip(source, target))
-    # The sums of weighted rows are those of a line's cells first, then those of whole lines.
-    cells = (torch.arange(source[0], device=device)[:, None, None] * source[1] + cells).flatten(0, 1)
-    maps = F.embedding_bag(cells, embedding[0, num_extra:].to(full), mode='sum',
-                           per_sample_weights=of_cells.repeat(source[0], 1)).view(source[0], -1)
-    maps = F.embedding_bag(lines, maps, mode='sum', per_sample_weights=of_lines)
-    maps = maps.view(1, height * width, -1).type_as(embedding)
+    # A map whose channels lie side by side, which torch interpolates by vectors of channels.
+    maps = embedding[:, num_extra:].unflatten(1, source).permute(0, 3, 1, 2)
+    maps = F.interpolate(maps, target, mode=mode).permute(0, 2, 3, 1).flatten(1, 2)
     return torch.cat([embedding[:, :num_extra], maps], dim=1) if num_extra else maps
 
 

@@ -122,9 +122,9 @@ def test_resize_by_hand():
 @pytest.mark.parametrize('mode', ['nearest', 'nearest-exact', 'bilinear', 'bicubic', 'area'])
 @pytest.mark.parametrize('source, target', [((4, 6), (9, 5)), ((7, 7), (3, 16)), ((1, 2), (4, 4)), ((5, 5), (5, 2))])
 def test_resize_is_the_librarys_interpolation(source, target, mode, dtype, tolerance):
-    """In values and gradients."""
+    """Of a contiguous map, in values and gradients."""
     embedding = torch.randn(1, source[0] * source[1], 3, dtype=dtype, requires_grad=True)
-    maps = embedding.to(torch.promote_types(dtype, torch.float)).mT.unflatten(2, source)
+    maps = embedding.to(torch.promote_types(dtype, torch.float)).mT.unflatten(2, source).contiguous()
     maps = F.interpolate(maps, target, mode=mode)
     results = []
     for out in (resize_position_embedding(embedding, source, target, mode=mode), maps.flatten(2).mT.to(dtype)):
