@@ -108,7 +108,7 @@ class DynamicBackbone(BaseModule):
     @staticmethod
     def may_overwrite(stage: nn.Module) -> bool:
         """Whether each block may overwrite what the one before returned: in inference, unless hooks look at it."""
-        layers = stage.dge if len(stage.dge) else stage.blocks
+        layers = (*stage.dge, *stage.blocks)
         return is_plain_inference() and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
     def account(self, batch: int, shapes: List[Tuple[int, int]]) -> None:

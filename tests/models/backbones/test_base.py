@@ -112,6 +112,20 @@ def test_hooks_see_what_each_block_returned(name, dge, make_backbone):
         seen.clear()
 
 
+def test_hooks_on_blocks_see_what_each_returned_where_all_is_finest(name, make_backbone, encoders):
+    """DGE then runs the blocks themselves."""
+    model, images, seen = make_backbone(name, dge=DGE).eval(), torch.randn(2, 3, 52, 36), []
+    for encoder in encoders(model):
+        torch.nn.init.zeros_(encoder.router.weight)
+        encoder.router.bias.data = torch.tensor([1.] + [0.] * (len(encoder.granularities) - 1))
+    blocks = [block for stage, _ in model.named_stages() for block in stage.blocks]
+    for block in blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    with torch.no_grad():
+        model(images)
+    assert all(torch.equal(*pair) for pair in seen) and len(seen) == len(blocks)
+
+
 @pytest.mark.parametrize('dge', [None, DGE])
 def test_images_stay_as_they_are(name, dge, make_backbone):
     """Of the size that the position embeddings have, and of another one."""
