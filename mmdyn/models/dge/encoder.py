@@ -169,7 +169,7 @@ class DynamicGrainedEncoder(nn.Module):
         phis = self.granularities
         if not self.training:
             if self.routing == 'layer':
-                choice = self._per_region(self.router(self._mean(tokens, num_extra)).argmax(-1), shape)
+                choice = self._per_region(self._logits(tokens, shape, num_extra).argmax(-1), shape)
             else:
                 choice = self.router.choose(tokens, shape, self.region, num_extra)
             args = choice, shape, phis, self.region, num_extra
@@ -180,9 +180,7 @@ class DynamicGrainedEncoder(nn.Module):
                 return self._infer(block, tokens, shape, routing, num_extra, inplace)
             return routing.add_changes(tokens, self._sparse_change(block, tokens, shape, routing, num_extra))
 
-        gates, choice = straight_through_gates(
-            self.router(self._mean(tokens, num_extra) if self.routing == 'layer' else
-                        pool(tokens, shape, self.region, num_extra)), self.tau)
+        gates, choice = straight_through_gates(self._logits(tokens, shape, num_extra), self.tau)
         gates, choice = self._per_region(gates, shape), self._per_region(choice, shape)
         if self.train_mode == 'sparse':
             gates = gates * F.one_hot(choice, len(phis))
@@ -243,9 +241,11 @@ class DynamicGrainedEncoder(nn.Module):
         cells = sum_over_granularities(change[:, num_extra:], shape, phis)
         return torch.cat([change[:, :num_extra], cells], dim=1) if num_extra else cells
 
-    @staticmethod
-    def _mean(tokens: Tensor, num_extra: int) -> Tensor:
-        return tokens[:, num_extra:].mean(1, keepdim=True)
+    def _logits(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int) -> Tensor:
+        """(B, E + H*W, C) -> (B, regions or 1, K)."""
+        if self.routing == 'layer':
+            return self.router(tokens[:, num_extra:].mean(1, keepdim=True))
+        return self.router(pool(tokens, shape, self.region, num_extra))
 
     def _per_region(self, decisions: Tensor, shape: Tuple[int, int]) -> Tensor:
         """(B, regions or 1, ...) -> (B, rows, columns, ...)."""
