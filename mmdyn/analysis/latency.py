@@ -11,7 +11,7 @@ from typing import Callable, Dict, List, Sequence, Union
 
 import torch
 
-from ..models.layers.linear import ONEDNN, linear, uses_onednn
+from ..models.layers.linear import ONEDNN, cpuinfo, linear, uses_onednn
 
 Outputs = Union[torch.Tensor, Sequence[torch.Tensor]]
 
@@ -121,7 +121,8 @@ def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes
 
 def environment(device: Union[str, torch.device] = 'cpu') -> Dict[str, Union[str, int]]:
     """What a time depends on: the machine, the number of threads and the versions of the libraries."""
-    found = dict(date=str(datetime.now(timezone.utc).date()), cpu=cpu_name(),
+    cpu = cpuinfo('model name') or platform.processor() or platform.machine()
+    found = dict(date=str(datetime.now(timezone.utc).date()), cpu=cpu,
                  capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(),
                  allocator=allocator(), torch=torch.__version__)
     if torch.device(device).type == 'cuda':
@@ -139,10 +140,3 @@ def allocator() -> str:
     given = (f'{name}={Path(value).name}' for name, value in sorted(os.environ.items())
              if name == 'LD_PRELOAD' or name.startswith('MALLOC_'))
     return ', '.join(given) or 'default'
-
-
-def cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
-    """The processor's name."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
-    return next(names, '') or platform.processor() or platform.machine()

@@ -1,11 +1,12 @@
 import os
+import platform
 import time
 
 import pytest
 import torch
 
-from mmdyn.analysis.latency import (cpu_name, environment, interleaved_times, largest_difference, limits, peak_memory,
-                                    ratio)
+from mmdyn.analysis.latency import environment, interleaved_times, largest_difference, limits, peak_memory, ratio
+from mmdyn.models.layers.linear import cpuinfo
 
 
 def test_runs_in_turns_after_a_warm_up():
@@ -73,10 +74,8 @@ def test_allocator_is_what_the_variables_say(monkeypatch):
     assert environment()['allocator'] == 'LD_PRELOAD=libjemalloc.so.2, MALLOC_TOP_PAD_=4096'
 
 
-def test_environment(tmp_path):
+def test_environment():
     found = environment()
     assert found['threads'] == torch.get_num_threads() and found['torch'] == torch.__version__
     assert {'date', 'cpu', 'capability', 'mmcv', 'mmdet', 'timm'} < set(found) and 'gpu' not in found
-    (tmp_path / 'cpuinfo').write_text('processor\t: 0\nmodel name\t: Some CPU @ 2.0 GHz\n\nmodel name\t: another\n')
-    assert cpu_name(tmp_path / 'cpuinfo') == 'Some CPU @ 2.0 GHz'
-    assert cpu_name(tmp_path / 'missing')
+    assert found['cpu'] in {cpuinfo('model name'), platform.processor(), platform.machine()} - {''}

@@ -9,14 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import AttentionBase
-from .linear import PIECE, Linear, PatchProjection, few_sizes, linear, packed_pieces, uses_onednn
+from .linear import PIECE, Linear, PatchProjection, cpuinfo, few_sizes, linear, packed_pieces, uses_onednn
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
 
-# Scores of a head from which on two plain products are faster than a fused kernel on a CPU.
+
+def fused_is_slow(capability: str, vendor: str) -> bool:
+    """Whether fused attention takes longer than two plain products by oneDNN on a CPU.
+
+    It computes by MKL, which leaves AVX-512 unused on processors that are not Intel's.
+
+    Args:
+        capability: the widest instructions, in torch's words.
+        vendor: as in /proc/cpuinfo, '' if it is unknown.
+    """
+    return capability.startswith('AVX512') and vendor not in ('', 'GenuineIntel')
+
+
+FUSED_IS_SLOW = fused_is_slow(torch.backends.cpu.get_cpu_capability(), cpuinfo('vendor_id'))
+# Scores of a head from which on it is.
 LARGE = 2**17
 
 
@@ -33,7 +47,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: List[in
     """
     if not lengths:
         return query
-    if max(lengths) * key.shape[2] >= LARGE and uses_onednn(query, key):
+    if FUSED_IS_SLOW and max(lengths) * key.shape[2] >= LARGE and uses_onednn(query, key):
         return torch.cat([attention_by_linear(*image) for image in zip(query.split(lengths), key, value)])
     if len(set(lengths)) == 1:
         query = query.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2)

@@ -1,5 +1,6 @@
 """Linear layers, and pieces of rows that are small enough to stay in cache from one layer to the next."""
 import math
+from pathlib import Path
 from typing import Callable, Iterable, Iterator, List, Optional, Tuple
 
 import torch
@@ -13,6 +14,13 @@ if torch.backends.mkldnn.is_available():
     ONEDNN = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
 # Numbers that a piece of rows has in memory.
 PIECE = 2**20
+
+
+def cpuinfo(field: str, file: Path = Path('/proc/cpuinfo')) -> str:
+    """What Linux tells of the first processor, e.g. its ``model name``; '' where it does not."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    values = (value.strip() for name, _, value in (line.partition(':') for line in lines) if name.strip() == field)
+    return next(values, '')
 
 
 def uses_onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> bool:

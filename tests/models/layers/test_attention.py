@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mmdyn.models.layers import Attention, packed_attention
 from mmdyn.models.layers import attention as attention_module
-from mmdyn.models.layers.attention import attention_by_linear, class_attention, varlen_attention
+from mmdyn.models.layers.attention import attention_by_linear, class_attention, fused_is_slow, varlen_attention
 from mmdyn.models.layers.linear import ONEDNN, few_sizes
 
 LENGTHS = [[3, 3, 3], [4, 1, 2], [0, 5, 0], [0, 0, 0]]
@@ -41,6 +41,7 @@ def by_linear(monkeypatch):
         return attention_by_linear(query, key, value)
 
     monkeypatch.setattr(attention_module, 'LARGE', 10)
+    monkeypatch.setattr(attention_module, 'FUSED_IS_SLOW', True)
     monkeypatch.setattr(attention_module, 'attention_by_linear', count)
     return calls
 
@@ -59,6 +60,20 @@ def test_large_attention_by_products_equals_the_fused(lengths, by_linear):
         doubled = packed_attention(query.double(), key.double(), value.double(), lengths)
         torch.testing.assert_close(doubled.float(), expected, rtol=1e-5, atol=1e-6)
     assert by_linear == []
+
+
+@pytest.mark.parametrize('slow', [False, True])
+@torch.no_grad()
+def test_large_attention_is_fused_where_that_is_fast(slow, by_linear, monkeypatch):
+    monkeypatch.setattr(attention_module, 'FUSED_IS_SLOW', slow)
+    packed_attention(torch.randn(7, 2, 4), *torch.randn(2, 1, 2, 6, 4), [7])
+    assert by_linear == ([7] if slow and torch.backends.mkldnn.is_available() else [])
+
+
+def test_fused_attention_is_slow_with_avx512_that_is_not_intels():
+    assert fused_is_slow('AVX512', 'AuthenticAMD')
+    for capability, vendor in (('AVX512', 'GenuineIntel'), ('AVX2', 'AuthenticAMD'), ('DEFAULT', ''), ('AVX512', '')):
+        assert not fused_is_slow(capability, vendor)
 
 
 @pytest.mark.parametrize('lengths', LENGTHS)

@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdyn.models.layers import linear as linear_module
-from mmdyn.models.layers.linear import (Linear, PatchProjection, add_into, by_pieces, by_pieces_of_rows, few_sizes,
-                                        is_plain_inference, linear, packed_pieces, uses_onednn)
+from mmdyn.models.layers.linear import (Linear, PatchProjection, add_into, by_pieces, by_pieces_of_rows, cpuinfo,
+                                        few_sizes, is_plain_inference, linear, packed_pieces, uses_onednn)
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -314,3 +314,10 @@ def test_add_into_has_the_wider_type(dtypes, in_place):
 def test_add_into_has_gradients():
     change, x = (torch.randn(4, 3, dtype=torch.double, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda change, x: add_into(change.sin(), x).square(), (change, x))
+
+
+def test_cpuinfo_is_of_the_first_processor(tmp_path):
+    file = tmp_path / 'cpuinfo'
+    file.write_text('processor\t: 0\nmodel name\t: Some: CPU @ 2.0 GHz\n\nmodel name\t: another\nflags\n')
+    assert cpuinfo('model name', file) == 'Some: CPU @ 2.0 GHz'
+    assert cpuinfo('model', file) == cpuinfo('flags', file) == cpuinfo('model name', tmp_path / 'missing') == ''
