@@ -19,7 +19,7 @@ SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt setup.py mmdyn/m
 
 .PHONY: help setup test demo demo-det demo-seg demo-cls-cf bench clean
 help:
-	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (about 15 minutes, once)'
+	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (10 to 20 minutes, once)'
 	echo 'make test       set up, then run the tests'
 	echo 'make demo       set up, then train PVT and PVT+DGE on the demo data, test them and draw the gates'
 	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
@@ -49,7 +49,7 @@ $(TORCH_DONE): $(VENV_DONE)
 # No build isolation, so that the operators are compiled against the torch of .venv; a wheel cache of its own for
 # each torch, because pip would hand a wheel that was compiled for one torch to another.
 $(MMCV_DONE): $(TORCH_DONE)
-	@echo '== mmcv with its operators (2/3): compiled here, about 11 minutes on 2 cores, log in $(VENV)/mmcv.log =='
+	@echo '== mmcv with its operators (2/3): compiled here, 10 to 20 minutes on 2 cores, log in $(VENV)/mmcv.log =='
 	cache=$$($(BIN)/pip cache dir)/mmcv-for-$$($(BIN)/python -c 'import torch; print(f"torch-{torch.__version__}")')
 	MMCV_WITH_OPS=1 $(BIN)/pip install -v --cache-dir "$$cache" --no-deps --no-build-isolation $$(grep '^mmcv==' requirements.txt) > $(VENV)/mmcv.log 2>&1 &
 	pip=$$!
