@@ -1,4 +1,7 @@
-"""The inference path of :mod:`.grains` on a CPU as compiled functions, native.c: a few calls instead of many operators."""
+"""Inference on a CPU by compiled functions, native.c: a few calls instead of many operators.
+
+They do what :mod:`.grains` does, and the sampling of deformable attention.
+"""
 import ctypes
 from bisect import bisect_right
 from functools import lru_cache
@@ -20,6 +23,11 @@ class _Routing(ctypes.Structure):
                              'begin', 'end', 'start', 'count', 'surplus')]
 
 
+class _Sampling(ctypes.Structure):
+    """As in native.c."""
+    _fields_ = [(name, ctypes.c_int64) for name in ('height', 'width', 'heads', 'points', 'channels')]
+
+
 @lru_cache(maxsize=None)
 def library() -> Optional[ctypes.CDLL]:
     """The compiled functions, or None where there was no compiler when mmdyn was installed."""
@@ -31,6 +39,7 @@ def library() -> Optional[ctypes.CDLL]:
     for name, *types in (('choose', address, address, address, number), ('count_queries', address),
                          ('gather_queries', address, number, address), ('add_changes', address, address)):
         getattr(functions, name).argtypes = [ctypes.POINTER(_Routing), *types]
+    functions.sample.argtypes = [ctypes.POINTER(_Sampling), address, address, address, address, number, address]
     return functions
 
 
@@ -122,3 +131,13 @@ class Routing:
 @lru_cache(maxsize=None)
 def sides_of(granularities: Tuple[int, ...]) -> Tensor:
     return torch.tensor(granularities, device='cpu')
+
+
+def sample(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[int, int], lengths: List[int]) -> Tensor:
+    """As :func:`~mmdyn.models.layers.deformable.deformable_sampling`."""
+    (heads, channels), num_points = value.shape[2:], points.shape[2]
+    points, weights, counts = points.contiguous(), weights.contiguous(), torch.tensor(lengths, device='cpu')
+    out = value.new_empty(len(points), heads * channels)
+    library().sample(_Sampling(*shape, heads, num_points, channels), value.data_ptr(), points.data_ptr(),
+                     weights.data_ptr(), counts.data_ptr(), len(lengths), out.data_ptr())
+    return out

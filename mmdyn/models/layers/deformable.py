@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dge import native
 from .base import AttentionBase
 from .linear import Linear, by_pieces_of_rows, linear
 
@@ -86,16 +87,20 @@ def deformable_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: T
         weights: (N, heads, P).
         shape: (H, W).
         lengths: queries of each of the B images; they sum to N.
-        sampler: a key of ``SAMPLERS``. Defaults to mmcv's operator on accelerators, which it is written for.
+        sampler: a key of ``SAMPLERS``. Defaults to mmcv's operator on accelerators, which it is written for, and to a
+            compiled function in inference on a CPU.
 
     Returns:
         (N, heads * D).
     """
-    sampler = sampler or ('embedding_bag' if value.device.type == 'cpu' else 'mmcv')
     # A position on a map of some hundred cells does not fit into half precision.
     with torch.autocast(value.device.type, enabled=False):
         full = torch.promote_types(value.dtype, torch.float32)
-        return SAMPLERS[sampler](value.to(full), points.to(full), weights.to(full), shape, lengths).to(value.dtype)
+        inputs = value.to(full), points.to(full), weights.to(full), shape, lengths
+        if sampler is None and native.is_used(inputs[0]):
+            return native.sample(*inputs).to(value.dtype)
+        sampler = sampler or ('embedding_bag' if value.device.type == 'cpu' else 'mmcv')
+        return SAMPLERS[sampler](*inputs).to(value.dtype)
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmdyn.models.dge import native
 from mmdyn.models.layers import DeformableAttention, EncoderBlock, deformable_sampling
 from mmdyn.models.layers.deformable import SAMPLERS, StartLinear, scale_gradient
 
@@ -126,6 +127,56 @@ def test_gradients_are_those_of_differences(shape, lengths, heads, num_points, s
     value, points, weights = inputs(shape, lengths, heads, num_points, dim=2)
     points = (points.detach().floor() + 0.1 + 0.8 * torch.rand_like(points)).requires_grad_()
     assert gradcheck(lambda *args: deformable_sampling(*args, shape, lengths, sampler), (value, points, weights))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The maps' shape in each call of the compiled function."""
+    if native.library() is None:
+        pytest.skip('mmdyn was installed without a compiler')
+    calls, sample = [], native.sample
+    monkeypatch.setattr(native, 'sample', lambda *args: calls.append(args[3]) or sample(*args))
+    return calls
+
+
+@pytest.mark.parametrize('shape, lengths, heads, num_points', [*LAYOUTS, ((30, 40), [500, 700], 3, 4)])
+@pytest.mark.parametrize('dim', [1, 3, 64])
+@torch.no_grad()
+def test_compiled_sampling_equals_embedding_bag(shape, lengths, heads, num_points, dim, compiled):
+    arguments = inputs(shape, lengths, heads, num_points, dim, torch.float)
+    expected = deformable_sampling(*(x.double() for x in arguments), shape, lengths, 'embedding_bag')
+    sampled = deformable_sampling(*arguments, shape, lengths)
+    assert compiled == [shape] and sampled.shape == (sum(lengths), heads * dim)
+    torch.testing.assert_close(sampled, expected.float(), rtol=1e-4, atol=1e-5)
+    strided = (torch.stack([x, x], -1)[..., 0] for x in arguments[1:])
+    assert torch.equal(deformable_sampling(arguments[0], *strided, shape, lengths), sampled)
+
+
+@pytest.mark.parametrize('x, y', [(math.nan, 0), (0, math.nan), (math.inf, 0), (1, -math.inf)])
+@torch.no_grad()
+def test_points_that_are_nowhere_have_no_value(x, y, compiled):
+    """As embedding_bag has it; other queries have theirs."""
+    points = torch.tensor([[x, y], [1, 1]]).view(2, 1, 1, 2)
+    for sampler in (None, 'embedding_bag'):
+        sampled = deformable_sampling(torch.ones(1, 6, 1, 5), points, torch.ones(2, 1, 1), (2, 3), [2], sampler)
+        assert sampled[0].isnan().all() and torch.equal(sampled[1], torch.ones(5))
+    assert compiled == [(2, 3)]
+
+
+def test_sampling_is_compiled_in_inference_only(compiled, monkeypatch):
+    value, points, weights = (x.detach() for x in inputs((2, 3), [2], 1, 1, dtype=torch.float))
+
+    def is_compiled(value, sampler=None):
+        compiled.clear()
+        assert deformable_sampling(value, points, weights, (2, 3), [2], sampler).dtype == value.dtype
+        return bool(compiled)
+
+    assert not is_compiled(value)
+    with torch.no_grad():
+        assert is_compiled(value) and is_compiled(value.bfloat16())
+        assert not is_compiled(value.double()) and not is_compiled(value, 'embedding_bag')
+        monkeypatch.setattr(native, 'library', lambda: None)
+        assert not is_compiled(value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='mmcv compares its operator on a GPU only')
