@@ -183,7 +183,9 @@ void sample(const Sampling *g, const float *value, const float *points, const fl
         int64_t begin = next;
         next += lengths[image] * g->heads;
 #pragma omp parallel for if (is_shared((next - begin) * g->points * 4, n))
-        for (int64_t i = begin; i < next; i++)
-            sample_points(g, value + i % g->heads * n, points + i * g->points * 2, weights + i * g->points, out + i * n);
+        for (int64_t i = begin; i < next; i++) {
+            int64_t first = i * g->points;
+            sample_points(g, value + i % g->heads * n, points + 2 * first, weights + first, out + i * n);
+        }
     }
 }

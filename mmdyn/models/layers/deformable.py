@@ -92,7 +92,14 @@ def deformable_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: T
 
     Returns:
         (N, heads * D).
+
+    Raises:
+        ValueError: if the values are not those of maps of ``shape``, or ``lengths`` not those of the queries.
     """
+    if value.shape[:2] != (len(lengths), math.prod(shape)) or sum(lengths) != len(points):
+        raise ValueError(f'Values of {value.shape[0]} images with {value.shape[1]} cells and points of {len(points)} '
+                         f'queries do not fit lengths={lengths} and shape={tuple(shape)}: give the queries of each '
+                         'image, and the (height, width) of the map.')
     # A position on a map of some hundred cells does not fit into half precision.
     with torch.autocast(value.device.type, enabled=False):
         full = torch.promote_types(value.dtype, torch.float32)

@@ -129,6 +129,14 @@ def test_gradients_are_those_of_differences(shape, lengths, heads, num_points, s
     assert gradcheck(lambda *args: deformable_sampling(*args, shape, lengths, sampler), (value, points, weights))
 
 
+@pytest.mark.parametrize('shape, lengths', [((2, 4), [2]), ((2, 3), [1]), ((2, 3), [1, 1]), ((2, 3), [])])
+def test_values_points_and_lengths_must_fit(shape, lengths):
+    arguments = inputs((2, 3), [2], 1, 4)
+    with pytest.raises(ValueError, match=r'1 images with 6 cells and points of 2 queries do not fit lengths=\[.*'
+                       r'shape=\(2, .\): give the queries of each image'):
+        deformable_sampling(*arguments, shape, lengths)
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """The maps' shape in each call of the compiled function."""
