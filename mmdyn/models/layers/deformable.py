@@ -18,7 +18,7 @@ def sample_by_embedding_bag(value: Tensor, points: Tensor, weights: Tensor, shap
     (height, width), heads = shape, value.shape[2]
     image = torch.arange(len(lengths), device=value.device, dtype=torch.int32).repeat_interleave(
         torch.tensor(lengths, device=value.device, dtype=torch.long), output_size=len(points))
-    # Rows of the (B * H*W * heads) values: those of an image begin at its first cell, those of a cell at its first head.
+    # Rows of the (B * H*W * heads) values: an image's begin at its first cell, those of a cell at its first head.
     first = (image * (height * width * heads))[:, None] + torch.arange(heads, device=value.device, dtype=torch.int32)
     x, y = (place.contiguous() for place in points.unbind(-1))
     left, top = x.floor(), y.floor()
