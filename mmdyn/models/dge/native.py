@@ -30,16 +30,24 @@ class _Sampling(ctypes.Structure):
 
 @lru_cache(maxsize=None)
 def library() -> Optional[ctypes.CDLL]:
-    """The compiled functions, or None where there was no compiler when mmdyn was installed."""
+    """The compiled functions, or None where there was no compiler when mmdyn was installed.
+
+    Raises:
+        ImportError: if they are of another version of mmdyn; it says how to compile them again.
+    """
     spec = find_spec('mmdyn.models.dge._native')
     if spec is None:
         return None
     functions = ctypes.CDLL(spec.origin)
     number, address = ctypes.c_int64, ctypes.c_void_p
-    for name, *types in (('choose', address, address, address, number), ('count_queries', address),
-                         ('gather_queries', address, number, address), ('add_changes', address, address)):
-        getattr(functions, name).argtypes = [ctypes.POINTER(_Routing), *types]
-    functions.sample.argtypes = [ctypes.POINTER(_Sampling), address, address, address, address, number, address]
+    try:
+        for name, *types in (('choose', address, address, address, number), ('count_queries', address),
+                             ('gather_queries', address, number, address), ('add_changes', address, address)):
+            getattr(functions, name).argtypes = [ctypes.POINTER(_Routing), *types]
+        functions.sample.argtypes = [ctypes.POINTER(_Sampling), address, address, address, address, number, address]
+    except AttributeError as error:
+        raise ImportError(f'{spec.origin} was compiled for another version of mmdyn: install mmdyn again, by '
+                          '`make setup` or `pip install -e .`.') from error
     return functions
 
 

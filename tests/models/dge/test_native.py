@@ -104,3 +104,9 @@ def test_is_used_in_plain_inference_alone():
             assert native.is_used(tokens)
             assert not native.is_used(tokens.double()) and not native.is_used(tokens.bfloat16())
             assert not native.is_used(tokens.mT) and not native.is_used(tokens.to('meta'))
+
+
+def test_functions_of_another_version_say_how_to_compile_them(monkeypatch):
+    monkeypatch.setattr(native.ctypes, 'CDLL', lambda path: object())
+    with pytest.raises(ImportError, match='_native.* another version of mmdyn: .*`make setup` or `pip install -e .`'):
+        native.library.__wrapped__()
