@@ -52,9 +52,13 @@ def library() -> Optional[ctypes.CDLL]:
 
 
 def is_used(tokens: Tensor) -> bool:
-    """Whether the compiled functions take these tokens: in float32 on a CPU, when nothing is recorded or traced."""
-    return (is_plain_inference() and type(tokens) is Tensor and tokens.device.type == 'cpu'
-            and tokens.dtype == torch.float32 and tokens.is_contiguous() and library() is not None)
+    """Whether the compiled functions take these tokens: in float32 on a CPU, when nothing is recorded or traced.
+
+    Modes that watch operators, such as torch's counter of operations, would not see these functions.
+    """
+    return (is_plain_inference() and not torch._C._len_torch_dispatch_stack() and type(tokens) is Tensor
+            and tokens.device.type == 'cpu' and tokens.dtype == torch.float32 and tokens.is_contiguous()
+            and library() is not None)
 
 
 def choose(tokens: Tensor, shape: Tuple[int, int], side: int, num_extra: int, weight: Tensor, bias: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdyn.models.dge import grains, native
 
@@ -104,6 +105,8 @@ def test_is_used_in_plain_inference_alone():
             assert native.is_used(tokens)
             assert not native.is_used(tokens.double()) and not native.is_used(tokens.bfloat16())
             assert not native.is_used(tokens.mT) and not native.is_used(tokens.to('meta'))
+            with FlopCounterMode(display=False):
+                assert not native.is_used(tokens)
 
 
 def test_functions_of_another_version_say_how_to_compile_them(monkeypatch):
