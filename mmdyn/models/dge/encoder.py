@@ -1,6 +1,6 @@
 """The dynamic grained encoder: a router, and the way of an encoder block's tokens through it (DGE paper, fig. 1)."""
 import math
-from typing import NamedTuple, Optional, Sequence, Tuple, Union
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .. import native
 from ..layers.linear import is_plain_inference, runs_in_pieces
-from . import grains, native
+from ..native import routing as compiled
+from . import grains
 from .grains import candidate_centres, candidate_values, grid, pool, region_table, sum_over_granularities
 
 
@@ -79,7 +81,7 @@ class Router(nn.Module):
     def choose(self, tokens: Tensor, shape: Tuple[int, int], side: int, num_extra: int) -> Tensor:
         """(B, E + H*W, C) -> (B, rows, columns) indices of the greatest logits of the side x side regions."""
         if native.is_used(tokens) and self.weight.dtype == self.bias.dtype == torch.float32:
-            return native.choose(tokens, shape, side, num_extra, self.weight, self.bias)
+            return compiled.choose(tokens, shape, side, num_extra, self.weight, self.bias)
         return self(pool(tokens, shape, side, num_extra)).argmax(-1).unflatten(1, grid(side, shape))
 
 
@@ -99,8 +101,8 @@ class DynamicGrainedEncoder(nn.Module):
     """Wraps an encoder block so that each region of its input chooses its number of queries.
 
     The block is an argument of the forward pass, not a submodule: the names of its weights are those of the dense model.
-    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``memory``, ``update`` and
-    ``forward`` and its attribute ``piece``. If it has a true attribute ``uses_points``, it gets the centres of the
+    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``compiled``, ``memory``
+    and ``forward``. If it has a true attribute ``uses_points``, it gets the centres of the
     queries' patches.
 
     Args:
@@ -172,13 +174,7 @@ class DynamicGrainedEncoder(nn.Module):
                 choice = self._per_region(self._logits(tokens, shape, num_extra).argmax(-1), shape)
             else:
                 choice = self.router.choose(tokens, shape, self.region, num_extra)
-            args = choice, shape, phis, self.region, num_extra
-            routing = (native.Routing(*args) if native.is_used(tokens) else
-                       grains.route(*args, padded=runs_in_pieces(tokens)))
-            self.decision = Decision(choice, routing.queries)
-            if is_plain_inference():
-                return self._infer(block, tokens, shape, routing, num_extra, inplace)
-            return routing.add_changes(tokens, self._sparse_change(block, tokens, shape, routing, num_extra))
+            return self._infer(block, tokens, shape, choice, num_extra, inplace)
 
         gates, choice = straight_through_gates(self._logits(tokens, shape, num_extra), self.tau)
         gates, choice = self._per_region(gates, shape), self._per_region(choice, shape)
@@ -195,20 +191,19 @@ class DynamicGrainedEncoder(nn.Module):
         change = self._sparse_change(block, tokens, shape, routing, num_extra)
         return routing.add_changes(tokens, change * scores[:, None].type_as(change))
 
-    def _infer(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int],
-               routing: Union[grains.Routing, native.Routing], num_extra: int, inplace: bool) -> Tensor:
-        """The tokens with the changes of the queries of a routing, band after band."""
-        if sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
+    def _infer(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], choice: Tensor, num_extra: int,
+               inplace: bool) -> Tensor:
+        """The tokens with the changes of the queries of a choice."""
+        args, functions = (choice, shape, self.granularities, self.region, num_extra), block.compiled(tokens)
+        routing = compiled.route(*args) if functions else grains.route(*args, padded=runs_in_pieces(tokens))
+        self.decision = Decision(choice, routing.queries)
+        if functions:
+            return functions.update_patches(tokens, block.memory(tokens, shape, num_extra), routing, inplace)
+        if is_plain_inference() and sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
             # Every token is a query of its own: the vanilla block.
             return block(tokens, shape, num_extra, inplace)
-        memory, places = block.memory(tokens, shape, num_extra), self._places(block, tokens, shape, num_extra)
-        # No query of a band is made of tokens that another band changes.
-        out = tokens if inplace else tokens.clone()
-        for images, band in routing.bands(block.piece):
-            points = None if places is None else band.means(places)
-            of_images = [x[images] for x in memory] if len(tokens) > 1 else memory
-            band.add_changes_(out, block.update(band.means(tokens), of_images, shape, band.packed, points))
-        return out
+        change = self._sparse_change(block, tokens, shape, routing, num_extra)
+        return routing.add_changes_(tokens, change) if inplace else routing.add_changes(tokens, change)
 
     def _sparse_change(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], routing: grains.Routing,
                        num_extra: int) -> Tensor:

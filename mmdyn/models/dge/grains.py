@@ -222,11 +222,8 @@ class Routing:
 
     def add_changes_(self, tokens: Tensor, change: Tensor) -> Tensor:
         """:meth:`add_changes` in place, without gradients."""
-        return add_spread_(tokens.view(-1, tokens.shape[2]), change, self.groups).view_as(tokens)
-
-    def bands(self, count: int) -> List[Tuple[slice, 'Routing']]:
-        """Parts of the queries that can be run one after the other, each with its images. Here it is the whole."""
-        return [(slice(None), self)]
+        add_spread_(tokens.view(-1, tokens.shape[2]), change, self.groups)
+        return tokens
 
 
 def route(choice: Tensor, shape: Tuple[int, int], granularities: Tuple[int, ...], region: int,

@@ -8,8 +8,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..native import encoder as compiled
 from .base import AttentionBase
-from .linear import PIECE, Linear, PatchProjection, cpuinfo, few_sizes, linear, packed_pieces, uses_onednn
+from .linear import PIECE, Linear, cpuinfo, few_sizes, linear, packed_pieces, uses_onednn
+from .patches import PatchProjection
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -99,6 +101,13 @@ def class_attention(query: Tensor, key: Tensor) -> Tensor:
         return scores.softmax(-1).mean(1)
 
 
+def check_sr_ratio(shape: Tuple[int, int], sr_ratio: int) -> None:
+    """Raise ValueError for a map of ``shape`` (H, W) that no key is made of."""
+    if min(shape) < sr_ratio:
+        raise ValueError(f'A map of {shape[0]} x {shape[1]} cells is too small for sr_ratio={sr_ratio}: use a larger '
+                         'image or a smaller sr_ratio in this stage.')
+
+
 class Attention(AttentionBase):
     """Multi-head attention whose keys and values are the tokens, spatially reduced if ``sr_ratio`` > 1 (PVT).
 
@@ -131,9 +140,7 @@ class Attention(AttentionBase):
         """(B, E + H*W, C), normed by ``norm`` first -> (B, E + (H//sr)*(W//sr), C)."""
         if self.sr_ratio == 1:
             return tokens if norm is None else norm(tokens)
-        if min(shape) < self.sr_ratio:
-            raise ValueError(f'A map of {shape[0]} x {shape[1]} cells is too small for sr_ratio={self.sr_ratio}: use a '
-                             'larger image or a smaller sr_ratio in this stage.')
+        check_sr_ratio(shape, self.sr_ratio)
         extra, cells = tokens[:, :num_extra], tokens[:, num_extra:]
         reduced = self.sr(cells.transpose(1, 2).unflatten(2, shape), before=norm, after=self.norm)[0]
         if not num_extra:
@@ -143,9 +150,21 @@ class Attention(AttentionBase):
     def keys_values(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0,
                     norm: Optional[nn.Module] = None) -> Tuple[Tensor, Tensor]:
         """Keys and values, (B, heads, M, D) each."""
-        key_value = self.kv(self.reduce(tokens, shape, num_extra, norm))
+        key_value = None
+        if self.sr_ratio == 1:
+            key_value = compiled.project_rows(tokens, self.kv, norm)
+        elif compiled.takes(tokens) and not num_extra and compiled.is_plain(self.sr, PatchProjection):
+            check_sr_ratio(shape, self.sr_ratio)
+            key_value = compiled.project(tokens.unflatten(1, shape), self.sr.weight.permute(0, 2, 3, 1), self.sr.bias,
+                                         norm, self.norm, self.kv)
+        if key_value is None:
+            key_value = self.kv(self.reduce(tokens, shape, num_extra, norm))
         key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return key, value
+
+    def compiled_layers(self) -> Optional[Tuple[Optional[nn.Module], ...]]:
+        plain = type(self) is Attention and not self.keeps_class_attention
+        return (self.q, None, self.proj) if plain else None
 
     def attend(self, queries: Tensor, memory: Tuple[Tensor, Tensor], shape: Tuple[int, int], lengths: List[int],
                points: Optional[Tensor] = None) -> Tensor:

@@ -19,6 +19,14 @@ class AttentionBase(nn.Module):
     """
     uses_points = False
     keeps_class_attention = False
+    num_points = 0
+
+    def compiled_layers(self) -> Optional[Tuple[Optional[nn.Module], ...]]:
+        """Layers of queries, or of offsets and weights of points, and of the result, if :meth:`attend` may be left out.
+
+        That is where a :class:`~mmdyn.models.native.encoder.CompiledBlock` does the same.
+        """
+        return None
 
     def keys_values(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0,
                     norm: Optional[nn.Module] = None) -> Tuple[Tensor, ...]:

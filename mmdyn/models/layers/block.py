@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..native import encoder as compiled
 from .base import AttentionBase
 from .linear import Linear, add_into, by_pieces, by_pieces_of_rows
 
@@ -80,7 +81,7 @@ class EncoderBlock(nn.Module):
             as ``queries``: the change, or ``into``.
         """
         packed, lengths, points = self.attn.pack(queries, shape, lengths, points)
-        if self.training or not self.attn.runs_in_pieces(packed):
+        if self.training or not (compiled.takes(packed) or self.attn.runs_in_pieces(packed)):
             normed = self.norm1(tokens)
             memory = self.attn.keys_values(normed, shape, num_extra)
             normed = normed.flatten(0, 1) if queries is tokens else self.norm1(packed)
@@ -96,6 +97,9 @@ class EncoderBlock(nn.Module):
     def update(self, queries: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int], lengths: List[int],
                points: Optional[Tensor] = None, into: Optional[Tensor] = None) -> Tensor:
         """:meth:`change` of packed queries (N, C) that attend to a :meth:`memory`, in inference."""
+        functions = self.compiled(queries)
+        if functions:
+            return functions.change(queries, memory, shape, lengths, points, into)
         if not self.attn.runs_in_pieces(queries):
             change = self._change(queries, self.norm1(queries), memory, shape, lengths, points)
             return change if into is None else into.add_(change)
@@ -105,10 +109,15 @@ class EncoderBlock(nn.Module):
 
         return by_pieces(run, self.attn.pieces(queries, memory, lengths, points), len(queries), into)
 
-    @property
-    def piece(self) -> int:
-        """Queries that stay in cache from one layer to the next."""
-        return self.attn.rows_of_piece(self.norm1.normalized_shape[0])
+    def compiled(self, tokens: Tensor) -> Optional[compiled.CompiledBlock]:
+        """Functions that do the same on a CPU, if they take the tokens and nobody replaced or looks at a layer."""
+        layers = self.attn.compiled_layers() if compiled.takes(tokens) else None
+        if layers is None or not all(
+                compiled.is_plain(layer, kind)
+                for layer, kind in ((self, EncoderBlock), (self.attn, type(self.attn)), (self.ffn, FFN))):
+            return None
+        return compiled.compiled_block([self.norm1, *layers, self.norm2, self.ffn.fc1, self.ffn.fc2], self.attn.num_heads,
+                              self.attn.num_points, self.residual_scale)
 
     def _change(self, queries: Tensor, normed: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int],
                 lengths: List[int], points: Optional[Tensor]) -> Tensor:

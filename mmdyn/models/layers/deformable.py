@@ -7,9 +7,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dge import native
+from .. import native
+from ..native import encoder as compiled
+from ..native.sampling import sample
 from .base import AttentionBase
-from .linear import Linear, by_pieces_of_rows, linear
+from .linear import Linear, StartLinear, by_pieces_of_rows
 
 
 def sample_by_embedding_bag(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[int, int],
@@ -105,7 +107,7 @@ def deformable_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: T
         full = torch.promote_types(value.dtype, torch.float32)
         inputs = value.to(full), points.to(full), weights.to(full), shape, lengths
         if sampler is None and native.is_used(inputs[0]):
-            return native.sample(*inputs).to(value.dtype)
+            return sample(*inputs).to(value.dtype)
         sampler = sampler or ('embedding_bag' if value.device.type == 'cpu' else 'mmcv')
         return SAMPLERS[sampler](*inputs).to(value.dtype)
 
@@ -113,21 +115,6 @@ def deformable_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: T
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
     """``x``, whose gradient is multiplied by ``scale``."""
     return x.detach() + scale * (x - x.detach()) if x.requires_grad else x
-
-
-class StartLinear(nn.Module):
-    """A linear layer that starts with weights of 0 and the given bias.
-
-    It is no ``nn.Linear``, so that a model-wide initialisation of linear layers leaves it alone.
-    """
-
-    def __init__(self, dim: int, bias: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(len(bias), dim))
-        self.bias = nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class DeformableAttention(AttentionBase):
@@ -164,8 +151,14 @@ class DeformableAttention(AttentionBase):
         if num_extra:
             raise ValueError(f'Deformable attention samples a map, but there are {num_extra} extra tokens, which have '
                              'no place on it: use a model without class token.')
-        values = by_pieces_of_rows(lambda rows: self.v(rows if norm is None else norm(rows)), tokens, tokens.shape[2])
+        values = compiled.project_rows(tokens, self.v, norm)
+        if values is None:
+            values = by_pieces_of_rows(lambda rows: self.v(rows if norm is None else norm(rows)), tokens, tokens.shape[2])
         return (values.unflatten(-1, (self.num_heads, -1)), )
+
+    def compiled_layers(self) -> Optional[Tuple[Optional[nn.Module], ...]]:
+        plain = type(self) is DeformableAttention and self.sampler is None
+        return (self.offsets, self.attn_weight, self.proj) if plain else None
 
     def attend(self, queries: Tensor, memory: Tuple[Tensor], shape: Tuple[int, int], lengths: List[int],
                points: Optional[Tensor] = None) -> Tensor:

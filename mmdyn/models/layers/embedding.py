@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import PatchProjection
+from .patches import PatchProjection
 
 
 def check_side(x: Tensor, patch: int) -> None:

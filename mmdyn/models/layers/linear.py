@@ -80,57 +80,19 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, gelu)
 
 
-class PatchProjection(nn.Conv2d):
-    """A convolution of non-overlapping patches, as a linear layer of each: (B, C_in, H, W) -> (B, h*w, C_out), (h, w).
+class StartLinear(nn.Module):
+    """A linear layer that starts with weights of 0 and the given bias.
 
-    What remains of a side that is no multiple of the patch's is left out. The weights are those of ``nn.Conv2d``.
-
-    Args:
-        in_channels, out_channels: channels.
-        side: side of a patch.
-        of_tokens: whether the maps are tokens, whose channels lie side by side in memory. So do the weights' then.
+    It is no ``nn.Linear``, so that a model-wide initialisation of linear layers leaves it alone.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, side: int, of_tokens: bool):
-        super().__init__(in_channels, out_channels, side, side)
-        if of_tokens:
-            self.to(memory_format=torch.channels_last)
-        self.of_tokens = of_tokens
+    def __init__(self, dim: int, bias: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(bias), dim))
+        self.bias = nn.Parameter(bias)
 
-    def forward(self, maps: Tensor, before: Optional[nn.Module] = None, after: Optional[nn.Module] = None,
-                into: Optional[Tensor] = None) -> Tuple[Tensor, Tuple[int, int]]:
-        """``before`` and ``after`` are run on the last dimension, e.g. norms, on pieces that stay in cache.
-
-        The tokens are added to ``into``, if it is given, and it is returned.
-        """
-        side = self.kernel_size[0]
-        height, width = maps.shape[2] // side, maps.shape[3] // side
-        # (B, h, w, C_in, side, side)
-        if maps.shape[2:] != (height * side, width * side):
-            maps = maps[:, :, :height * side, :width * side]
-        patches = maps.unflatten(3, (width, side)).unflatten(2, (height, side)).permute(0, 2, 4, 1, 3, 5)
-        count = max(PIECE // math.prod(patches.shape[2:]), 1)
-
-        def run(rows, images, _):
-            top, num = rows.start - images.start * height, (rows.stop - rows.start) // (images.stop - images.start)
-            return self._project(patches[images, top:top + num], before, after).flatten(0, 1)
-
-        if not runs_in_pieces(maps) or len(maps) * height <= count:
-            tokens = self._project(patches, before, after)
-            tokens = tokens if into is None else add_into(into.view_as(tokens), tokens)
-        else:
-            lines = None if into is None else into.view(len(maps) * height, width, -1)
-            tokens = by_pieces(run, packed_pieces([height] * len(maps), count), len(maps) * height, lines)
-        return tokens.view(len(maps), height * width, -1), (height, width)
-
-    def _project(self, patches: Tensor, before: Optional[nn.Module], after: Optional[nn.Module]) -> Tensor:
-        """(B, h, w, C_in, side, side) -> (B, h, w, C_out)."""
-        weight = self.weight
-        if self.of_tokens:
-            patches, weight = patches.permute(0, 1, 2, 4, 5, 3), weight.permute(0, 2, 3, 1)
-        patches = patches if before is None else before(patches)
-        tokens = linear(patches.flatten(3), weight.flatten(1), self.bias)
-        return tokens if after is None else after(tokens)
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def few_sizes(rows: int) -> int:

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdyn.models.dge import DynamicGrainedEncoder, check_granularities, native
+from mmdyn.models.dge import DynamicGrainedEncoder, check_granularities
 from mmdyn.models.dge.encoder import Router, straight_through_gates
 from mmdyn.models.dge.grains import candidate_centres, patch_groups, region_table
 from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock, base
+from mmdyn.models.native import encoder as compiled
 
 MODES = ['eval', 'sparse', 'dense']
 OPTIONS = [
@@ -122,14 +123,14 @@ def test_equals_the_loops_of_the_paper(mode, options, shape, num_extra, sr_ratio
 
 @pytest.mark.parametrize('shape, num_extra, sr_ratio', [*LAYOUTS, ((23, 17), 1, 2), ((23, 17), 0, None)])
 @pytest.mark.parametrize('options', OPTIONS, ids=lambda options: '-'.join(map(str, options.values())))
-@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('is_compiled', [False, True])
 @pytest.mark.parametrize('rows', [10, 10**6])
 @torch.no_grad()
-def test_inference_in_float32_equals_the_loops_of_the_paper(rows, compiled, options, shape, num_extra, sr_ratio,
+def test_inference_in_float32_equals_the_loops_of_the_paper(rows, is_compiled, options, shape, num_extra, sr_ratio,
                                                             slow_change, monkeypatch):
-    """By compiled functions where there are some, and without them; about 10 queries at a time, or all."""
-    if not compiled:
-        monkeypatch.setattr(native, 'is_used', lambda tokens: False)
+    """By the compiled encoder where there is one, and without it, about 10 queries at a time or all."""
+    if not is_compiled:
+        monkeypatch.setattr(compiled, 'takes', lambda rows: False)
     monkeypatch.setattr(base, 'ROWS', rows)
     encoder, block = make('eval', sr_ratio, **options)
     tokens = torch.randn(3, num_extra + math.prod(shape), DIM)
@@ -198,7 +199,7 @@ def test_points_are_the_places_of_the_queries(mode, num_extra, with_cp):
     tokens, block = torch.randn(8, num_extra + 35, DIM), torch.nn.Identity()
     tokens[:, num_extra:, 0], tokens[:, num_extra:, 1] = torch.arange(35) % 7, torch.arange(35) // 7
     tokens[..., 2] = torch.arange(num_extra + 35) < num_extra
-    calls = []
+    calls, block.compiled = [], lambda tokens: None
     block.change = lambda queries, tokens, shape, lengths, num_extra, points: calls.append((queries, points)) or queries
     for block.uses_points in (True, False):
         encoder(block, tokens, (5, 7), num_extra)

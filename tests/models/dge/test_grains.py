@@ -238,7 +238,6 @@ def test_routing_of_tokens_and_of_a_table_that_images_share(shape, phis, region,
         added[list(rows)] += query
     assert torch.equal(routing.add_changes(tokens, change), added.view_as(tokens))
     assert routing.queries.tolist() == routing.lengths
-    assert routing.bands(1) == [(slice(None), routing)]
     with torch.no_grad():
         assert torch.equal(routing.add_changes_(tokens.clone(), change), added.view_as(tokens))
     for table in (tokens, tokens[0]):

@@ -169,7 +169,6 @@ def test_update_from_a_memory_is_the_change(kind, most, make_block, monkeypatch)
     """Of all queries, and of the last image's with its part of the memory."""
     monkeypatch.setattr(base_module, 'ROWS', most)
     block, _ = make_block(kind)
-    assert block.piece == most
     tokens, queries, lengths = torch.randn(2, 35, 12), torch.randn(31, 12), [9, 22]
     points = 3 * torch.rand(31, 2) if kind == 'deformable' else None
     expected, memory = block.change(queries, tokens, SHAPE, lengths, 0, points), block.memory(tokens, SHAPE)

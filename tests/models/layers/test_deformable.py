@@ -8,8 +8,8 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdyn.models.dge import native
-from mmdyn.models.layers import DeformableAttention, EncoderBlock, deformable_sampling
+from mmdyn.models import native
+from mmdyn.models.layers import DeformableAttention, EncoderBlock, deformable, deformable_sampling
 from mmdyn.models.layers.deformable import SAMPLERS, StartLinear, scale_gradient
 
 # Map, queries of each image, heads, points.
@@ -142,8 +142,8 @@ def compiled(monkeypatch):
     """The maps' shape in each call of the compiled function."""
     if native.library() is None:
         pytest.skip('mmdyn was installed without a compiler')
-    calls, sample = [], native.sample
-    monkeypatch.setattr(native, 'sample', lambda *args: calls.append(args[3]) or sample(*args))
+    calls, sample = [], deformable.sample
+    monkeypatch.setattr(deformable, 'sample', lambda *args: calls.append(args[3]) or sample(*args))
     return calls
 
 

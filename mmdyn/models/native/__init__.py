@@ -1,0 +1,49 @@
+"""Inference in float32 on a CPU by compiled functions: a few calls instead of many operators.
+
+Each does what plain PyTorch does elsewhere in the package, which all other cases take: routing.c what
+:mod:`~mmdyn.models.dge.grains` does, sampling.c and encoder.c what the layers do.
+"""
+import ctypes
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..layers.linear import is_plain_inference
+
+# The arguments of each: addresses and numbers.
+FUNCTIONS = dict(choose='aaaan', route='aaaa', sample='aaaaana', encode='aa',
+                 encode_memory='a', project='aa', project_memory='a', runs='')
+
+
+@lru_cache(maxsize=None)
+def library() -> Optional[ctypes.CDLL]:
+    """The compiled functions, or None where there was no compiler when mmdyn was installed.
+
+    Raises:
+        ImportError: if they are of another version of mmdyn; it says how to compile them again.
+    """
+    spec = find_spec('mmdyn.models.native._native')
+    if spec is None:
+        return None
+    functions, types = ctypes.CDLL(spec.origin), dict(a=ctypes.c_void_p, n=ctypes.c_int64)
+    try:
+        for name, arguments in FUNCTIONS.items():
+            function = getattr(functions, name)
+            function.argtypes, function.restype = [types[kind] for kind in arguments], ctypes.c_int64
+    except AttributeError as error:
+        raise ImportError(f'{spec.origin} was compiled for another version of mmdyn: install mmdyn again, by '
+                          '`make setup` or `pip install -e .`.') from error
+    return functions
+
+
+def is_used(tokens: Tensor) -> bool:
+    """Whether the compiled functions take these tokens: in float32 on a CPU, when nothing is recorded or traced.
+
+    Modes that watch operators, such as torch's counter of operations, would not see these functions.
+    """
+    return (is_plain_inference() and not torch._C._len_torch_dispatch_stack() and type(tokens) is Tensor
+            and tokens.device.type == 'cpu' and tokens.dtype == torch.float32 and tokens.is_contiguous()
+            and library() is not None)

@@ -1,0 +1,549 @@
+/* Inference on a CPU with AVX-512: all steps of an encoder block on its queries in one call, and projections of patches.
+ *
+ * Work is done on panels of up to 64 queries. A panel is a matrix with a row for each channel and its queries as columns,
+ * in vectors of 16. A linear layer is then a sum of rows with factors that are read as torch keeps them, without packing,
+ * and all that lies between two layers stays in the cache of one core.
+ */
+#include "native.h"
+#include <math.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <omp.h>
+
+#define TARGET __attribute__((target("avx512f,avx512dq,prefer-vector-width=512")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#define UNROLL _Pragma("GCC unroll 24")
+
+/* Numbers in a vector, most vectors in a row of a panel, rows of weights that a thread takes at a time; few panels for a
+ * thread, and weights that stay in cache. */
+enum { LANES = 16, MOST = 4, CHUNK = 24, FEW = 10, CACHED = 1 << 21 };
+typedef float Vector __attribute__((vector_size(64)));
+typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+
+typedef struct {
+    const float *weight, *bias;
+} Parameters;
+
+/* Matrices that a panel's steps read and write. */
+enum { X, A, Q, H, MATRICES };
+
+typedef struct {
+    int64_t first, count, vectors; /* of its queries, and in a row */
+    Vector *matrix[MATRICES];
+} Panel;
+
+/* A team of threads shares the tasks of a step. */
+typedef struct {
+    int64_t rank, size;
+    Vector *own; /* memory of this thread */
+} Member;
+
+#define SHARE(total, i) for (int64_t i = (total)*m->rank / m->size, i##_end = (total) * (m->rank + 1) / m->size; i < i##_end; i++)
+#define COLUMNS(panels, num, i) SHARE((num)*MOST, i) if (i % MOST < panels[i / MOST].vectors)
+
+static void wait_for_team(const Member *m) {
+    if (m->size > 1) {
+#pragma omp barrier
+    }
+}
+
+static int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* out = weight * x + bias, of ROWS rows and R vectors of columns. */
+INLINE void tile(const float *weight, int64_t row, int64_t step, int64_t length, const Vector *x, int64_t ldx,
+                 const float *bias, Vector *out, int64_t ldo, int ROWS, int R) {
+    Vector sum[24];
+    UNROLL for (int i = 0; i < ROWS; i++)
+        UNROLL for (int r = 0; r < R; r++) sum[i * R + r] = (Vector){} + (bias ? bias[i] : 0.f);
+    for (int64_t j = 0; j < length; j++) {
+        if (step == 1 && j % LANES == 0) /* the rows of the next tile */
+            UNROLL for (int i = 0; i < ROWS; i++) __builtin_prefetch(weight + (i + ROWS) * row + j, 0, 2);
+        UNROLL for (int i = 0; i < ROWS; i++)
+            UNROLL for (int r = 0; r < R; r++) sum[i * R + r] += weight[i * row + j * step] * x[j * ldx + r];
+    }
+    UNROLL for (int i = 0; i < ROWS; i++)
+        UNROLL for (int r = 0; r < R; r++) out[i * ldo + r] = sum[i * R + r];
+}
+
+INLINE void tiles(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length, const Vector *x,
+                  int64_t ldx, const float *bias, Vector *out, int64_t ldo, int ROWS, int R) {
+    int64_t i = 0;
+#define NEXT(N) tile(weight + i * row, row, step, length, x, ldx, bias ? bias + i : 0, out + i * ldo, ldo, N, R)
+    for (; i + ROWS <= rows; i += ROWS) NEXT(ROWS);
+    for (; i + 4 <= rows; i += 4) NEXT(4);
+    for (; i < rows; i++) NEXT(1);
+}
+
+/* out (rows, R vectors) = weight (rows, length) * x (length, R vectors) + bias (rows), which may be 0.
+ *
+ * The weights' rows are row numbers apart, those of a row step; rows of x and out are ldx and ldo vectors apart.
+ */
+typedef void Product(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length, const Vector *x,
+                     int64_t ldx, const float *bias, Vector *out, int64_t ldo);
+
+/* As many sums as there are registers for them. */
+#define PRODUCT(R, ROWS)                                                                                               \
+    TARGET static void product##R(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length,        \
+                                  const Vector *x, int64_t ldx, const float *bias, Vector *out, int64_t ldo) {         \
+        tiles(weight, row, step, rows, length, x, ldx, bias, out, ldo, ROWS, R);                                       \
+    }
+PRODUCT(1, 8)
+PRODUCT(2, 12)
+PRODUCT(3, 8)
+PRODUCT(4, 6)
+static Product *const product[] = {0, product1, product2, product3, product4};
+
+INLINE Vector choose_lanes(Integers mask, Vector a, Vector b) {
+    return (Vector)(((Integers)a & mask) | ((Integers)b & ~mask));
+}
+
+INLINE Vector larger(Vector a, Vector b) { return choose_lanes(a > b, a, b); }
+
+/* By the powers of two, and a polynomial of what remains; NaN stays. */
+INLINE Vector exponential(Vector x) {
+    x = choose_lanes(x < -87.f, (Vector){} - 87.f, x);
+    Vector power = (x * 1.44269504f + 12582912.f) - 12582912.f;
+    Vector rest = x - power * 0.693359375f + power * 2.12194440e-4f;
+    Vector sum = (Vector){} + 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * (rest * rest) + rest + 1.f;
+    return sum * (Vector)((__builtin_convertvector(power, Integers) + 127) << 23);
+}
+
+/* x P(N(0, 1) <= x), by 7.1.26 in Abramowitz and Stegun's Handbook of Mathematical Functions. */
+INLINE Vector gelu(Vector x) {
+    Vector size = (Vector)((Integers)x & INT32_MAX), t = 1.f / (1.f + 0.231641888f * size);
+    Vector sum = (Vector){} + 1.061405429f;
+    sum = sum * t - 1.453152027f;
+    sum = sum * t + 1.421413741f;
+    sum = sum * t - 0.284496736f;
+    sum = sum * t + 0.254829592f;
+    return choose_lanes(x < 0.f, (Vector){}, x) - size * (0.5f * sum * t * exponential(-0.5f * x * x));
+}
+
+/* Exchange the upper right and lower left blocks of a matrix's 2 * side x 2 * side blocks. */
+INLINE void exchange(Vector *rows, int side) {
+    Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    /* Shuffles number the lanes of both vectors, 0 to 15 and 16 to 31. */
+    Integers left = lane + (((lane & side) != 0) & (LANES - side)), right = left + side;
+    UNROLL for (int i = 0; i < LANES; i++) {
+        if (i & side) continue;
+        Vector top = rows[i], bottom = rows[i + side];
+        rows[i] = __builtin_shuffle(top, bottom, left);
+        rows[i + side] = __builtin_shuffle(top, bottom, right);
+    }
+}
+
+/* A 16 x 16 matrix. */
+INLINE void transpose(Vector *rows) {
+    exchange(rows, 8);
+    exchange(rows, 4);
+    exchange(rows, 2);
+    exchange(rows, 1);
+}
+
+/* Up to 16 rows of numbers become a column of vectors; rows that are missing are zeros. */
+TARGET static void load_rows(const float *const *rows, int64_t count, int64_t channels, Vector *out, int64_t ld) {
+    int64_t c = 0;
+    for (; c + LANES <= channels; c += LANES) {
+        Vector block[LANES];
+        for (int i = 0; i < LANES; i++) block[i] = i < count ? *(const Unaligned *)(rows[i] + c) : (Vector){};
+        transpose(block);
+        UNROLL for (int i = 0; i < LANES; i++) out[(c + i) * ld] = block[i];
+    }
+    for (; c < channels; c++)
+        for (int i = 0; i < LANES; i++) out[c * ld][i] = i < count ? rows[i][c] : 0;
+}
+
+/* The other way, added to the rows of base, where there is one. */
+TARGET static void store_rows(const Vector *in, int64_t ld, int64_t count, int64_t channels, const float *const *base,
+                              float *const *rows) {
+    int64_t c = 0;
+    for (; c + LANES <= channels; c += LANES) {
+        Vector block[LANES];
+        UNROLL for (int i = 0; i < LANES; i++) block[i] = in[(c + i) * ld];
+        transpose(block);
+        for (int64_t i = 0; i < count; i++)
+            *(Unaligned *)(rows[i] + c) = base[i] ? block[i] + *(const Unaligned *)(base[i] + c) : block[i];
+    }
+    for (; c < channels; c++)
+        for (int64_t i = 0; i < count; i++) rows[i][c] = in[c * ld][i] + (base[i] ? base[i][c] : 0);
+}
+
+/* A LayerNorm of each query of a column of vectors. */
+TARGET static void norm(const Vector *x, int64_t ld, int64_t channels, Parameters p, float eps, Vector *out) {
+    Vector mean = {}, factor = {};
+    for (int64_t c = 0; c < channels; c++) mean += x[c * ld];
+    mean /= (float)channels;
+    for (int64_t c = 0; c < channels; c++) factor += (x[c * ld] - mean) * (x[c * ld] - mean);
+    factor = factor / (float)channels + eps;
+    for (int i = 0; i < LANES; i++) factor[i] = 1 / sqrtf(factor[i]);
+    for (int64_t c = 0; c < channels; c++) out[c * ld] = (x[c * ld] - mean) * factor * p.weight[c] + p.bias[c];
+}
+
+/* A linear layer from one matrix of the panels to another. */
+TARGET static void linear(const Member *m, const Panel *panels, int64_t num, Parameters p, int64_t rows, int64_t length,
+                          int from, int to, int has_gelu) {
+    int64_t chunk = m->size > 1 ? CHUNK : rows, chunks = (rows + chunk - 1) / chunk;
+    SHARE(chunks * num, i) {
+        const Panel *panel = panels + i % num; /* all panels meet the same weights before the next ones */
+        int64_t ld = panel->vectors, begin = i / num * chunk, count = smaller(chunk, rows - begin);
+        Vector *out = panel->matrix[to] + begin * ld;
+        product[ld](p.weight + begin * length, length, 1, count, length, panel->matrix[from], ld,
+                    p.bias ? p.bias + begin : 0, out, ld);
+        if (has_gelu)
+            for (int64_t j = 0; j < count * ld; j++) out[j] = gelu(out[j]);
+    }
+    wait_for_team(m);
+}
+
+typedef void Work(const void *job, const Panel *panels, int64_t num, const Member *m);
+
+/* What a job needs: memory in vectors, rows of each matrix of a panel and some for each thread, and numbers of weights. */
+typedef struct {
+    int64_t queries, widest, rows[MATRICES], own, weights;
+} Needs;
+
+/* How it is cut into panels. */
+typedef struct {
+    int64_t vectors, panels, threads, shared, size;
+} Plan;
+
+/* Each thread takes panels of its own, so that it reads what it wrote, or all share all panels and read each weight once:
+ * few panels, if they do not divide evenly, or if the weights are too many to stay in cache between two panels. */
+static Plan plan_of(const Needs *n) {
+    Plan p = {(n->queries + LANES - 1) / LANES, .threads = omp_get_max_threads()};
+    int64_t idle = (p.vectors + p.threads - 1) / p.threads * p.threads - p.vectors;
+    p.panels = (p.vectors + n->widest - 1) / n->widest;
+    p.shared = p.panels < FEW * p.threads && (idle * 20 > p.vectors || n->weights > CACHED);
+    if (!p.shared) p.panels = smaller((p.panels + p.threads - 1) / p.threads * p.threads, p.vectors);
+    for (int i = 0; i < MATRICES; i++) p.size += n->rows[i] * n->widest;
+    return p;
+}
+
+static int64_t memory_of(const Needs *n) {
+    Plan p = plan_of(n);
+    return ((p.shared ? p.panels : p.threads) * p.size + p.threads * n->own) * LANES;
+}
+
+static Panel panel_at(const Needs *n, const Plan *p, int64_t index, Vector *memory) {
+    int64_t begin = p->vectors * index / p->panels, end = p->vectors * (index + 1) / p->panels;
+    Panel panel = {begin * LANES, smaller(end * LANES, n->queries) - begin * LANES, end - begin};
+    for (int i = 0; i < MATRICES; memory += n->rows[i++] * n->widest) panel.matrix[i] = memory;
+    return panel;
+}
+
+static void run(Work *work, const void *job, const Needs *n, float *scratch) {
+    Plan p = plan_of(n);
+#pragma omp parallel
+    {
+        Member m = {omp_get_thread_num(), omp_get_num_threads()};
+        Vector *memory = (Vector *)scratch;
+        m.own = memory + (p.shared ? p.panels : p.threads) * p.size + m.rank * n->own;
+        if (p.shared) {
+            Panel panels[FEW * p.threads];
+            for (int64_t i = 0; i < p.panels; i++) panels[i] = panel_at(n, &p, i, memory + i * p.size);
+            work(job, panels, p.panels, &m);
+        } else {
+            memory += m.rank * p.size;
+            m.rank = 0, m.size = 1;
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < p.panels; i++) {
+                Panel panel = panel_at(n, &p, i, memory);
+                work(job, &panel, 1, &m);
+            }
+        }
+    }
+}
+
+/* What queries attend to: by softmax attention, or by deformable attention if there are points. Strides are numbers. */
+typedef struct {
+    const float *key, *value;
+    int64_t keys, key_image, key_head, key_row, value_image, value_head, value_row;
+    int64_t height, width, points;
+} Memory;
+
+typedef struct {
+    int64_t dim, hidden, heads;
+    float eps1, eps2, scale; /* of the norms, and of both branches */
+    Parameters norm1, query, weights, proj, norm2, fc1, fc2;
+    Memory memory;
+    /* Rows of queries; with patches, those of the tokens that queries are means of, and out is the same or a copy. */
+    const float *queries, *places;
+    float *out;
+    int64_t adds; /* whether the changes are added to what is in out */
+    const int64_t *ends; /* where the queries of each image end */
+    int64_t images;
+    const Patch *patches;
+    int64_t extra, width, tokens; /* of the map that the patches are in */
+} Block;
+
+/* Means of the patches of a column's queries, of those that are no tokens themselves; returns where each is. */
+TARGET static int64_t rows_of(const Block *b, const Panel *panel, int64_t r, float *means, const float **rows) {
+    int64_t dim = b->dim, first = panel->first + r * LANES, count = smaller(panel->count - r * LANES, LANES);
+    for (int64_t i = 0; i < count; i++) {
+        if (!b->patches) {
+            rows[i] = b->queries + (first + i) * dim;
+            continue;
+        }
+        Patch patch = b->patches[first + i];
+        rows[i] = b->queries + patch.row * dim;
+        if (patch.lines * patch.columns == 1) continue;
+        float *mean = means + i * dim, share = 1.f / (float)(patch.lines * patch.columns);
+        memset(mean, 0, dim * sizeof(float));
+        for (int64_t line = 0; line < patch.lines; line++)
+            for (int64_t column = 0; column < patch.columns; column++) {
+                const float *cell = rows[i] + (line * b->width + column) * dim;
+                for (int64_t c = 0; c < dim; c++) mean[c] += cell[c];
+            }
+        for (int64_t c = 0; c < dim; c++) mean[c] *= share;
+        rows[i] = mean;
+    }
+    return count;
+}
+
+/* Give the changes of a column's queries to their rows, or to all cells of their patches. */
+TARGET static void store_changes(const Block *b, const Panel *panel, int64_t r, float *changes) {
+    int64_t dim = b->dim, first = panel->first + r * LANES, count = smaller(panel->count - r * LANES, LANES);
+    float *rows[LANES];
+    const float *base[LANES];
+    for (int64_t i = 0; i < count; i++) {
+        rows[i] = b->out + (b->patches ? b->patches[first + i].row : first + i) * dim;
+        base[i] = b->adds ? rows[i] : 0;
+        if (!b->patches || b->patches[first + i].lines * b->patches[first + i].columns == 1) continue;
+        rows[i] = changes + i * dim;
+        base[i] = 0;
+    }
+    store_rows(panel->matrix[X] + r, panel->vectors, count, dim, base, rows);
+    for (int64_t i = 0; i < count; i++) {
+        if (rows[i] != changes + i * dim) continue;
+        Patch patch = b->patches[first + i];
+        for (int64_t line = 0; line < patch.lines; line++)
+            for (int64_t column = 0; column < patch.columns; column++) {
+                float *cell = b->out + (patch.row + line * b->width + column) * dim;
+                for (int64_t c = 0; c < dim; c++) cell[c] += rows[i][c];
+            }
+    }
+}
+
+/* Softmax attention of the queries of a panel by one head, image by image. */
+TARGET static void attend(const Block *b, const Panel *panel, int64_t head, Vector *scores) {
+    const Memory *memory = &b->memory;
+    int64_t dim = b->dim / b->heads, keys = memory->keys, ld = panel->vectors, image = 0;
+    float scale = 1 / sqrtf((float)dim);
+    const Vector *query = panel->matrix[Q] + head * dim * ld;
+    Vector *out = panel->matrix[A] + head * dim * ld, *sums = scores + keys * MOST;
+    Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t start = 0, stop; start < panel->count; start = stop) {
+        while (b->ends[image] <= panel->first + start) image++;
+        stop = smaller(b->ends[image] - panel->first, panel->count);
+        /* Vectors that have queries of the image. */
+        int64_t first = start / LANES, vectors = (stop + LANES - 1) / LANES - first;
+        product[vectors](memory->key + image * memory->key_image + head * memory->key_head, memory->key_row, 1, keys, dim,
+                         query + first, ld, 0, scores, vectors);
+        Vector shares[MOST];
+        for (int64_t r = 0; r < vectors; r++) {
+            Vector most = scores[r], sum = {};
+            for (int64_t k = 1; k < keys; k++) most = larger(most, scores[k * vectors + r]);
+            for (int64_t k = 0; k < keys; k++) {
+                Vector *score = scores + k * vectors + r;
+                sum += *score = exponential((*score - most) * scale);
+            }
+            shares[r] = 1.f / sum;
+        }
+        product[vectors](memory->value + image * memory->value_image + head * memory->value_head, 1, memory->value_row,
+                         dim, keys, scores, vectors, 0, sums, vectors);
+        for (int64_t r = 0; r < vectors; r++) {
+            Integers place = lane + (int32_t)((first + r) * LANES);
+            Integers mine = (place >= (int32_t)start) & (place < (int32_t)stop);
+            for (int64_t c = 0; c < dim; c++) {
+                Vector *target = out + c * ld + first + r;
+                *target = choose_lanes(mine, sums[c * vectors + r] * shares[r], *target);
+            }
+        }
+    }
+}
+
+/* x and y in cells of a query's reference point. */
+static void centre_of(const Block *b, int64_t query, float *centre) {
+    if (!b->patches) {
+        centre[0] = b->places[2 * query], centre[1] = b->places[2 * query + 1];
+        return;
+    }
+    Patch patch = b->patches[query];
+    int64_t cell = patch.row % b->tokens - b->extra;
+    centre[0] = (float)(cell % b->width) + (float)(patch.columns - 1) / 2;
+    centre[1] = (float)(cell / b->width) + (float)(patch.lines - 1) / 2;
+}
+
+/* Deformable attention of the queries of a panel by one head: offsets are in H, logits of the points' weights in Q. */
+TARGET static void sample_panel(const Block *b, const Panel *panel, int64_t head, float *rows) {
+    const Memory *memory = &b->memory;
+    int64_t dim = b->dim / b->heads, points = memory->points, ld = panel->vectors, image = 0;
+    const Sampling sampling = {memory->height, memory->width, b->heads, points, dim};
+    const Vector *offsets = panel->matrix[H] + head * points * 2 * ld;
+    Vector *weights = panel->matrix[Q] + head * points * ld;
+    for (int64_t r = 0; r < ld; r++) {
+        Vector most = weights[r], sum = {};
+        for (int64_t p = 1; p < points; p++) most = larger(most, weights[p * ld + r]);
+        for (int64_t p = 0; p < points; p++) sum += weights[p * ld + r] = exponential(weights[p * ld + r] - most);
+        for (int64_t p = 0; p < points; p++) weights[p * ld + r] /= sum;
+        const float *of_lane[LANES];
+        int64_t count = smaller(panel->count - r * LANES, LANES);
+        for (int64_t i = 0; i < count; i++) {
+            int64_t query = panel->first + r * LANES + i;
+            float centre[2], place[2 * points], share[points];
+            centre_of(b, query, centre);
+            for (int64_t p = 0; p < points; p++) {
+                share[p] = weights[p * ld + r][i];
+                for (int64_t axis = 0; axis < 2; axis++)
+                    place[2 * p + axis] = centre[axis] + offsets[(2 * p + axis) * ld + r][i];
+            }
+            while (b->ends[image] <= query) image++;
+            sample_points(&sampling, memory->value + image * memory->value_image + head * dim, place, share, rows + i * dim);
+            of_lane[i] = rows + i * dim;
+        }
+        load_rows(of_lane, count, dim, panel->matrix[A] + head * dim * ld + r, ld);
+    }
+}
+
+TARGET static void encode_panels(const void *job, const Panel *panels, int64_t num, const Member *m) {
+    const Block *b = job;
+    int64_t dim = b->dim, points = b->heads * b->memory.points;
+    COLUMNS(panels, num, i) {
+        const Panel *p = panels + i / MOST;
+        int64_t r = i % MOST, ld = p->vectors;
+        const float *rows[LANES];
+        int64_t count = rows_of(b, p, r, (float *)m->own, rows);
+        load_rows(rows, count, dim, p->matrix[X] + r, ld);
+        norm(p->matrix[X] + r, ld, dim, b->norm1, b->eps1, p->matrix[A] + r);
+    }
+    wait_for_team(m);
+    if (points) {
+        linear(m, panels, num, b->query, 2 * points, dim, A, H, 0);
+        linear(m, panels, num, b->weights, points, dim, A, Q, 0);
+        SHARE(num * b->heads, i) sample_panel(b, panels + i / b->heads, i % b->heads, (float *)m->own);
+    } else {
+        linear(m, panels, num, b->query, dim, dim, A, Q, 0);
+        SHARE(num * b->heads, i) attend(b, panels + i / b->heads, i % b->heads, m->own);
+    }
+    wait_for_team(m);
+    linear(m, panels, num, b->proj, dim, dim, A, Q, 0);
+    COLUMNS(panels, num, i) {
+        const Panel *p = panels + i / MOST;
+        Vector *x = p->matrix[X] + i % MOST, *attended = p->matrix[Q] + i % MOST;
+        for (int64_t c = 0; c < dim * p->vectors; c += p->vectors) x[c] += attended[c] *= b->scale;
+        norm(x, p->vectors, dim, b->norm2, b->eps2, p->matrix[A] + i % MOST);
+    }
+    wait_for_team(m);
+    linear(m, panels, num, b->fc1, b->hidden, dim, A, H, 1);
+    linear(m, panels, num, b->fc2, dim, b->hidden, H, X, 0);
+    COLUMNS(panels, num, i) {
+        const Panel *p = panels + i / MOST;
+        Vector *change = p->matrix[X] + i % MOST, *attended = p->matrix[Q] + i % MOST;
+        for (int64_t c = 0; c < dim * p->vectors; c += p->vectors) change[c] = attended[c] + change[c] * b->scale;
+        store_changes(b, p, i % MOST, (float *)m->own);
+    }
+}
+
+static Needs needs_of_block(const Block *b) {
+    int64_t queries = b->images ? b->ends[b->images - 1] : 0, points = b->heads * b->memory.points;
+    return (Needs){queries, MOST, {b->dim, b->dim, larger_of(b->dim, points), larger_of(b->hidden, 2 * points)},
+                   larger_of((b->memory.keys + b->dim / b->heads) * MOST, b->dim), 2 * b->dim * (b->dim + b->hidden)};
+}
+
+/* Numbers of memory that encode needs. */
+int64_t encode_memory(const Block *b) {
+    Needs needs = needs_of_block(b);
+    return memory_of(&needs);
+}
+
+/* attn + ffn of an encoder block's queries. The memory begins at a multiple of 64 bytes. */
+void encode(const Block *b, float *memory) {
+    Needs needs = needs_of_block(b);
+    run(encode_panels, b, &needs, memory);
+}
+
+/* A linear layer of patches of side x side cells with a norm of each cell before it, one of the result behind it, and
+ * then another linear layer; all but the first are left out if they have no weight. The weights are (channels, side,
+ * side, C), then (then_channels, channels). */
+typedef struct {
+    int64_t images, height, width, side, depth, channels, then_channels; /* height and width in patches, depth is C */
+    int64_t image, line; /* numbers from an image, and a line of cells, to the next */
+    float eps_before, eps_after;
+    Parameters before, weights, after, then;
+    const float *cells;
+    float *out;
+    int64_t adds; /* whether the results are added to what is in out */
+} Projection;
+
+TARGET static void project_panels(const void *job, const Panel *panels, int64_t num, const Member *m) {
+    const Projection *g = job;
+    int64_t depth = g->depth, cells = g->side * g->side, channels = g->then.weight ? g->then_channels : g->channels;
+    SHARE(num * MOST * cells, i) {
+        const Panel *p = panels + i / (MOST * cells);
+        int64_t r = i / cells % MOST, cell = i % cells, ld = p->vectors;
+        int64_t count = smaller(p->count - r * LANES, LANES);
+        if (r >= ld) continue;
+        const float *rows[LANES];
+        for (int64_t j = 0; j < count; j++) {
+            int64_t patch = p->first + r * LANES + j, line = patch / g->width;
+            rows[j] = g->cells + line / g->height * g->image + (line % g->height * g->side + cell / g->side) * g->line +
+                      (patch % g->width * g->side + cell % g->side) * depth;
+        }
+        Vector *x = p->matrix[A] + cell * depth * ld + r;
+        load_rows(rows, count, depth, x, ld);
+        if (g->before.weight) norm(x, ld, depth, g->before, g->eps_before, x);
+    }
+    wait_for_team(m);
+    linear(m, panels, num, g->weights, g->channels, cells * depth, A, Q, 0);
+    if (g->after.weight) {
+        COLUMNS(panels, num, i) {
+            const Panel *p = panels + i / MOST;
+            Vector *x = p->matrix[Q] + i % MOST;
+            norm(x, p->vectors, g->channels, g->after, g->eps_after, x);
+        }
+        wait_for_team(m);
+    }
+    if (g->then.weight) linear(m, panels, num, g->then, channels, g->channels, Q, H, 0);
+    COLUMNS(panels, num, i) {
+        const Panel *p = panels + i / MOST;
+        int64_t r = i % MOST, count = smaller(p->count - r * LANES, LANES);
+        float *rows[LANES];
+        const float *base[LANES];
+        for (int64_t j = 0; j < count; j++) {
+            rows[j] = g->out + (p->first + r * LANES + j) * channels;
+            base[j] = g->adds ? rows[j] : 0;
+        }
+        store_rows(p->matrix[g->then.weight ? H : Q] + r, p->vectors, count, channels, base, rows);
+    }
+}
+
+static Needs needs_of_projection(const Projection *g) {
+    int64_t length = g->side * g->side * g->depth;
+    /* The patches of a panel stay in cache. */
+    return (Needs){g->images * g->height * g->width, length > 2048 ? MOST / 2 : MOST,
+                   {0, length, g->channels, g->then_channels}, 0, g->channels * (length + g->then_channels)};
+}
+
+int64_t project_memory(const Projection *g) {
+    Needs needs = needs_of_projection(g);
+    return memory_of(&needs);
+}
+
+void project(const Projection *g, float *memory) {
+    Needs needs = needs_of_projection(g);
+    run(project_panels, g, &needs, memory);
+}
+
+/* Whether this processor has the instructions. */
+int runs(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"); }
+#else
+int runs(void) { return 0; }
+#endif

@@ -1,0 +1,203 @@
+"""Encoder blocks, and projections of patches, in inference on a CPU with AVX-512, by encoder.c.
+
+Layers are taken as they are: what is replaced, or looked at by hooks, goes the way of plain PyTorch.
+"""
+import ctypes
+import threading
+from functools import lru_cache
+from itertools import accumulate
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.linear import Linear, StartLinear
+from . import is_used, library
+from .routing import Patches
+
+_kept = threading.local()
+
+
+def _fields(kind: type, names: str) -> List[Tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+_REAL, _NUMBER, _ADDRESS = ctypes.c_float, ctypes.c_int64, ctypes.c_void_p
+
+
+class _Parameters(ctypes.Structure):
+    """As in encoder.c."""
+    _fields_ = _fields(_ADDRESS, 'weight bias')
+
+
+class _Memory(ctypes.Structure):
+    """As in encoder.c."""
+    _fields_ = _fields(_ADDRESS, 'key value') + _fields(
+        _NUMBER, 'keys key_image key_head key_row value_image value_head value_row height width points')
+
+
+class _Block(ctypes.Structure):
+    """As in encoder.c."""
+    _fields_ = [
+        *_fields(_NUMBER, 'dim hidden heads'), *_fields(_REAL, 'eps1 eps2 scale'),
+        *_fields(_Parameters, 'norm1 query weights proj norm2 fc1 fc2'), ('memory', _Memory),
+        *_fields(_ADDRESS, 'queries places out'), ('adds', _NUMBER), ('ends', _ADDRESS), ('images', _NUMBER),
+        ('patches', _ADDRESS), *_fields(_NUMBER, 'extra width tokens')
+    ]
+
+
+class _Projection(ctypes.Structure):
+    """As in encoder.c."""
+    _fields_ = [
+        *_fields(_NUMBER, 'images height width side depth channels then_channels image line'),
+        *_fields(_REAL, 'eps_before eps_after'), *_fields(_Parameters, 'before weights after then'),
+        *_fields(_ADDRESS, 'cells out'), ('adds', _NUMBER)
+    ]
+
+
+@lru_cache(maxsize=None)
+def _runs() -> bool:
+    return bool(library().runs())
+
+
+def takes(rows: Tensor) -> bool:
+    """Whether the compiled functions take these rows, if the layers are theirs.
+
+    ``torch.backends.mkldnn.enabled`` switches them off, as it does oneDNN.
+    """
+    return (is_used(rows) and _runs() and torch._C._get_mkldnn_enabled() and not torch.is_autocast_enabled('cpu')
+            and rows.numel() > 0)
+
+
+def is_plain(layer: nn.Module, *kinds: type) -> bool:
+    """Whether a layer is exactly of one of these kinds, and no hooks look at it."""
+    return type(layer) in kinds and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _is_read(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and x.is_cpu
+
+
+def _weights(weight: Tensor, bias: Optional[Tensor]) -> Optional[_Parameters]:
+    """The addresses of weights, None if the functions cannot read them."""
+    if not (_is_read(weight) and weight.is_contiguous()):
+        return None
+    if bias is None:
+        return _Parameters(weight.data_ptr())
+    return _Parameters(weight.data_ptr(), bias.data_ptr()) if _is_read(bias) and bias.is_contiguous() else None
+
+
+def _parameters(layer: Optional[nn.Module]) -> Optional[_Parameters]:
+    """The weights of a layer, none of no layer; None if the functions do not take it."""
+    if layer is None:
+        return _Parameters()
+    if not is_plain(layer, Linear, nn.LayerNorm, StartLinear):
+        return None
+    weight, bias = layer._parameters['weight'], layer._parameters['bias']  # quicker than attributes
+    if weight is None or (bias is None and type(layer) is nn.LayerNorm):
+        return None
+    return _weights(weight, bias)
+
+
+def _call(name: str, job: ctypes.Structure) -> None:
+    """Call a function with memory that the thread keeps."""
+    functions, job = library(), ctypes.byref(job)
+    numbers = getattr(functions, f'{name}_memory')(job) + 16
+    if numbers > len(getattr(_kept, 'memory', ())):
+        _kept.memory = torch.empty(numbers)
+    address = _kept.memory.data_ptr()
+    getattr(functions, name)(job, address + -address % 64)
+
+
+class CompiledBlock(NamedTuple):
+    """What the functions know of an encoder block.
+
+    Attributes:
+        parameters: of a norm, queries or offsets, weights of points, projection, another norm, both layers of the FFN.
+        hidden: channels of the FFN.
+        heads: of the attention.
+        num_points: of each head, 0 in softmax attention.
+        eps: of both norms.
+        scale: of both branches.
+    """
+    parameters: List[_Parameters]
+    hidden: int
+    heads: int
+    num_points: int
+    eps: Tuple[float, float]
+    scale: float
+
+    def change(self, queries: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int], lengths: List[int],
+               points: Optional[Tensor] = None, into: Optional[Tensor] = None) -> Tensor:
+        """As :meth:`~mmdyn.models.layers.EncoderBlock.update`."""
+        out = torch.empty_like(queries) if into is None else into
+        points = points.contiguous() if self.num_points else None
+        self._encode(queries, memory, shape, lengths, out, None if points is None else points.data_ptr(),
+                     adds=into is not None)
+        return out
+
+    def update_patches(self, tokens: Tensor, memory: Sequence[Tensor], patches: Patches, inplace: bool) -> Tensor:
+        """The tokens (B, E + H*W, C) plus the changes of the patches' means; they are overwritten if ``inplace``."""
+        out = tokens if inplace else tokens.clone()
+        self._encode(tokens, memory, patches.shape, patches.lengths, out, None, True, patches.table.data_ptr(),
+                     patches.num_extra, patches.shape[1], tokens.shape[1])
+        return out
+
+    def _encode(self, queries: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int], lengths: List[int], out: Tensor,
+                places: Optional[int], adds: bool, *patches: int) -> None:
+        *keys, value = (x if _is_read(x) and x.stride(-1) == 1 else x.float().contiguous() for x in memory)
+        if self.num_points:
+            state = _Memory(None, value.data_ptr(), 0, 0, 0, 0, value.stride(0), 0, 0, *shape, self.num_points)
+        else:
+            key, = keys
+            state = _Memory(key.data_ptr(), value.data_ptr(), value.shape[2], *key.stride()[:3], *value.stride()[:3])
+        ends = (_NUMBER * len(lengths))(*accumulate(lengths))
+        _call('encode', _Block(
+            queries.shape[-1], self.hidden, self.heads, *self.eps, self.scale, *self.parameters, state,
+            queries.data_ptr(), places, out.data_ptr(), adds, ctypes.addressof(ends), len(lengths), *patches))
+
+
+def compiled_block(layers: Sequence[Optional[nn.Module]], heads: int, num_points: int,
+                   scale: float) -> Optional[CompiledBlock]:
+    """A block of these layers, in the order of :class:`CompiledBlock`; None if one is not what the functions take."""
+    parameters = [_parameters(layer) for layer in layers]
+    if None in parameters:
+        return None
+    norm1, *_, norm2, fc1, _ = layers
+    return CompiledBlock(parameters, fc1.out_features, heads, num_points, (norm1.eps, norm2.eps), scale)
+
+
+def project(cells: Tensor, weight: Tensor, bias: Optional[Tensor], before: Optional[nn.Module] = None,
+            after: Optional[nn.Module] = None, then: Optional[nn.Module] = None,
+            into: Optional[Tensor] = None) -> Optional[Tensor]:
+    """A linear layer of each patch of a map, (B, H, W, C_in) -> (B, H//side * W//side, C_out).
+
+    Args:
+        cells: the map; its channels lie side by side, and so do the cells of a line.
+        weight: (C_out, side, side, C_in).
+        before, after: norms of the cells and of the results.
+        then: a linear layer of what is normed.
+        into: that the results are added to instead, if it is given; it is returned.
+
+    Returns:
+        None if the functions do not take the map or the layers.
+    """
+    parameters = _parameters(before), _weights(weight, bias), _parameters(after), _parameters(then)
+    images, height, width, depth = cells.shape
+    if None in parameters or not _is_read(cells) or cells.stride()[2:] != (depth, 1):
+        return None
+    channels, side = weight.shape[:2]
+    height, width, then_channels = height // side, width // side, then.out_features if then else 0
+    out = cells.new_empty(images, height * width, then_channels or channels) if into is None else into
+    _call('project', _Projection(
+        images, height, width, side, depth, channels, then_channels, *cells.stride()[:2],
+        *(0. if norm is None else norm.eps for norm in (before, after)), *parameters, cells.data_ptr(), out.data_ptr(),
+        into is not None))
+    return out
+
+
+def project_rows(rows: Tensor, layer: nn.Module, before: Optional[nn.Module] = None) -> Optional[Tensor]:
+    """:func:`project` by a linear layer of rows (B, N, C_in), -> (B, N, C_out), if :func:`takes` them."""
+    if not takes(rows) or not is_plain(layer, Linear):
+        return None
+    return project(rows[:, None], layer.weight[:, None, None], layer.bias, before)

@@ -1,0 +1,26 @@
+#pragma once
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define WIDE
+#endif
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Whether threads share the work on a table of so many rows. A row costs some time whatever its length. */
+static inline int is_shared(int64_t rows, int64_t channels) { return rows * (channels + 16) > 65536; }
+
+typedef struct {
+    int64_t height, width, heads, points, channels;
+} Sampling;
+
+/* Cells of a map: the number of the upper left one's row in the table, and how many there are. */
+typedef struct {
+    int64_t row;
+    int32_t lines, columns;
+} Patch;
+
+/* Sum of the values that a head's points have in a map, interpolated between the four cells around each. */
+void sample_points(const Sampling *g, const float *map, const float *points, const float *weights, float *restrict out);

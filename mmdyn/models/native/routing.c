@@ -1,0 +1,89 @@
+/* The routing of dynamic grained queries, which grains.py explains.
+ *
+ * A table has extra + H * W rows of C numbers for each image. Regions of side x side cells are numbered row by row;
+ * choice[image * regions + region] is an index into the granularities, of which 0 skips the region.
+ */
+#include "native.h"
+#include <math.h>
+#include <string.h>
+
+typedef struct {
+    int64_t images, extra, height, width, side, channels;
+    int64_t *choice;
+} Map;
+
+typedef struct {
+    int64_t top, left, bottom, right;
+} Area;
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static int64_t regions_of(const Map *g) { return ceil_div(g->height, g->side) * ceil_div(g->width, g->side); }
+
+/* The valid cells of a region. */
+static Area area_of(const Map *g, int64_t region) {
+    int64_t columns = ceil_div(g->width, g->side);
+    int64_t top = region / columns * g->side, left = region % columns * g->side;
+    return (Area){top, left, smaller(top + g->side, g->height), smaller(left + g->side, g->width)};
+}
+
+WIDE static void mean_of(const float *cells, int64_t width, int64_t channels, Area area, float *restrict out) {
+    memset(out, 0, channels * sizeof(float));
+    for (int64_t row = area.top; row < area.bottom; row++)
+        for (int64_t column = area.left; column < area.right; column++) {
+            const float *cell = cells + (row * width + column) * channels;
+            for (int64_t c = 0; c < channels; c++) out[c] += cell[c];
+        }
+    float share = 1.f / (float)((area.bottom - area.top) * (area.right - area.left));
+    for (int64_t c = 0; c < channels; c++) out[c] *= share;
+}
+
+WIDE static float product_of(const float *a, const float *b, int64_t count) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < count; c++) sum += a[c] * b[c];
+    return sum;
+}
+
+/* Choose the option with the greatest logit of each region's mean. The weights are (options, channels). */
+void choose(const Map *g, const float *table, const float *weight, const float *bias, int64_t options) {
+    int64_t regions = regions_of(g), n = g->channels, rows = g->extra + g->height * g->width;
+#pragma omp parallel for if (is_shared(g->images * rows, n))
+    for (int64_t i = 0; i < g->images * regions; i++) {
+        const float *cells = table + (i / regions * rows + g->extra) * n;
+        float mean[n], best = -INFINITY;
+        mean_of(cells, g->width, n, area_of(g, i % regions), mean);
+        g->choice[i] = 0;
+        for (int64_t k = 0; k < options; k++) {
+            float logit = product_of(mean, weight + k * n, n) + bias[k];
+            if (logit > best) {
+                best = logit;
+                g->choice[i] = k;
+            }
+        }
+    }
+}
+
+/* Write down the patches that the queries of all images are means of, and how many there are in each image.
+ *
+ * The granularities are in sides. The queries of an image are its extra rows, then those of region after region.
+ */
+void route(const Map *g, const int64_t *sides, Patch *patches, int64_t *lengths) {
+    int64_t regions = regions_of(g), rows = g->extra + g->height * g->width;
+    Patch *next = patches;
+    for (int64_t image = 0; image < g->images; image++) {
+        const Patch *start = next;
+        for (int64_t i = 0; i < g->extra; i++) *next++ = (Patch){image * rows + i, 1, 1};
+        int64_t first = image * rows + g->extra;
+        for (int64_t i = 0; i < regions; i++) {
+            int64_t side = sides[g->choice[image * regions + i]];
+            if (!side) continue;
+            Area area = area_of(g, i);
+            for (int64_t top = area.top; top < area.bottom; top += side)
+                for (int64_t left = area.left; left < area.right; left += side)
+                    *next++ = (Patch){first + top * g->width + left, smaller(side, area.bottom - top),
+                                      smaller(side, area.right - left)};
+        }
+        lengths[image] = next - start;
+    }
+}

@@ -1,0 +1,284 @@
+"""The compiled encoder against plain PyTorch in float64, which the tests of the layers compare with loops."""
+import copy
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from mmdyn.models import native
+from mmdyn.models.dge import DynamicGrainedEncoder
+from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
+from mmdyn.models.layers.linear import Linear
+from mmdyn.models.layers.patches import PatchProjection
+from mmdyn.models.native import encoder as compiled
+
+pytestmark = pytest.mark.skipif(native.library() is None or not native.library().runs(),
+                                reason='mmdyn was installed without a compiler, or the processor lacks the instructions')
+SHAPE = (10, 13)
+# Channels, heads, hidden channels by channels.
+WIDTHS = [(12, 3, 2), (64, 1, 2), (48, 3, 4), (5, 1, 3)]
+# Queries of each image: fewer than a vector, a whole panel, panels with parts of images, some for each thread.
+LENGTHS = [[1], [16], [64], [130], [3, 0, 14, 40], [50, 50, 50], [0, 700, 0, 321], [1500]]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """More than one share their work in other ways than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def make(kind, dim=12, heads=3, ratio=2, **options):
+    """A block, no parameter of which is 0 or 1."""
+    attn = dict(full=lambda: Attention(dim, heads), reduced=lambda: Attention(dim, heads, 2),
+                unbiased=lambda: Attention(dim, heads, qkv_bias=False), deformable=lambda: DeformableAttention(dim, heads),
+                points=lambda: DeformableAttention(dim, heads, 7))[kind]()
+    block = EncoderBlock(dim, attn, ratio, **options).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return block
+
+
+@pytest.mark.parametrize('kind', ['full', 'unbiased', 'deformable', 'points'])
+@pytest.mark.parametrize('lengths', LENGTHS, ids=str)
+@pytest.mark.parametrize('dim, heads, ratio', WIDTHS)
+@torch.no_grad()
+def test_change_of_packed_queries(kind, lengths, dim, heads, ratio, threads):
+    """A change, or one that is added to what there is; each query attends to its own image."""
+    block = make(kind, dim, heads, ratio, residual_scale=0.7, norm_eps=1e-3)
+    tokens, queries = torch.randn(len(lengths), math.prod(SHAPE), dim), torch.randn(sum(lengths), dim)
+    points = 9 * torch.rand(len(queries), 2) if block.uses_points else None
+    expected = copy.deepcopy(block).double().change(
+        queries.double(), tokens.double(), SHAPE, lengths, 0, None if points is None else points.double()).float()
+    functions, memory = block.compiled(queries), block.memory(tokens, SHAPE)
+    change = functions.change(queries, memory, SHAPE, lengths, points)
+    torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(block.change(queries, tokens, SHAPE, lengths, 0, points), change)
+    into = torch.ones_like(queries)
+    assert functions.change(queries, memory, SHAPE, lengths, points, into) is into
+    torch.testing.assert_close(into, 1 + change, rtol=1e-6, atol=1e-6)
+    assert functions.change(queries, memory, SHAPE, lengths, points, queries) is queries
+
+
+@pytest.mark.parametrize('kind, num_extra', [('full', 0), ('full', 2), ('reduced', 0), ('reduced', 1), ('deformable', 0)])
+@pytest.mark.parametrize('batch', [1, 3])
+@torch.no_grad()
+def test_dense_block(kind, num_extra, batch, threads):
+    block, tokens = make(kind), torch.randn(batch, num_extra + math.prod(SHAPE), 12)
+    assert block.compiled(tokens)
+    expected = copy.deepcopy(block).double()(tokens.double(), SHAPE, num_extra).float()
+    torch.testing.assert_close(block(tokens, SHAPE, num_extra), expected, rtol=1e-4, atol=1e-4)
+    assert block(tokens, SHAPE, num_extra, inplace=True) is tokens
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind, num_extra', [('full', 0), ('full', 2), ('reduced', 1), ('deformable', 0)])
+@pytest.mark.parametrize('phis, region', [((1, 2, 4), 4), ((0, 1), 1), ((0, 2, 3), 6)])
+@torch.no_grad()
+def test_patches(kind, num_extra, phis, region, threads):
+    """DGE in maps whose regions and patches hang over the edges; test_encoder.py of DGE has the loops of the paper."""
+    block, encoder = make(kind), DynamicGrainedEncoder(12, phis, region).eval()
+    nn.init.normal_(encoder.router.weight, std=5.)
+    tokens = torch.randn(3, num_extra + math.prod(SHAPE), 12)
+    changed = encoder(block, tokens, SHAPE, num_extra)
+    assert encoder.decision.choice.unique().tolist() == [*range(len(phis))]
+    choice, double = encoder.decision.choice, copy.deepcopy(block).double()
+    encoder.router.choose = lambda *args: choice
+    expected = encoder(double, tokens.double(), SHAPE, num_extra)
+    torch.testing.assert_close(changed, expected.float(), rtol=1e-4, atol=1e-4)
+    assert encoder(block, tokens, SHAPE, num_extra, inplace=True) is tokens and torch.equal(tokens, changed)
+
+
+@pytest.mark.parametrize('kind', ['full', 'reduced', 'deformable'])
+@torch.no_grad()
+def test_finest_granularity_is_the_dense_block_to_the_last_bit(kind, threads):
+    block, encoder, tokens = make(kind), DynamicGrainedEncoder(12).eval(), torch.randn(2, math.prod(SHAPE), 12)
+    assert torch.equal(encoder(block, tokens, SHAPE), block(tokens, SHAPE))
+    assert (encoder.decision.choice == 0).all()
+
+
+@torch.no_grad()
+def test_gelu_is_exact_over_the_whole_range():
+    """x P(N(0, 1) <= x), where the layer before and the one behind leave all numbers as they are."""
+    block, x = make('full', 1, 1, 1), torch.linspace(-12, 12, 4001)[:, None]
+    for layer, weight, bias in ((block.norm2, 0., 0.), (block.attn.proj, 0., 0.), (block.ffn.fc1, 0., 0.), (block.ffn.fc2, 1., 0.)):
+        nn.init.constant_(layer.weight, weight), nn.init.constant_(layer.bias, bias)
+    memory = block.memory(torch.zeros(1, 1, 1), (1, 1))
+    found = []
+    for value in x[:, 0].tolist():
+        block.ffn.fc1.bias.fill_(value)
+        found.append(block.compiled(x).change(torch.zeros(1, 1), memory, (1, 1), [1]).item())
+    expected = x[:, 0].double() * torch.distributions.Normal(0, 1).cdf(x[:, 0].double())
+    torch.testing.assert_close(torch.tensor(found), expected.float(), rtol=2e-7, atol=4e-7)
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1., 30., 1e4])
+@torch.no_grad()
+def test_softmax_of_any_scores(scale):
+    """From nearly even shares to one key alone."""
+    block, tokens = make('full', 48, 3), torch.randn(1, math.prod(SHAPE), 48)
+    block.attn.q.weight *= scale
+    expected = copy.deepcopy(block).double()(tokens.double(), SHAPE).float()
+    torch.testing.assert_close(block(tokens, SHAPE), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('kind', ['full', 'deformable'])
+@torch.no_grad()
+def test_numbers_that_are_none_stay_in_their_image(kind):
+    block, tokens = make(kind), torch.randn(2, math.prod(SHAPE), 12)
+    expected = block(tokens, SHAPE)
+    tokens[0] = math.nan
+    out = block(tokens, SHAPE)
+    assert out[0].isnan().all() and torch.equal(out[1], expected[1])
+
+
+@pytest.mark.parametrize('name', ['', 'norm1', 'attn', 'attn.q', 'attn.proj', 'norm2', 'ffn', 'ffn.fc1', 'ffn.fc2'])
+@pytest.mark.parametrize('register', ['register_forward_hook', 'register_forward_pre_hook'])
+@torch.no_grad()
+def test_layers_that_hooks_look_at_are_run(name, register):
+    block, tokens, seen = make('full'), torch.randn(2, math.prod(SHAPE), 12), []
+    expected = block(tokens, SHAPE)
+    handle = getattr(block.get_submodule(name), register)(lambda *args: seen.append(len(args)))
+    assert block.compiled(tokens) is None
+    torch.testing.assert_close(block(tokens, SHAPE), expected, rtol=1e-4, atol=1e-4)
+    assert bool(seen) == (name != 'attn')  # which a block calls in two steps
+    handle.remove()
+    assert block.compiled(tokens)
+
+
+class Twice(nn.Module):
+    """A layer with something new behind it, as adapters are."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.calls = layer, 0
+        self.out_features, self.normalized_shape = getattr(layer, 'out_features', 0), getattr(layer, 'normalized_shape', 0)
+
+    def forward(self, x, **options):
+        self.calls += 1
+        return 2 * self.layer(x, **options)
+
+
+@pytest.mark.parametrize('name', ['norm1', 'attn.q', 'attn.kv', 'attn.proj', 'norm2', 'ffn.fc1', 'ffn.fc2'])
+@torch.no_grad()
+def test_layers_that_were_replaced_are_run(name):
+    block, tokens = make('full'), torch.randn(2, math.prod(SHAPE), 12)
+    parent, _, child = name.rpartition('.')
+    twice = Twice(block.get_submodule(name))
+    setattr(block.get_submodule(parent), child, twice)
+    expected = copy.deepcopy(block).double()(tokens.double(), SHAPE).float()
+    torch.testing.assert_close(block(tokens, SHAPE), expected, rtol=1e-4, atol=1e-4)
+    assert twice.calls
+
+
+class OtherAttention(Attention):
+    """Attention that pays no attention."""
+
+    def attend(self, queries, *args):
+        return torch.zeros_like(queries)
+
+
+@torch.no_grad()
+def test_what_the_functions_do_not_take():
+    block, tokens = make('full'), torch.randn(2, math.prod(SHAPE), 12)
+    assert block.compiled(tokens)
+    assert block.compiled(tokens.double()) is None and block.compiled(tokens.mT.contiguous().mT) is None
+    assert block.compiled(tokens[:0]) is None
+    with torch.autocast('cpu', torch.bfloat16):
+        assert block.compiled(tokens) is None
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert block.compiled(tokens) is None
+    with torch.enable_grad():
+        assert block.compiled(tokens) is None
+    block.attn.keeps_class_attention = True
+    assert block.compiled(tokens) is None
+    assert EncoderBlock(12, OtherAttention(12, 3), 2).compiled(tokens) is None
+    for change in (lambda block: block.double(), lambda block: setattr(block, 'norm2', nn.LayerNorm(12, bias=False)),
+                   lambda block: setattr(block, 'norm1', nn.LayerNorm(12, elementwise_affine=False)),
+                   lambda block: setattr(block.attn.q.weight, 'data', block.attn.q.weight.mT.contiguous().mT)):
+        block = make('full')
+        change(block)
+        assert block.compiled(tokens) is None
+
+
+@torch.no_grad()
+def test_weights_are_read_anew_each_time():
+    """Also those that were exchanged behind autograd's back, as moving averages do it."""
+    block, tokens = make('full'), torch.randn(2, math.prod(SHAPE), 12)
+    before = block(tokens, SHAPE)
+    for parameter in block.parameters():
+        parameter.data = parameter.data * 1.5
+    after = block(tokens, SHAPE)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, copy.deepcopy(block).double()(tokens.double(), SHAPE).float(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_callers_do_not_share_memory():
+    block, images = make('full', 64, 1), torch.randn(20, 1, math.prod(SHAPE), 64)
+    expected = [block(tokens, SHAPE) for tokens in images]
+
+    def run(tokens):
+        with torch.no_grad():
+            return block(tokens, SHAPE)
+
+    with ThreadPoolExecutor(4) as pool:
+        for out, one in zip(pool.map(run, images), expected):
+            assert torch.equal(out, one)
+
+
+@pytest.mark.parametrize('has_before, has_after, has_then', [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 1), (0, 0, 1)])
+@pytest.mark.parametrize('side, channels, shape', [(1, 20, (1, 50)), (2, 16, (10, 13)), (8, 40, (17, 33)), (3, 5, (3, 700))])
+@torch.no_grad()
+def test_projection_of_patches(side, channels, shape, has_before, has_after, has_then, threads):
+    """As convolution, norms and linear layer, of a map whose rest is left out and that is a part of a table."""
+    table = torch.randn(2, 3 + math.prod(shape), channels)
+    cells, conv = table[:, 3:].unflatten(1, shape), nn.Conv2d(channels, 18, side, side)
+    before, after = nn.LayerNorm(channels, 1e-3), nn.LayerNorm(18, 1e-2)
+    for norm in (before, after):
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    layers = [layer if has else None for layer, has in zip((before, after, Linear(18, 7)), (has_before, has_after, has_then))]
+    wide = [layer and copy.deepcopy(layer).double() for layer in layers]
+    expected = (wide[0] or nn.Identity())(cells.double()).movedim(3, 1)
+    expected = copy.deepcopy(conv).double()(expected).flatten(2).mT
+    for layer in wide[1:]:
+        expected = expected if layer is None else layer(expected)
+    weight = conv.weight.permute(0, 2, 3, 1).contiguous()
+    found = compiled.project(cells, weight, conv.bias, *layers)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+    into = torch.ones_like(found)
+    assert compiled.project(cells, weight, conv.bias, *layers, into) is into
+    torch.testing.assert_close(into, 1 + found, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_projections_that_are_left_to_torch():
+    cells, conv = torch.randn(1, 6, 8, 16), nn.Conv2d(16, 4, 2, 2)
+    weight, norm = conv.weight.permute(0, 2, 3, 1).contiguous(), nn.LayerNorm(16)
+    assert compiled.project(cells, weight, conv.bias) is not None
+    assert compiled.project(cells, conv.weight.permute(0, 2, 3, 1), conv.bias) is None
+    assert compiled.project(cells.movedim(3, 1).contiguous().movedim(1, 3), weight, conv.bias) is None
+    assert compiled.project(cells.double(), weight, conv.bias) is None
+    norm.register_forward_hook(lambda *args: None)
+    assert compiled.project(cells, weight, conv.bias, norm) is None
+    linear = Linear(16, 4)
+    rows = cells.flatten(1, 2)
+    torch.testing.assert_close(compiled.project_rows(rows, linear), linear(rows), rtol=1e-4, atol=1e-5)
+    assert compiled.project_rows(rows, nn.Linear(16, 4)) is None
+    with torch.enable_grad():
+        assert compiled.project_rows(rows, linear) is None
+
+
+@torch.no_grad()
+def test_patches_of_tokens_are_projected_by_it(monkeypatch):
+    calls, project = [], compiled.project
+    monkeypatch.setattr(compiled, 'project', lambda *args, **options: calls.append(1) or project(*args, **options))
+    proj, maps = PatchProjection(16, 5, 2, True), torch.randn(2, 70, 16).mT.unflatten(2, (7, 10))
+    expected = copy.deepcopy(proj).double()(maps.double())[0].float()
+    torch.testing.assert_close(proj(maps)[0], expected, rtol=1e-4, atol=1e-5)
+    assert calls
