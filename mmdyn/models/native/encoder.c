@@ -9,10 +9,12 @@
 #include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
 #include <omp.h>
 
 #define TARGET __attribute__((target("avx512f,avx512dq,prefer-vector-width=512")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
+#define TARGET_HALF __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")))
 #define UNROLL _Pragma("GCC unroll 24")
 
 /* Numbers in a vector, most vectors in a row of a panel, rows of weights that a thread takes at a time; few panels for a
@@ -26,8 +28,8 @@ typedef struct {
     const float *weight, *bias;
 } Parameters;
 
-/* Matrices that a panel's steps read and write. */
-enum { X, A, Q, H, MATRICES };
+/* Matrices that a panel's steps read and write. In P, bfloat16 numbers of two rows are side by side. */
+enum { X, A, Q, H, P, MATRICES };
 
 typedef struct {
     int64_t first, count, vectors; /* of its queries, and in a row */
@@ -94,6 +96,56 @@ PRODUCT(2, 12)
 PRODUCT(3, 8)
 PRODUCT(4, 6)
 static Product *const product[] = {0, product1, product2, product3, product4};
+
+/* The same in bfloat16, with sums in float32: weights and x are pairs, of which there are half as many. */
+#define HALF_PRODUCT(R, ROWS)                                                                                          \
+    TARGET_HALF static void half_product##R(const int32_t *weight, int64_t rows, int64_t length, const __m512i *x,     \
+                                            const float *bias, Vector *out) {                                          \
+        for (int64_t i = 0; i < rows; i += ROWS) {                                                                     \
+            int64_t first = i + ROWS <= rows ? i : larger_of(rows - ROWS, 0), last = smaller(ROWS, rows) - 1;          \
+            __m512 sum[24];                                                                                            \
+            UNROLL for (int n = 0; n < ROWS; n++)                                                                      \
+                UNROLL for (int r = 0; r < R; r++)                                                                     \
+                    sum[n * R + r] = _mm512_set1_ps(bias ? bias[first + smaller(n, last)] : 0.f);                      \
+            const int32_t *row[ROWS];                                                                                  \
+            UNROLL for (int n = 0; n < ROWS; n++) row[n] = weight + (first + smaller(n, last)) * length;               \
+            for (int64_t j = 0; j < length; j++)                                                                       \
+                UNROLL for (int n = 0; n < ROWS; n++)                                                                  \
+                    UNROLL for (int r = 0; r < R; r++)                                                                 \
+                        sum[n * R + r] = _mm512_dpbf16_ps(sum[n * R + r], (__m512bh)x[j * R + r],                      \
+                                                          (__m512bh)_mm512_set1_epi32(row[n][j]));                     \
+            UNROLL for (int n = 0; n < ROWS; n++)                                                                      \
+                if (n <= last)                                                                                         \
+                    UNROLL for (int r = 0; r < R; r++) out[(first + n) * R + r] = sum[n * R + r];                      \
+        }                                                                                                              \
+    }
+HALF_PRODUCT(1, 8)
+HALF_PRODUCT(2, 12)
+HALF_PRODUCT(3, 8)
+HALF_PRODUCT(4, 6)
+typedef void HalfProduct(const int32_t *weight, int64_t rows, int64_t length, const __m512i *x, const float *bias,
+                         Vector *out);
+static HalfProduct *const half_product[] = {0, half_product1, half_product2, half_product3, half_product4};
+
+/* A column of pairs from one of twice as many rows. */
+TARGET_HALF static void pair_rows(const Vector *x, int64_t ld, int64_t rows, __m512i *pairs) {
+    for (int64_t j = 0; j < rows * ld; j += 2 * ld) {
+        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x[j]));
+        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x[j + ld]));
+        pairs[j / 2] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    }
+}
+
+/* Round count numbers to bfloat16, by the threads of a team. */
+TARGET_HALF static void round_weights(const float *weight, int64_t count, uint16_t *rounded) {
+    int64_t vectors = (count + LANES - 1) / LANES;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < vectors; i++) {
+        __mmask16 lanes = (__mmask16)((1u << smaller(LANES, count - i * LANES)) - 1);
+        __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, weight + i * LANES));
+        _mm256_mask_storeu_epi16(rounded + i * LANES, lanes, half);
+    }
+}
 
 INLINE Vector choose_lanes(Integers mask, Vector a, Vector b) {
     return (Vector)(((Integers)a & mask) | ((Integers)b & ~mask));
@@ -187,16 +239,27 @@ TARGET static void norm(const Vector *x, int64_t ld, int64_t channels, Parameter
     for (int64_t c = 0; c < channels; c++) out[c * ld] = (x[c * ld] - mean) * factor * p.weight[c] + p.bias[c];
 }
 
-/* A linear layer from one matrix of the panels to another. */
+/* A linear layer from one matrix of the panels to another, whose weights are bfloat16 if is_half. */
 TARGET static void linear(const Member *m, const Panel *panels, int64_t num, Parameters p, int64_t rows, int64_t length,
-                          int from, int to, int has_gelu) {
+                          int from, int to, int has_gelu, int is_half) {
     int64_t chunk = m->size > 1 ? CHUNK : rows, chunks = (rows + chunk - 1) / chunk;
+    if (is_half) {
+        COLUMNS(panels, num, i) {
+            const Panel *panel = panels + i / MOST;
+            pair_rows(panel->matrix[from] + i % MOST, panel->vectors, length, (__m512i *)panel->matrix[P] + i % MOST);
+        }
+        wait_for_team(m);
+    }
     SHARE(chunks * num, i) {
         const Panel *panel = panels + i % num; /* all panels meet the same weights before the next ones */
         int64_t ld = panel->vectors, begin = i / num * chunk, count = smaller(chunk, rows - begin);
+        const float *bias = p.bias ? p.bias + begin : 0;
         Vector *out = panel->matrix[to] + begin * ld;
-        product[ld](p.weight + begin * length, length, 1, count, length, panel->matrix[from], ld,
-                    p.bias ? p.bias + begin : 0, out, ld);
+        if (is_half)
+            half_product[ld]((const int32_t *)p.weight + begin * length / 2, count, length / 2,
+                             (const __m512i *)panel->matrix[P], bias, out);
+        else
+            product[ld](p.weight + begin * length, length, 1, count, length, panel->matrix[from], ld, bias, out, ld);
         if (has_gelu)
             for (int64_t j = 0; j < count * ld; j++) out[j] = gelu(out[j]);
     }
@@ -270,7 +333,7 @@ typedef struct {
 } Memory;
 
 typedef struct {
-    int64_t dim, hidden, heads;
+    int64_t dim, hidden, heads, is_half; /* whether linear layers compute in bfloat16 */
     float eps1, eps2, scale; /* of the norms, and of both branches */
     Parameters norm1, query, weights, proj, norm2, fc1, fc2;
     Memory memory;
@@ -416,6 +479,7 @@ TARGET static void sample_panel(const Block *b, const Panel *panel, int64_t head
 TARGET static void encode_panels(const void *job, const Panel *panels, int64_t num, const Member *m) {
     const Block *b = job;
     int64_t dim = b->dim, points = b->heads * b->memory.points;
+    int half = b->is_half;
     COLUMNS(panels, num, i) {
         const Panel *p = panels + i / MOST;
         int64_t r = i % MOST, ld = p->vectors;
@@ -426,15 +490,15 @@ TARGET static void encode_panels(const void *job, const Panel *panels, int64_t n
     }
     wait_for_team(m);
     if (points) {
-        linear(m, panels, num, b->query, 2 * points, dim, A, H, 0);
-        linear(m, panels, num, b->weights, points, dim, A, Q, 0);
+        linear(m, panels, num, b->query, 2 * points, dim, A, H, 0, half);
+        linear(m, panels, num, b->weights, points, dim, A, Q, 0, half);
         SHARE(num * b->heads, i) sample_panel(b, panels + i / b->heads, i % b->heads, (float *)m->own);
     } else {
-        linear(m, panels, num, b->query, dim, dim, A, Q, 0);
+        linear(m, panels, num, b->query, dim, dim, A, Q, 0, half);
         SHARE(num * b->heads, i) attend(b, panels + i / b->heads, i % b->heads, m->own);
     }
     wait_for_team(m);
-    linear(m, panels, num, b->proj, dim, dim, A, Q, 0);
+    linear(m, panels, num, b->proj, dim, dim, A, Q, 0, half);
     COLUMNS(panels, num, i) {
         const Panel *p = panels + i / MOST;
         Vector *x = p->matrix[X] + i % MOST, *attended = p->matrix[Q] + i % MOST;
@@ -442,8 +506,8 @@ TARGET static void encode_panels(const void *job, const Panel *panels, int64_t n
         norm(x, p->vectors, dim, b->norm2, b->eps2, p->matrix[A] + i % MOST);
     }
     wait_for_team(m);
-    linear(m, panels, num, b->fc1, b->hidden, dim, A, H, 1);
-    linear(m, panels, num, b->fc2, dim, b->hidden, H, X, 0);
+    linear(m, panels, num, b->fc1, b->hidden, dim, A, H, 1, half);
+    linear(m, panels, num, b->fc2, dim, b->hidden, H, X, 0, half);
     COLUMNS(panels, num, i) {
         const Panel *p = panels + i / MOST;
         Vector *change = p->matrix[X] + i % MOST, *attended = p->matrix[Q] + i % MOST;
@@ -454,20 +518,41 @@ TARGET static void encode_panels(const void *job, const Panel *panels, int64_t n
 
 static Needs needs_of_block(const Block *b) {
     int64_t queries = b->images ? b->ends[b->images - 1] : 0, points = b->heads * b->memory.points;
-    return (Needs){queries, MOST, {b->dim, b->dim, larger_of(b->dim, points), larger_of(b->hidden, 2 * points)},
+    int64_t hidden = larger_of(b->hidden, 2 * points), pairs = b->is_half ? larger_of(b->dim, b->hidden) / 2 : 0;
+    return (Needs){queries, MOST, {b->dim, b->dim, larger_of(b->dim, points), hidden, pairs},
                    larger_of((b->memory.keys + b->dim / b->heads) * MOST, b->dim), 2 * b->dim * (b->dim + b->hidden)};
+}
+
+/* Room for rounded weights, in numbers: those of the layers begin where a vector does. */
+static int64_t rounded_of(const Block *b) {
+    int64_t points = b->heads * b->memory.points, queries = points ? 3 * points : b->dim;
+    return b->is_half ? b->dim * (queries + b->dim + 2 * b->hidden) / 2 + 5 * LANES : 0;
 }
 
 /* Numbers of memory that encode needs. */
 int64_t encode_memory(const Block *b) {
     Needs needs = needs_of_block(b);
-    return memory_of(&needs);
+    return memory_of(&needs) + rounded_of(b);
 }
 
 /* attn + ffn of an encoder block's queries. The memory begins at a multiple of 64 bytes. */
 void encode(const Block *b, float *memory) {
     Needs needs = needs_of_block(b);
-    run(encode_panels, b, &needs, memory);
+    Block rounded = *b;
+    if (b->is_half) {
+        int64_t points = b->heads * b->memory.points, queries = points ? 2 * points : b->dim;
+        const int64_t counts[] = {queries * b->dim, points * b->dim, b->dim * b->dim, b->hidden * b->dim, b->hidden * b->dim};
+        Parameters *layers[] = {&rounded.query, &rounded.weights, &rounded.proj, &rounded.fc1, &rounded.fc2};
+        const float *weights[5];
+        float *next = memory + memory_of(&needs);
+        for (int i = 0; i < 5; next += (counts[i++] / 2 + LANES - 1) / LANES * LANES) {
+            weights[i] = layers[i]->weight;
+            layers[i]->weight = next;
+        }
+#pragma omp parallel
+        for (int i = 0; i < 5; i++) round_weights(weights[i], counts[i], (uint16_t *)layers[i]->weight);
+    }
+    run(encode_panels, &rounded, &needs, memory);
 }
 
 /* A linear layer of patches of side x side cells with a norm of each cell before it, one of the result behind it, and
@@ -502,7 +587,7 @@ TARGET static void project_panels(const void *job, const Panel *panels, int64_t 
         if (g->before.weight) norm(x, ld, depth, g->before, g->eps_before, x);
     }
     wait_for_team(m);
-    linear(m, panels, num, g->weights, g->channels, cells * depth, A, Q, 0);
+    linear(m, panels, num, g->weights, g->channels, cells * depth, A, Q, 0, 0);
     if (g->after.weight) {
         COLUMNS(panels, num, i) {
             const Panel *p = panels + i / MOST;
@@ -511,7 +596,7 @@ TARGET static void project_panels(const void *job, const Panel *panels, int64_t 
         }
         wait_for_team(m);
     }
-    if (g->then.weight) linear(m, panels, num, g->then, channels, g->channels, Q, H, 0);
+    if (g->then.weight) linear(m, panels, num, g->then, channels, g->channels, Q, H, 0, 0);
     COLUMNS(panels, num, i) {
         const Panel *p = panels + i / MOST;
         int64_t r = i % MOST, count = smaller(p->count - r * LANES, LANES);
@@ -529,7 +614,7 @@ static Needs needs_of_projection(const Projection *g) {
     int64_t length = g->side * g->side * g->depth;
     /* The patches of a panel stay in cache. */
     return (Needs){g->images * g->height * g->width, length > 2048 ? MOST / 2 : MOST,
-                   {0, length, g->channels, g->then_channels}, 0, g->channels * (length + g->then_channels)};
+                   {0, length, g->channels, g->then_channels, 0}, 0, g->channels * (length + g->then_channels)};
 }
 
 int64_t project_memory(const Projection *g) {
@@ -544,6 +629,10 @@ void project(const Projection *g, float *memory) {
 
 /* Whether this processor has the instructions. */
 int runs(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"); }
+
+/* Whether it has those for bfloat16. */
+int runs_half(void) { return runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"); }
 #else
 int runs(void) { return 0; }
+int runs_half(void) { return 0; }
 #endif

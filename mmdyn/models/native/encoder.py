@@ -39,7 +39,7 @@ class _Memory(ctypes.Structure):
 class _Block(ctypes.Structure):
     """As in encoder.c."""
     _fields_ = [
-        *_fields(_NUMBER, 'dim hidden heads'), *_fields(_REAL, 'eps1 eps2 scale'),
+        *_fields(_NUMBER, 'dim hidden heads is_half'), *_fields(_REAL, 'eps1 eps2 scale'),
         *_fields(_Parameters, 'norm1 query weights proj norm2 fc1 fc2'), ('memory', _Memory),
         *_fields(_ADDRESS, 'queries places out'), ('adds', _NUMBER), ('ends', _ADDRESS), ('images', _NUMBER),
         ('patches', _ADDRESS), *_fields(_NUMBER, 'extra width tokens')
@@ -56,17 +56,27 @@ class _Projection(ctypes.Structure):
 
 
 @lru_cache(maxsize=None)
-def _runs() -> bool:
+def _runs(half: bool) -> bool:
+    """Whether the processor has the instructions; bfloat16 is left to oneDNN where it has matrix units."""
+    if half:
+        return bool(library().runs_half()) and not torch.cpu._is_amx_tile_supported()
     return bool(library().runs())
+
+
+def _is_half() -> bool:
+    """Whether autocast asks for bfloat16."""
+    return torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16
 
 
 def takes(rows: Tensor) -> bool:
     """Whether the compiled functions take these rows, if the layers are theirs.
 
-    ``torch.backends.mkldnn.enabled`` switches them off, as it does oneDNN.
+    Under autocast to bfloat16 the linear layers of blocks compute in it, all else in float32.
+    ``torch.backends.mkldnn.enabled`` switches the functions off, as it does oneDNN.
     """
-    return (is_used(rows) and _runs() and torch._C._get_mkldnn_enabled() and not torch.is_autocast_enabled('cpu')
-            and rows.numel() > 0)
+    half = _is_half()
+    return (is_used(rows) and (half or not torch.is_autocast_enabled('cpu')) and _runs(half)
+            and torch._C._get_mkldnn_enabled() and rows.numel() > 0)
 
 
 def is_plain(layer: nn.Module, *kinds: type) -> bool:
@@ -152,8 +162,10 @@ class CompiledBlock(NamedTuple):
             key, = keys
             state = _Memory(key.data_ptr(), value.data_ptr(), value.shape[2], *key.stride()[:3], *value.stride()[:3])
         ends = (_NUMBER * len(lengths))(*accumulate(lengths))
+        dim = queries.shape[-1]
+        is_half = _is_half() and dim % 2 == self.hidden % 2 == 0  # pairs of channels
         _call('encode', _Block(
-            queries.shape[-1], self.hidden, self.heads, *self.eps, self.scale, *self.parameters, state,
+            dim, self.hidden, self.heads, is_half, *self.eps, self.scale, *self.parameters, state,
             queries.data_ptr(), places, out.data_ptr(), adds, ctypes.addressof(ends), len(lengths), *patches))
 
 
