@@ -34,9 +34,8 @@ class PatchProjection(nn.Conv2d):
         """
         side = self.kernel_size[0]
         height, width = maps.shape[2] // side, maps.shape[3] // side
-        cells = maps.permute(0, 2, 3, 1)
-        if self.of_tokens and compiled.takes(cells[:1, :1]):
-            tokens = compiled.project(cells, self.weight.permute(0, 2, 3, 1), self.bias, before, after,
+        if compiled.takes(maps[:1, :1, :1, :1]):
+            tokens = compiled.project(maps.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1), self.bias, before, after,
                                       into=into)
             if tokens is not None:
                 return tokens, (height, width)

@@ -45,6 +45,12 @@ typedef struct {
 #define SHARE(total, i) for (int64_t i = (total)*m->rank / m->size, i##_end = (total) * (m->rank + 1) / m->size; i < i##_end; i++)
 #define COLUMNS(panels, num, i) SHARE((num)*MOST, i) if (i % MOST < panels[i / MOST].vectors)
 
+/* Sums of many rows do not wait for each other in chains: i says which one row c goes to. */
+enum { CHAINS = 4 };
+#define BY_CHAINS(rows, c, i)                                                                                          \
+    for (int64_t c##_begin = 0; c##_begin < (rows); c##_begin += CHAINS)                                               \
+        UNROLL for (int64_t i = 0, c = c##_begin; i < CHAINS; i++, c++) if (c < (rows))
+
 static void wait_for_team(const Member *m) {
     if (m->size > 1) {
 #pragma omp barrier
@@ -151,11 +157,12 @@ INLINE Vector choose_lanes(Integers mask, Vector a, Vector b) {
     return (Vector)(((Integers)a & mask) | ((Integers)b & ~mask));
 }
 
-INLINE Vector larger(Vector a, Vector b) { return choose_lanes(a > b, a, b); }
+/* NaN if b is. */
+INLINE Vector larger(Vector a, Vector b) { return (Vector)_mm512_max_ps(a, b); }
 
 /* By the powers of two, and a polynomial of what remains; NaN stays. */
 INLINE Vector exponential(Vector x) {
-    x = choose_lanes(x < -87.f, (Vector){} - 87.f, x);
+    x = larger((Vector){} - 87.f, x);
     Vector power = (x * 1.44269504f + 12582912.f) - 12582912.f;
     Vector rest = x - power * 0.693359375f + power * 2.12194440e-4f;
     Vector sum = (Vector){} + 1.9875691500e-4f;
@@ -176,7 +183,7 @@ INLINE Vector gelu(Vector x) {
     sum = sum * t + 1.421413741f;
     sum = sum * t - 0.284496736f;
     sum = sum * t + 0.254829592f;
-    return choose_lanes(x < 0.f, (Vector){}, x) - size * (0.5f * sum * t * exponential(-0.5f * x * x));
+    return larger((Vector){}, x) - size * (0.5f * sum * t * exponential(-0.5f * x * x));
 }
 
 /* Exchange the upper right and lower left blocks of a matrix's 2 * side x 2 * side blocks. */
@@ -230,12 +237,12 @@ TARGET static void store_rows(const Vector *in, int64_t ld, int64_t count, int64
 
 /* A LayerNorm of each query of a column of vectors. */
 TARGET static void norm(const Vector *x, int64_t ld, int64_t channels, Parameters p, float eps, Vector *out) {
-    Vector mean = {}, factor = {};
-    for (int64_t c = 0; c < channels; c++) mean += x[c * ld];
-    mean /= (float)channels;
-    for (int64_t c = 0; c < channels; c++) factor += (x[c * ld] - mean) * (x[c * ld] - mean);
-    factor = factor / (float)channels + eps;
-    for (int i = 0; i < LANES; i++) factor[i] = 1 / sqrtf(factor[i]);
+    Vector sums[CHAINS] = {}, squares[CHAINS] = {};
+    BY_CHAINS(channels, c, i) sums[i] += x[c * ld];
+    Vector mean = (sums[0] + sums[1] + sums[2] + sums[3]) / (float)channels;
+    BY_CHAINS(channels, c, i) squares[i] += (x[c * ld] - mean) * (x[c * ld] - mean);
+    Vector variance = (squares[0] + squares[1] + squares[2] + squares[3]) / (float)channels;
+    Vector factor = 1.f / (Vector)_mm512_sqrt_ps(variance + eps);
     for (int64_t c = 0; c < channels; c++) out[c * ld] = (x[c * ld] - mean) * factor * p.weight[c] + p.bias[c];
 }
 
@@ -395,6 +402,15 @@ TARGET static void store_changes(const Block *b, const Panel *panel, int64_t r, 
     }
 }
 
+/* Exponentials of a column, of which a softmax has the share that is returned. */
+TARGET static Vector softmax(Vector *scores, int64_t rows, int64_t ld, float scale) {
+    Vector most[CHAINS] = {scores[0], scores[0], scores[0], scores[0]}, sum = {};
+    BY_CHAINS(rows, j, i) most[i] = larger(most[i], scores[j * ld]);
+    most[0] = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    for (int64_t i = 0; i < rows; i++) sum += scores[i * ld] = exponential((scores[i * ld] - most[0]) * scale);
+    return 1.f / sum;
+}
+
 /* Softmax attention of the queries of a panel by one head, image by image. */
 TARGET static void attend(const Block *b, const Panel *panel, int64_t head, Vector *scores) {
     const Memory *memory = &b->memory;
@@ -412,13 +428,7 @@ TARGET static void attend(const Block *b, const Panel *panel, int64_t head, Vect
                          query + first, ld, 0, scores, vectors);
         Vector shares[MOST];
         for (int64_t r = 0; r < vectors; r++) {
-            Vector most = scores[r], sum = {};
-            for (int64_t k = 1; k < keys; k++) most = larger(most, scores[k * vectors + r]);
-            for (int64_t k = 0; k < keys; k++) {
-                Vector *score = scores + k * vectors + r;
-                sum += *score = exponential((*score - most) * scale);
-            }
-            shares[r] = 1.f / sum;
+            shares[r] = softmax(scores + r, keys, vectors, scale);
         }
         product[vectors](memory->value + image * memory->value_image + head * memory->value_head, 1, memory->value_row,
                          dim, keys, scores, vectors, 0, sums, vectors);
@@ -453,10 +463,8 @@ TARGET static void sample_panel(const Block *b, const Panel *panel, int64_t head
     const Vector *offsets = panel->matrix[H] + head * points * 2 * ld;
     Vector *weights = panel->matrix[Q] + head * points * ld;
     for (int64_t r = 0; r < ld; r++) {
-        Vector most = weights[r], sum = {};
-        for (int64_t p = 1; p < points; p++) most = larger(most, weights[p * ld + r]);
-        for (int64_t p = 0; p < points; p++) sum += weights[p * ld + r] = exponential(weights[p * ld + r] - most);
-        for (int64_t p = 0; p < points; p++) weights[p * ld + r] /= sum;
+        Vector share_of_all = softmax(weights + r, points, ld, 1);
+        for (int64_t p = 0; p < points; p++) weights[p * ld + r] *= share_of_all;
         const float *of_lane[LANES];
         int64_t count = smaller(panel->count - r * LANES, LANES);
         for (int64_t i = 0; i < count; i++) {
@@ -555,39 +563,41 @@ void encode(const Block *b, float *memory) {
     run(encode_panels, &rounded, &needs, memory);
 }
 
-/* A linear layer of patches of side x side cells with a norm of each cell before it, one of the result behind it, and
- * then another linear layer; all but the first are left out if they have no weight. The weights are (channels, side,
- * side, C), then (then_channels, channels). */
+/* A linear layer of patches with a norm before it, one of the result behind it, and then another linear layer; all but the
+ * first are left out if they have no weight. A patch consists of outer x inner segments of length numbers that lie side
+ * by side, the cells of a map of tokens or the lines of an image's channels, and the norm before is one of segments. The
+ * weights are (channels, outer, inner, length), then (then_channels, channels). Strides are numbers. */
 typedef struct {
-    int64_t images, height, width, side, depth, channels, then_channels; /* height and width in patches, depth is C */
-    int64_t image, line; /* numbers from an image, and a line of cells, to the next */
+    int64_t images, height, width, outer, inner, length, channels, then_channels; /* height and width in patches */
+    int64_t image_stride, line_stride, patch_stride, outer_stride, inner_stride;
     float eps_before, eps_after;
     Parameters before, weights, after, then;
-    const float *cells;
+    const float *table;
     float *out;
     int64_t adds; /* whether the results are added to what is in out */
 } Projection;
 
 TARGET static void project_panels(const void *job, const Panel *panels, int64_t num, const Member *m) {
     const Projection *g = job;
-    int64_t depth = g->depth, cells = g->side * g->side, channels = g->then.weight ? g->then_channels : g->channels;
-    SHARE(num * MOST * cells, i) {
-        const Panel *p = panels + i / (MOST * cells);
-        int64_t r = i / cells % MOST, cell = i % cells, ld = p->vectors;
+    int64_t segments = g->outer * g->inner, length = g->length, channels = g->then.weight ? g->then_channels : g->channels;
+    SHARE(num * MOST * segments, i) {
+        const Panel *p = panels + i / (MOST * segments);
+        int64_t r = i / segments % MOST, segment = i % segments, ld = p->vectors;
         int64_t count = smaller(p->count - r * LANES, LANES);
         if (r >= ld) continue;
         const float *rows[LANES];
         for (int64_t j = 0; j < count; j++) {
             int64_t patch = p->first + r * LANES + j, line = patch / g->width;
-            rows[j] = g->cells + line / g->height * g->image + (line % g->height * g->side + cell / g->side) * g->line +
-                      (patch % g->width * g->side + cell % g->side) * depth;
+            rows[j] = g->table + line / g->height * g->image_stride + line % g->height * g->line_stride +
+                      patch % g->width * g->patch_stride + segment / g->inner * g->outer_stride +
+                      segment % g->inner * g->inner_stride;
         }
-        Vector *x = p->matrix[A] + cell * depth * ld + r;
-        load_rows(rows, count, depth, x, ld);
-        if (g->before.weight) norm(x, ld, depth, g->before, g->eps_before, x);
+        Vector *x = p->matrix[A] + segment * length * ld + r;
+        load_rows(rows, count, length, x, ld);
+        if (g->before.weight) norm(x, ld, length, g->before, g->eps_before, x);
     }
     wait_for_team(m);
-    linear(m, panels, num, g->weights, g->channels, cells * depth, A, Q, 0, 0);
+    linear(m, panels, num, g->weights, g->channels, segments * length, A, Q, 0, 0);
     if (g->after.weight) {
         COLUMNS(panels, num, i) {
             const Panel *p = panels + i / MOST;
@@ -611,7 +621,7 @@ TARGET static void project_panels(const void *job, const Panel *panels, int64_t 
 }
 
 static Needs needs_of_projection(const Projection *g) {
-    int64_t length = g->side * g->side * g->depth;
+    int64_t length = g->outer * g->inner * g->length;
     /* The patches of a panel stay in cache. */
     return (Needs){g->images * g->height * g->width, length > 2048 ? MOST / 2 : MOST,
                    {0, length, g->channels, g->then_channels, 0}, 0, g->channels * (length + g->then_channels)};

@@ -49,9 +49,10 @@ class _Block(ctypes.Structure):
 class _Projection(ctypes.Structure):
     """As in encoder.c."""
     _fields_ = [
-        *_fields(_NUMBER, 'images height width side depth channels then_channels image line'),
+        *_fields(_NUMBER, 'images height width outer inner length channels then_channels image_stride line_stride '
+                 'patch_stride outer_stride inner_stride'),
         *_fields(_REAL, 'eps_before eps_after'), *_fields(_Parameters, 'before weights after then'),
-        *_fields(_ADDRESS, 'cells out'), ('adds', _NUMBER)
+        *_fields(_ADDRESS, 'table out'), ('adds', _NUMBER)
     ]
 
 
@@ -99,7 +100,7 @@ def _weights(weight: Tensor, bias: Optional[Tensor]) -> Optional[_Parameters]:
 
 def _parameters(layer: Optional[nn.Module]) -> Optional[_Parameters]:
     """The weights of a layer, none of no layer; None if the functions do not take it."""
-    if layer is None:
+    if layer is None or is_plain(layer, nn.Identity):
         return _Parameters()
     if not is_plain(layer, Linear, nn.LayerNorm, StartLinear):
         return None
@@ -179,31 +180,37 @@ def compiled_block(layers: Sequence[Optional[nn.Module]], heads: int, num_points
     return CompiledBlock(parameters, fc1.out_features, heads, num_points, (norm1.eps, norm2.eps), scale)
 
 
-def project(cells: Tensor, weight: Tensor, bias: Optional[Tensor], before: Optional[nn.Module] = None,
+def project(maps: Tensor, weight: Tensor, bias: Optional[Tensor], before: Optional[nn.Module] = None,
             after: Optional[nn.Module] = None, then: Optional[nn.Module] = None,
             into: Optional[Tensor] = None) -> Optional[Tensor]:
     """A linear layer of each patch of a map, (B, H, W, C_in) -> (B, H//side * W//side, C_out).
 
     Args:
-        cells: the map; its channels lie side by side, and so do the cells of a line.
-        weight: (C_out, side, side, C_in).
-        before, after: norms of the cells and of the results.
+        maps: tokens, whose channels lie side by side, or images, whose pixels of a line and channel do.
+        weight: (C_out, side, side, C_in), which lies in memory in the order of the maps'.
+        before, after: norms of the tokens' channels and of the results.
         then: a linear layer of what is normed.
         into: that the results are added to instead, if it is given; it is returned.
 
     Returns:
-        None if the functions do not take the map or the layers.
+        None if the functions do not take the maps or the layers.
     """
-    parameters = _parameters(before), _weights(weight, bias), _parameters(after), _parameters(then)
-    images, height, width, depth = cells.shape
-    if None in parameters or not _is_read(cells) or cells.stride()[2:] != (depth, 1):
+    (images, height, width, depth), (channels, side) = maps.shape, weight.shape[:2]
+    image, line, cell, channel = maps.stride()
+    if channel == 1 and cell == depth:
+        order, segments, strides = (0, 1, 2, 3), (side, side, depth), (line, cell)
+    elif cell == 1 and before is None:
+        order, segments, strides = (0, 3, 1, 2), (depth, side, side), (channel, line)
+    else:
         return None
-    channels, side = weight.shape[:2]
+    parameters = _parameters(before), _weights(weight.permute(order), bias), _parameters(after), _parameters(then)
+    if None in parameters or not _is_read(maps):
+        return None
     height, width, then_channels = height // side, width // side, then.out_features if then else 0
-    out = cells.new_empty(images, height * width, then_channels or channels) if into is None else into
+    out = maps.new_empty(images, height * width, then_channels or channels) if into is None else into
     _call('project', _Projection(
-        images, height, width, side, depth, channels, then_channels, *cells.stride()[:2],
-        *(0. if norm is None else norm.eps for norm in (before, after)), *parameters, cells.data_ptr(), out.data_ptr(),
+        images, height, width, *segments, channels, then_channels, image, side * line, side * cell, *strides,
+        *(getattr(norm, 'eps', 0.) for norm in (before, after)), *parameters, maps.data_ptr(), out.data_ptr(),
         into is not None))
     return out
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from mmdyn.models.layers import patches as patches_module
 from mmdyn.models.layers.patches import PatchProjection
+from mmdyn.models.native import encoder as compiled
 
 
 @pytest.mark.parametrize('shape', [(8, 12), (9, 14), (11, 5), (4, 4)])
@@ -43,7 +44,8 @@ def test_patches_of_a_crop(of_tokens):
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('piece', [1, 2 * 36 * 3, 4 * 36 * 3, 1000])
 def test_patches_by_pieces_are_those_of_the_whole(piece, batch, of_tokens, monkeypatch):
-    """Some of 5 rows of 3 patches of 36 numbers, with norms before and after."""
+    """Some of 5 rows of 3 patches of 36 numbers, with norms before and after, where no compiled function takes them."""
+    monkeypatch.setattr(compiled, 'takes', lambda rows: False)
     proj, maps = PatchProjection(9, 4, 2, of_tokens), torch.randn(batch, 9, 11, 7)
     before, after = (nn.LayerNorm(9) if of_tokens else None), nn.LayerNorm(4)
     normed = maps if before is None else before(maps.movedim(1, 3)).movedim(3, 1)

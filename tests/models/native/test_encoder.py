@@ -289,13 +289,29 @@ def test_projection_of_patches(side, channels, shape, has_before, has_after, has
     torch.testing.assert_close(into, 1 + found, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize('side, shape', [(4, (17, 33)), (16, (50, 40)), (1, (3, 4))])
+@torch.no_grad()
+def test_projection_of_patches_of_images(side, shape, threads):
+    """As a convolution, of a part of an image whose rest is left out."""
+    images, conv = torch.randn(2, 4, shape[0] + 2, shape[1] + 5)[:, 1:, 2:, 5:], nn.Conv2d(3, 18, side, side)
+    norm = nn.LayerNorm(18)
+    for after in (None, norm, nn.Identity()):
+        expected = copy.deepcopy(conv).double()(images.double()).flatten(2).mT
+        expected = copy.deepcopy(after).double()(expected) if after else expected
+        found = compiled.project(images.movedim(1, 3), conv.weight.movedim(1, 3), conv.bias, after=after)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_projections_that_are_left_to_torch():
     cells, conv = torch.randn(1, 6, 8, 16), nn.Conv2d(16, 4, 2, 2)
     weight, norm = conv.weight.permute(0, 2, 3, 1).contiguous(), nn.LayerNorm(16)
     assert compiled.project(cells, weight, conv.bias) is not None
     assert compiled.project(cells, conv.weight.permute(0, 2, 3, 1), conv.bias) is None
-    assert compiled.project(cells.movedim(3, 1).contiguous().movedim(1, 3), weight, conv.bias) is None
+    images = cells.movedim(3, 1).contiguous().movedim(1, 3)
+    assert compiled.project(images, weight, conv.bias) is None
+    assert compiled.project(images, conv.weight.movedim(1, 3), conv.bias, norm) is None
+    assert compiled.project(cells[..., ::2], weight[..., ::2].contiguous(), conv.bias) is None
     assert compiled.project(cells.double(), weight, conv.bias) is None
     norm.register_forward_hook(lambda *args: None)
     assert compiled.project(cells, weight, conv.bias, norm) is None
@@ -308,10 +324,12 @@ def test_projections_that_are_left_to_torch():
 
 
 @torch.no_grad()
-def test_patches_of_tokens_are_projected_by_it(monkeypatch):
+def test_patches_of_tokens_and_images_are_projected_by_it(monkeypatch):
     calls, project = [], compiled.project
     monkeypatch.setattr(compiled, 'project', lambda *args, **options: calls.append(1) or project(*args, **options))
-    proj, maps = PatchProjection(16, 5, 2, True), torch.randn(2, 70, 16).mT.unflatten(2, (7, 10))
-    expected = copy.deepcopy(proj).double()(maps.double())[0].float()
-    torch.testing.assert_close(proj(maps)[0], expected, rtol=1e-4, atol=1e-5)
-    assert calls
+    tokens = torch.randn(2, 70, 16).mT.unflatten(2, (7, 10))
+    for of_tokens, maps in ((True, tokens), (False, tokens.contiguous())):
+        proj = PatchProjection(16, 5, 2, of_tokens)
+        expected = copy.deepcopy(proj).double()(maps.double())[0].float()
+        torch.testing.assert_close(proj(maps)[0], expected, rtol=1e-4, atol=1e-5)
+        assert calls.pop() and not calls
