@@ -12,6 +12,7 @@ from typing import Callable, Dict, List, Sequence, Union
 import torch
 
 from ..models.layers.linear import ONEDNN, cpuinfo, linear, uses_onednn
+from ..models.native.encoder import release
 
 Outputs = Union[torch.Tensor, Sequence[torch.Tensor]]
 
@@ -60,7 +61,8 @@ def ratio(times: Dict[str, List[float]], name: str, reference: str) -> float:
 def peak_memory(run: Callable[[], object], device: Union[str, torch.device] = 'cpu') -> int:
     """Bytes that a function has allocated in tensors at its worst moment, above what there was when it started.
 
-    The same run allocates the same. What libraries allocate past torch is not counted.
+    The same run allocates the same. What compiled encoder blocks keep from run to run is counted; what libraries
+    allocate past torch is not.
     """
     if torch.device(device).type == 'cuda':
         synchronise(device)
@@ -69,6 +71,7 @@ def peak_memory(run: Callable[[], object], device: Union[str, torch.device] = 'c
         run()
         synchronise(device)
         return torch.cuda.max_memory_allocated(device) - before
+    release()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True,
                                 acc_events=True) as profiler:
         run()
@@ -103,7 +106,7 @@ def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes
 
     Returns:
         ``float32`` and, where the device supports it, ``bfloat16`` by torch, and ``oneDNN float32``, which our models
-        use on a CPU, in GFLOP/s; ``copy`` in GB/s.
+        use on a CPU where no compiled function runs, in GFLOP/s; ``copy`` in GB/s.
     """
     source = torch.randn(megabytes * 10**6 // 4, device=device)
     target, cases, work = torch.empty_like(source), {}, {}

@@ -7,7 +7,9 @@ import torch
 
 from mmdyn.analysis import latency
 from mmdyn.analysis.latency import environment, interleaved_times, largest_difference, limits, peak_memory, ratio
+from mmdyn.models.layers import Attention, EncoderBlock
 from mmdyn.models.layers.linear import cpuinfo
+from mmdyn.models.native.encoder import release
 
 
 def test_runs_in_turns_after_a_warm_up():
@@ -44,6 +46,19 @@ def test_peak_memory_of_a_result_and_of_nothing():
     kept = []
     assert peak_memory(lambda: kept.append(torch.zeros(100, 100))) == 40000
     assert peak_memory(lambda: None) == 0
+
+
+@torch.no_grad()
+def test_peak_memory_has_what_compiled_blocks_keep():
+    """However often they ran before."""
+    block, tokens = EncoderBlock(16, Attention(16, 2), 2).eval(), torch.randn(1, 64, 16)
+    if not block.compiled(tokens):
+        pytest.skip('no compiled block runs here')
+    peaks = [peak_memory(lambda: block(tokens, (8, 8), inplace=True)) for _ in range(2)]
+    # Matrices of a panel of 64 queries: three of the channels and one of the hidden channels.
+    assert peaks[0] == peaks[1] > 4 * 64 * (3 * 16 + 32)
+    release()
+    assert block(tokens, (8, 8)).isfinite().all()
 
 
 def test_largest_difference_is_relative_to_each_output():

@@ -199,11 +199,12 @@ class DynamicGrainedEncoder(nn.Module):
         self.decision = Decision(choice, routing.queries)
         if functions:
             return functions.update_patches(tokens, block.memory(tokens, shape, num_extra), routing, inplace)
-        if is_plain_inference() and sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
+        plain = is_plain_inference()
+        if plain and sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
             # Every token is a query of its own: the vanilla block.
             return block(tokens, shape, num_extra, inplace)
         change = self._sparse_change(block, tokens, shape, routing, num_extra)
-        return routing.add_changes_(tokens, change) if inplace else routing.add_changes(tokens, change)
+        return routing.add_changes_(tokens, change) if inplace and plain else routing.add_changes(tokens, change)
 
     def _sparse_change(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], routing: grains.Routing,
                        num_extra: int) -> Tensor:

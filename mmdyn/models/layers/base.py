@@ -101,4 +101,5 @@ class AttentionBase(nn.Module):
         if lengths is not None:
             return queries, lengths, points
         images, num = queries.shape[:2]
-        return queries.flatten(0, 1), [num] * images, points.repeat(images, 1) if self.uses_points else None
+        points = points.repeat(images, 1) if self.uses_points and images > 1 else points
+        return queries.flatten(0, 1), [num] * images, points

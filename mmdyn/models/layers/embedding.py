@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..native import encoder as compiled
 from .patches import PatchProjection
 
 
@@ -108,8 +109,10 @@ def resize_position_embedding(embedding: Tensor, source: Tuple[int, int], target
 
 def to_maps(tokens: Tensor, shape: Tuple[int, int]) -> Tensor:
     """(B, h*w, C) -> (B, C, h, w), contiguous, because mmcv's RoIAlign reads the memory of what necks make of it."""
-    # torch transposes a matrix faster than a batch of one.
-    maps = tokens[0].t().contiguous()[None] if len(tokens) == 1 else tokens.transpose(1, 2).contiguous()
+    maps = compiled.transpose_tokens(tokens)
+    if maps is None:
+        # torch transposes a matrix faster than a batch of one.
+        maps = tokens[0].t().contiguous()[None] if len(tokens) == 1 else tokens.transpose(1, 2).contiguous()
     return maps.unflatten(2, shape)
 
 

@@ -15,7 +15,7 @@ from ..layers.linear import is_plain_inference
 
 # The arguments of each: addresses and numbers.
 FUNCTIONS = dict(choose='aaaan', route='aaaa', sample='aaaaana', encode='aa',
-                 encode_memory='a', project='aa', project_memory='a', runs='', runs_half='')
+                 encode_memory='a', project='aa', project_memory='a', transpose_tokens='annna', runs='', runs_half='')
 
 
 @lru_cache(maxsize=None)

@@ -291,7 +291,7 @@ static Plan plan_of(const Needs *n) {
     Plan p = {(n->queries + LANES - 1) / LANES, .threads = omp_get_max_threads()};
     int64_t idle = (p.vectors + p.threads - 1) / p.threads * p.threads - p.vectors;
     p.panels = (p.vectors + n->widest - 1) / n->widest;
-    p.shared = p.panels < FEW * p.threads && (idle * 20 > p.vectors || n->weights > CACHED);
+    p.shared = p.panels < FEW * p.threads && (idle * 32 > p.vectors || n->weights > CACHED);
     if (!p.shared) p.panels = smaller((p.panels + p.threads - 1) / p.threads * p.threads, p.vectors);
     for (int i = 0; i < MATRICES; i++) p.size += n->rows[i] * n->widest;
     return p;
@@ -635,6 +635,17 @@ int64_t project_memory(const Projection *g) {
 void project(const Projection *g, float *memory) {
     Needs needs = needs_of_projection(g);
     run(project_panels, g, &needs, memory);
+}
+
+/* Transpose the tokens of each image, (cells, channels), whose cells are a multiple of 16. */
+void transpose_tokens(const float *tokens, int64_t images, int64_t cells, int64_t channels, float *maps) {
+    int64_t columns = cells / LANES;
+#pragma omp parallel for
+    for (int64_t i = 0; i < images * columns; i++) {
+        const float *rows[LANES];
+        for (int64_t j = 0; j < LANES; j++) rows[j] = tokens + (i * LANES + j) * channels;
+        load_rows(rows, LANES, channels, (Vector *)(maps + i / columns * cells * channels) + i % columns, columns);
+    }
 }
 
 /* Whether this processor has the instructions. */

@@ -110,6 +110,11 @@ def _parameters(layer: Optional[nn.Module]) -> Optional[_Parameters]:
     return _weights(weight, bias)
 
 
+def release() -> None:
+    """Give back the memory that the calling thread keeps for the functions; the next call takes it again."""
+    _kept.memory = ()
+
+
 def _call(name: str, job: ctypes.Structure) -> None:
     """Call a function with memory that the thread keeps."""
     functions, job = library(), ctypes.byref(job)
@@ -220,3 +225,15 @@ def project_rows(rows: Tensor, layer: nn.Module, before: Optional[nn.Module] = N
     if not takes(rows) or not is_plain(layer, Linear):
         return None
     return project(rows[:, None], layer.weight[:, None, None], layer.bias, before)
+
+
+def transpose_tokens(tokens: Tensor) -> Optional[Tensor]:
+    """(B, N, C) -> (B, C, N); None if the functions do not take the tokens."""
+    images, cells, channels = tokens.shape
+    if not takes(tokens) or cells % 16:
+        return None
+    maps = tokens.new_empty(images, channels, cells)
+    if maps.data_ptr() % 64:
+        return None
+    library().transpose_tokens(tokens.data_ptr(), images, cells, channels, maps.data_ptr())
+    return maps

@@ -143,6 +143,15 @@ def test_inference_in_float32_equals_the_loops_of_the_paper(rows, is_compiled, o
     assert torch.equal(overwritten, output)
 
 
+def test_tokens_with_a_gradient_are_not_overwritten():
+    encoder, block = make('eval', granularities=(1, 2, 4))
+    tokens = torch.randn(2, 35, DIM, requires_grad=True)
+    before = tokens.detach().clone()
+    output = encoder(block, tokens, (5, 7), inplace=True)
+    assert torch.equal(tokens, before) and torch.equal(output, encoder(block, tokens, (5, 7)))
+    output.sum().backward()
+
+
 def test_gates_follow_the_distribution_of_the_logits():
     """Gumbel noise makes the hard choice a sample of softmax(logits), whatever the temperature (eq. 4)."""
     logits = torch.tensor([1., 0., -2.])

@@ -333,3 +333,13 @@ def test_patches_of_tokens_and_images_are_projected_by_it(monkeypatch):
         expected = copy.deepcopy(proj).double()(maps.double())[0].float()
         torch.testing.assert_close(proj(maps)[0], expected, rtol=1e-4, atol=1e-5)
         assert calls.pop() and not calls
+
+
+@pytest.mark.parametrize('batch, cells, channels', [(1, 16, 5), (3, 64, 48), (2, 1024, 16), (1, 17, 16), (1, 16, 1)])
+@torch.no_grad()
+def test_transposed_tokens(batch, cells, channels, threads):
+    """Cells that do not fill vectors are left to torch."""
+    tokens = torch.randn(batch, cells, channels)
+    maps = compiled.transpose_tokens(tokens)
+    assert maps is None if cells % 16 else torch.equal(maps, tokens.mT) and maps.is_contiguous()
+    assert compiled.transpose_tokens(tokens.double()) is None
