@@ -116,8 +116,8 @@ class EncoderBlock(nn.Module):
                 compiled.is_plain(layer, kind)
                 for layer, kind in ((self, EncoderBlock), (self.attn, type(self.attn)), (self.ffn, FFN))):
             return None
-        return compiled.compiled_block([self.norm1, *layers, self.norm2, self.ffn.fc1, self.ffn.fc2], self.attn.num_heads,
-                              self.attn.num_points, self.residual_scale)
+        return compiled.compiled_block([self.norm1, *layers, self.norm2, self.ffn.fc1, self.ffn.fc2],
+                                       self.attn.num_heads, self.attn.num_points, self.residual_scale)
 
     def _change(self, queries: Tensor, normed: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int],
                 lengths: List[int], points: Optional[Tensor]) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..layers.linear import is_plain_inference
 
-# The arguments of each: addresses and numbers.
-FUNCTIONS = dict(choose='aaaan', route='aaaa', sample='aaaaana', encode='aa',
-                 encode_memory='a', project='aa', project_memory='a', transpose_tokens='annna', runs='', runs_half='')
+# The arguments of each: addresses and numbers. Those of the encoder are for processors that it runs on.
+FUNCTIONS = dict(choose='aaaan', route='aaaa', sample='aaaaana', runs='', runs_half='')
+ENCODER = dict(encode='aa', encode_memory='a', project='aa', project_memory='a', transpose_tokens='annna')
 
 
 @lru_cache(maxsize=None)
@@ -30,7 +30,7 @@ def library() -> Optional[ctypes.CDLL]:
         return None
     functions, types = ctypes.CDLL(spec.origin), dict(a=ctypes.c_void_p, n=ctypes.c_int64)
     try:
-        for name, arguments in FUNCTIONS.items():
+        for name, arguments in {**FUNCTIONS, **(ENCODER if functions.runs() else {})}.items():
             function = getattr(functions, name)
             function.argtypes, function.restype = [types[kind] for kind in arguments], ctypes.c_int64
     except AttributeError as error:

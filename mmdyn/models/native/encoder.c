@@ -42,7 +42,8 @@ typedef struct {
     Vector *own; /* memory of this thread */
 } Member;
 
-#define SHARE(total, i) for (int64_t i = (total)*m->rank / m->size, i##_end = (total) * (m->rank + 1) / m->size; i < i##_end; i++)
+#define SHARE(total, i)                                                                                                \
+    for (int64_t i = (total)*m->rank / m->size, i##_end = (total) * (m->rank + 1) / m->size; i < i##_end; i++)
 #define COLUMNS(panels, num, i) SHARE((num)*MOST, i) if (i % MOST < panels[i / MOST].vectors)
 
 /* Sums of many rows do not wait for each other in chains: i says which one row c goes to. */

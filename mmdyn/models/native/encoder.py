@@ -120,7 +120,7 @@ def _call(name: str, job: ctypes.Structure) -> None:
     functions, job = library(), ctypes.byref(job)
     numbers = getattr(functions, f'{name}_memory')(job) + 16
     if numbers > len(getattr(_kept, 'memory', ())):
-        _kept.memory = torch.empty(numbers)
+        _kept.memory = torch.empty(numbers, dtype=torch.float32, device='cpu')
     address = _kept.memory.data_ptr()
     getattr(functions, name)(job, address + -address % 64)
 

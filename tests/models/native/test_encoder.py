@@ -265,6 +265,19 @@ def test_callers_do_not_share_memory():
             assert torch.equal(out, one)
 
 
+@torch.no_grad()
+def test_memory_does_not_follow_the_defaults_of_torch():
+    block, tokens = make('full'), torch.randn(2, math.prod(SHAPE), 12)
+    expected = block(tokens, SHAPE)
+    compiled.release()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device('meta'):
+            assert torch.equal(block(tokens, SHAPE), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize('has_before, has_after, has_then', [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 1), (0, 0, 1)])
 @pytest.mark.parametrize('side, channels, shape', [(1, 20, (1, 50)), (2, 16, (10, 13)), (8, 40, (17, 33)), (3, 5, (3, 700))])
 @torch.no_grad()

@@ -23,3 +23,17 @@ def test_functions_of_another_version_say_how_to_compile_them(monkeypatch):
     monkeypatch.setattr(native.ctypes, 'CDLL', lambda path: object())
     with pytest.raises(ImportError, match='_native.* another version of mmdyn: .*`make setup` or `pip install -e .`'):
         native.library.__wrapped__()
+
+
+def test_processors_that_the_encoder_does_not_run_on(monkeypatch):
+    """Its functions are not even looked for, because other compilers leave them out."""
+    names = []
+
+    class Functions:
+        def __getattr__(self, name):
+            assert name not in native.ENCODER
+            names.append(name)
+            return lambda: 0
+
+    monkeypatch.setattr(native.ctypes, 'CDLL', lambda path: Functions())
+    assert isinstance(native.library.__wrapped__(), Functions) and set(native.FUNCTIONS) <= set(names)
