@@ -52,7 +52,8 @@ setup(
         mim=MIM, cls=CLS, det=DET, seg=SEG, demo=DEMO, tests=TESTS, all=[*MIM, *CLS, *DET, *SEG, *DEMO, *TESTS]),
     # Without a compiler mmdyn runs the same in plain PyTorch.
     ext_modules=[
-        Extension('mmdyn.models.native._native', [f'mmdyn/models/native/{name}.c' for name in ('routing', 'sampling', 'encoder')],
+        Extension('mmdyn.models.native._native',
+                  [f'mmdyn/models/native/{name}.c' for name in ('routing', 'sampling', 'encoder')],
                   depends=['mmdyn/models/native/native.h'], extra_compile_args=['-O3', '-fopenmp'],
                   extra_link_args=['-fopenmp'], optional=True)
     ],

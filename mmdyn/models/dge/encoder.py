@@ -101,9 +101,8 @@ class DynamicGrainedEncoder(nn.Module):
     """Wraps an encoder block so that each region of its input chooses its number of queries.
 
     The block is an argument of the forward pass, not a submodule: the names of its weights are those of the dense model.
-    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``compiled``, ``memory``
-    and ``forward``. If it has a true attribute ``uses_points``, it gets the centres of the
-    queries' patches.
+    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``compiled``, ``memory`` and
+    ``forward``. If it has a true attribute ``uses_points``, it gets the centres of the queries' patches.
 
     Args:
         dim: channels of the tokens.

@@ -110,8 +110,8 @@ class EncoderBlock(nn.Module):
         return by_pieces(run, self.attn.pieces(queries, memory, lengths, points), len(queries), into)
 
     def compiled(self, tokens: Tensor) -> Optional[compiled.CompiledBlock]:
-        """Functions that do the same on a CPU, if they take the tokens and nobody replaced or looks at a layer."""
-        layers = self.attn.compiled_layers() if compiled.takes(tokens) else None
+        """Functions that do the same in evaluation on a CPU, if they take the tokens and all layers are plain."""
+        layers = None if self.training or not compiled.takes(tokens) else self.attn.compiled_layers()
         if layers is None or not all(
                 compiled.is_plain(layer, kind)
                 for layer, kind in ((self, EncoderBlock), (self.attn, type(self.attn)), (self.ffn, FFN))):

@@ -6,7 +6,6 @@
  */
 #include "native.h"
 #include <math.h>
-#include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
@@ -366,14 +365,8 @@ TARGET static int64_t rows_of(const Block *b, const Panel *panel, int64_t r, flo
         Patch patch = b->patches[first + i];
         rows[i] = b->queries + patch.row * dim;
         if (patch.lines * patch.columns == 1) continue;
-        float *mean = means + i * dim, share = 1.f / (float)(patch.lines * patch.columns);
-        memset(mean, 0, dim * sizeof(float));
-        for (int64_t line = 0; line < patch.lines; line++)
-            for (int64_t column = 0; column < patch.columns; column++) {
-                const float *cell = rows[i] + (line * b->width + column) * dim;
-                for (int64_t c = 0; c < dim; c++) mean[c] += cell[c];
-            }
-        for (int64_t c = 0; c < dim; c++) mean[c] *= share;
+        float *mean = means + i * dim;
+        mean_of(rows[i], b->width, dim, patch.lines, patch.columns, mean);
         rows[i] = mean;
     }
     return count;
@@ -428,9 +421,7 @@ TARGET static void attend(const Block *b, const Panel *panel, int64_t head, Vect
         product[vectors](memory->key + image * memory->key_image + head * memory->key_head, memory->key_row, 1, keys, dim,
                          query + first, ld, 0, scores, vectors);
         Vector shares[MOST];
-        for (int64_t r = 0; r < vectors; r++) {
-            shares[r] = softmax(scores + r, keys, vectors, scale);
-        }
+        for (int64_t r = 0; r < vectors; r++) shares[r] = softmax(scores + r, keys, vectors, scale);
         product[vectors](memory->value + image * memory->value_image + head * memory->value_head, 1, memory->value_row,
                          dim, keys, scores, vectors, 0, sums, vectors);
         for (int64_t r = 0; r < vectors; r++) {
@@ -653,7 +644,10 @@ void transpose_tokens(const float *tokens, int64_t images, int64_t cells, int64_
 int runs(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"); }
 
 /* Whether it has those for bfloat16. */
-int runs_half(void) { return runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"); }
+int runs_half(void) {
+    return runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+}
 #else
 int runs(void) { return 0; }
 int runs_half(void) { return 0; }

@@ -22,5 +22,8 @@ typedef struct {
     int32_t lines, columns;
 } Patch;
 
+/* The mean of lines x columns cells of a map, the first of which is given. */
+void mean_of(const float *cells, int64_t width, int64_t channels, int64_t lines, int64_t columns, float *restrict out);
+
 /* Sum of the values that a head's points have in a map, interpolated between the four cells around each. */
 void sample_points(const Sampling *g, const float *map, const float *points, const float *weights, float *restrict out);

@@ -27,14 +27,15 @@ static Area area_of(const Map *g, int64_t region) {
     return (Area){top, left, smaller(top + g->side, g->height), smaller(left + g->side, g->width)};
 }
 
-WIDE static void mean_of(const float *cells, int64_t width, int64_t channels, Area area, float *restrict out) {
+WIDE void mean_of(const float *cells, int64_t width, int64_t channels, int64_t lines, int64_t columns,
+                  float *restrict out) {
     memset(out, 0, channels * sizeof(float));
-    for (int64_t row = area.top; row < area.bottom; row++)
-        for (int64_t column = area.left; column < area.right; column++) {
-            const float *cell = cells + (row * width + column) * channels;
+    for (int64_t line = 0; line < lines; line++)
+        for (int64_t column = 0; column < columns; column++) {
+            const float *cell = cells + (line * width + column) * channels;
             for (int64_t c = 0; c < channels; c++) out[c] += cell[c];
         }
-    float share = 1.f / (float)((area.bottom - area.top) * (area.right - area.left));
+    float share = 1.f / (float)(lines * columns);
     for (int64_t c = 0; c < channels; c++) out[c] *= share;
 }
 
@@ -52,7 +53,9 @@ void choose(const Map *g, const float *table, const float *weight, const float *
     for (int64_t i = 0; i < g->images * regions; i++) {
         const float *cells = table + (i / regions * rows + g->extra) * n;
         float mean[n], best = -INFINITY;
-        mean_of(cells, g->width, n, area_of(g, i % regions), mean);
+        Area area = area_of(g, i % regions);
+        mean_of(cells + (area.top * g->width + area.left) * n, g->width, n, area.bottom - area.top, area.right - area.left,
+                mean);
         g->choice[i] = 0;
         for (int64_t k = 0; k < options; k++) {
             float logit = product_of(mean, weight + k * n, n) + bias[k];

@@ -228,6 +228,7 @@ def test_what_the_functions_do_not_take():
         assert block.compiled(tokens) is None
     with torch.enable_grad():
         assert block.compiled(tokens) is None
+    assert block.train().compiled(tokens) is None and block.eval().compiled(tokens)
     block.attn.keeps_class_attention = True
     assert block.compiled(tokens) is None
     assert EncoderBlock(12, OtherAttention(12, 3), 2).compiled(tokens) is None
