@@ -12,7 +12,7 @@ from .. import native
 from ..layers.linear import is_plain_inference, runs_in_pieces
 from ..native import routing as compiled
 from . import grains
-from .grains import candidate_centres, candidate_values, grid, pool, region_table, sum_over_granularities
+from .grains import Grains, candidate_centres, candidate_values, grid, pool, region_table, sum_over_granularities
 
 
 def check_granularities(granularities: Sequence[int], region_size: Optional[int] = None) -> Tuple[int, ...]:
@@ -101,8 +101,7 @@ class DynamicGrainedEncoder(nn.Module):
     """Wraps an encoder block so that each region of its input chooses its number of queries.
 
     The block is an argument of the forward pass, not a submodule: the names of its weights are those of the dense model.
-    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``compiled``, ``memory`` and
-    ``forward``. If it has a true attribute ``uses_points``, it gets the centres of the queries' patches.
+    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``encode`` and ``forward``. If it has a true attribute ``uses_points``, it gets the centres of the queries' patches.
 
     Args:
         dim: channels of the tokens.
@@ -193,11 +192,12 @@ class DynamicGrainedEncoder(nn.Module):
     def _infer(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], choice: Tensor, num_extra: int,
                inplace: bool) -> Tensor:
         """The tokens with the changes of the queries of a choice."""
-        args, functions = (choice, shape, self.granularities, self.region, num_extra), block.compiled(tokens)
-        routing = compiled.route(*args) if functions else grains.route(*args, padded=runs_in_pieces(tokens))
+        encoded = block.encode(tokens, shape, num_extra, inplace, Grains(choice, self.granularities, self.region))
+        if encoded is not None:
+            self.decision = Decision(choice, encoded[1])
+            return encoded[0]
+        routing = grains.route(choice, shape, self.granularities, self.region, num_extra, padded=runs_in_pieces(tokens))
         self.decision = Decision(choice, routing.queries)
-        if functions:
-            return functions.update_patches(tokens, block.memory(tokens, shape, num_extra), routing, inplace)
         plain = is_plain_inference()
         if plain and sum(routing.lengths) == tokens.shape[0] * tokens.shape[1]:
             # Every token is a query of its own: the vanilla block.

@@ -141,6 +141,19 @@ def patch_of_cell(shape: Tuple[int, int], side: int) -> Tensor:
 NONE = 2**30
 
 
+class Grains(NamedTuple):
+    """The granularities of the regions of maps.
+
+    Attributes:
+        choice: (B, rows, columns) indices into the granularities.
+        granularities: sides of the patches in cells, 0 for none.
+        region: side of a region in cells.
+    """
+    choice: Tensor
+    granularities: Tuple[int, ...]
+    region: int
+
+
 class RegionTable(NamedTuple):
     """What each granularity makes of each region of a map; row k * regions + r is granularity k in region r.
 

@@ -1,7 +1,7 @@
 """Attention of queries over the keys and values of a dense map of tokens."""
 import math
 from itertools import accumulate
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -150,21 +150,18 @@ class Attention(AttentionBase):
     def keys_values(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0,
                     norm: Optional[nn.Module] = None) -> Tuple[Tensor, Tensor]:
         """Keys and values, (B, heads, M, D) each."""
-        key_value = None
-        if self.sr_ratio == 1:
-            key_value = compiled.project_rows(tokens, self.kv, norm)
-        elif compiled.takes(tokens) and not num_extra and compiled.is_plain(self.sr, PatchProjection):
-            check_sr_ratio(shape, self.sr_ratio)
-            key_value = compiled.project(tokens.unflatten(1, shape), self.sr.weight.permute(0, 2, 3, 1), self.sr.bias,
-                                         norm, self.norm, self.kv)
-        if key_value is None:
-            key_value = self.kv(self.reduce(tokens, shape, num_extra, norm))
-        key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        key, value = self.kv(self.reduce(tokens, shape, num_extra, norm)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return key, value
 
-    def compiled_layers(self) -> Optional[Tuple[Optional[nn.Module], ...]]:
-        plain = type(self) is Attention and not self.keeps_class_attention
-        return (self.q, None, self.proj) if plain else None
+    def compiled_layers(self, shape: Tuple[int, int], num_extra: int) -> Optional[Dict[str, nn.Module]]:
+        if self.keeps_class_attention or not compiled.is_plain(self, Attention):
+            return None
+        own, reduce, norm = self._modules, None, None  # quicker than attributes
+        if self.sr_ratio > 1:
+            reduce, norm = own['sr'], own['norm']
+            if num_extra or min(shape) < self.sr_ratio or not compiled.is_plain(reduce, PatchProjection):
+                return None
+        return dict(query=own['q'], weights=None, proj=own['proj'], reduce=reduce, norm_keys=norm, memory=own['kv'])
 
     def attend(self, queries: Tensor, memory: Tuple[Tensor, Tensor], shape: Tuple[int, int], lengths: List[int],
                points: Optional[Tensor] = None) -> Tensor:

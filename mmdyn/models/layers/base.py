@@ -1,5 +1,5 @@
 """What kinds of attention have in common."""
-from typing import Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
@@ -21,10 +21,15 @@ class AttentionBase(nn.Module):
     keeps_class_attention = False
     num_points = 0
 
-    def compiled_layers(self) -> Optional[Tuple[Optional[nn.Module], ...]]:
-        """Layers of queries, or of offsets and weights of points, and of the result, if :meth:`attend` may be left out.
+    def compiled_layers(self, shape: Tuple[int, int], num_extra: int) -> Optional[Dict[str, nn.Module]]:
+        """Those of :class:`~mmdyn.models.native.encoder.Layers` that are the attention's, if they are all there is to it.
 
-        That is where a :class:`~mmdyn.models.native.encoder.CompiledBlock` does the same.
+        Args:
+            shape: (H, W).
+            num_extra: E.
+
+        Returns:
+            None if :meth:`keys_values` and :meth:`attend` must be called.
         """
         return None
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..dge.grains import Grains
 from ..native import encoder as compiled
 from .base import AttentionBase
 from .linear import Linear, add_into, by_pieces, by_pieces_of_rows
@@ -81,43 +82,45 @@ class EncoderBlock(nn.Module):
             as ``queries``: the change, or ``into``.
         """
         packed, lengths, points = self.attn.pack(queries, shape, lengths, points)
-        if self.training or not (compiled.takes(packed) or self.attn.runs_in_pieces(packed)):
+        if self.training or not self.attn.runs_in_pieces(packed):
             normed = self.norm1(tokens)
             memory = self.attn.keys_values(normed, shape, num_extra)
             normed = normed.flatten(0, 1) if queries is tokens else self.norm1(packed)
             change = self._change(packed, normed, memory, shape, lengths, points).view_as(queries)
             return change if into is None else into.add_(change)
-        into = None if into is None else into.view_as(packed)
-        return self.update(packed, self.memory(tokens, shape, num_extra), shape, lengths, points, into).view_as(queries)
-
-    def memory(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0) -> Tuple[Tensor, ...]:
-        """What queries attend to, of tokens (B, E + H*W, C): tensors with a first dimension of images."""
-        return self.attn.keys_values(tokens, shape, num_extra, self.norm1)
-
-    def update(self, queries: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int], lengths: List[int],
-               points: Optional[Tensor] = None, into: Optional[Tensor] = None) -> Tensor:
-        """:meth:`change` of packed queries (N, C) that attend to a :meth:`memory`, in inference."""
-        functions = self.compiled(queries)
-        if functions:
-            return functions.change(queries, memory, shape, lengths, points, into)
-        if not self.attn.runs_in_pieces(queries):
-            change = self._change(queries, self.norm1(queries), memory, shape, lengths, points)
-            return change if into is None else into.add_(change)
+        memory = self.attn.keys_values(tokens, shape, num_extra, self.norm1)
 
         def run(rows, memory, *of_rows):
-            return self._change(queries[rows], self.norm1(queries[rows]), memory, shape, *of_rows)
+            return self._change(packed[rows], self.norm1(packed[rows]), memory, shape, *of_rows)
 
-        return by_pieces(run, self.attn.pieces(queries, memory, lengths, points), len(queries), into)
+        return by_pieces(run, self.attn.pieces(packed, memory, lengths, points), len(packed),
+                         None if into is None else into.view_as(packed)).view_as(queries)
 
-    def compiled(self, tokens: Tensor) -> Optional[compiled.CompiledBlock]:
-        """Functions that do the same in evaluation on a CPU, if they take the tokens and all layers are plain."""
-        layers = None if self.training or not compiled.takes(tokens) else self.attn.compiled_layers()
-        if layers is None or not all(
-                compiled.is_plain(layer, kind)
-                for layer, kind in ((self, EncoderBlock), (self.attn, type(self.attn)), (self.ffn, FFN))):
+    def encode(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0, inplace: bool = False,
+               grains: Optional[Grains] = None) -> Optional[Tuple[Tensor, Tensor]]:
+        """The block by compiled code, in evaluation on a CPU: on all tokens, or on means of patches.
+
+        Args:
+            tokens: (B, E + H*W, C).
+            shape: (H, W).
+            num_extra: E.
+            inplace: whether the tokens are overwritten.
+            grains: the granularity of each region; all cells of a patch change alike.
+
+        Returns:
+            (B, E + H*W, C) tokens and (B) queries of each image, or None if the code does not take the tokens or layers.
+        """
+        if self.training or not compiled.takes(tokens) or not compiled.is_plain(self, EncoderBlock):
             return None
-        return compiled.compiled_block([self.norm1, *layers, self.norm2, self.ffn.fc1, self.ffn.fc2],
-                                       self.attn.num_heads, self.attn.num_points, self.residual_scale)
+        own = self._modules  # quicker than attributes
+        attn, ffn = own['attn'], own['ffn']
+        layers = attn.compiled_layers(shape, num_extra)
+        if layers is None or not compiled.is_plain(ffn, FFN):
+            return None
+        layers = compiled.Layers(norm1=own['norm1'], norm2=own['norm2'], fc1=ffn._modules['fc1'],
+                                 fc2=ffn._modules['fc2'], **layers)
+        return compiled.encode(layers, attn.num_heads, attn.num_points, self.residual_scale, tokens, shape, num_extra,
+                               inplace, grains)
 
     def _change(self, queries: Tensor, normed: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int],
                 lengths: List[int], points: Optional[Tensor]) -> Tensor:
@@ -127,6 +130,9 @@ class EncoderBlock(nn.Module):
 
     def forward(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0, inplace: bool = False) -> Tensor:
         """The dense block: every token is a query. (B, E + H*W, C) -> the same, in the same memory if ``inplace``."""
+        encoded = self.encode(tokens, shape, num_extra, inplace)
+        if encoded is not None:
+            return encoded[0]
         if inplace:
             self.change(tokens, tokens, shape, None, num_extra, into=tokens)
             return tokens

@@ -1,6 +1,6 @@
 """Deformable attention: a query attends to a few points of the map, which it chooses itself (DPVT)."""
 import math
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -151,14 +151,15 @@ class DeformableAttention(AttentionBase):
         if num_extra:
             raise ValueError(f'Deformable attention samples a map, but there are {num_extra} extra tokens, which have '
                              'no place on it: use a model without class token.')
-        values = compiled.project_rows(tokens, self.v, norm)
-        if values is None:
-            values = by_pieces_of_rows(lambda rows: self.v(rows if norm is None else norm(rows)), tokens, tokens.shape[2])
+        values = by_pieces_of_rows(lambda rows: self.v(rows if norm is None else norm(rows)), tokens, tokens.shape[2])
         return (values.unflatten(-1, (self.num_heads, -1)), )
 
-    def compiled_layers(self) -> Optional[Tuple[Optional[nn.Module], ...]]:
-        plain = type(self) is DeformableAttention and self.sampler is None
-        return (self.offsets, self.attn_weight, self.proj) if plain else None
+    def compiled_layers(self, shape: Tuple[int, int], num_extra: int) -> Optional[Dict[str, nn.Module]]:
+        if num_extra or self.sampler is not None or not compiled.is_plain(self, DeformableAttention):
+            return None
+        own = self._modules
+        return dict(query=own['offsets'], weights=own['attn_weight'], proj=own['proj'], reduce=None, norm_keys=None,
+                    memory=own['v'])
 
     def attend(self, queries: Tensor, memory: Tuple[Tensor], shape: Tuple[int, int], lengths: List[int],
                points: Optional[Tensor] = None) -> Tensor:

@@ -297,9 +297,12 @@ static Plan plan_of(const Needs *n) {
     return p;
 }
 
-static int64_t memory_of(const Needs *n) {
+/* Numbers of memory for so many queries; also if there are fewer, of which threads may share more panels. */
+static int64_t memory_of(const Needs *n, int or_fewer) {
     Plan p = plan_of(n);
-    return ((p.shared ? p.panels : p.threads) * p.size + p.threads * n->own) * LANES;
+    int64_t panels = p.shared ? p.panels : p.threads;
+    if (or_fewer) panels = larger_of(smaller((p.vectors + n->widest - 1) / n->widest, FEW * p.threads), p.threads);
+    return (panels * p.size + p.threads * n->own) * LANES;
 }
 
 static Panel panel_at(const Needs *n, const Plan *p, int64_t index, Vector *memory) {
@@ -330,229 +333,6 @@ static void run(Work *work, const void *job, const Needs *n, float *scratch) {
             }
         }
     }
-}
-
-/* What queries attend to: by softmax attention, or by deformable attention if there are points. Strides are numbers. */
-typedef struct {
-    const float *key, *value;
-    int64_t keys, key_image, key_head, key_row, value_image, value_head, value_row;
-    int64_t height, width, points;
-} Memory;
-
-typedef struct {
-    int64_t dim, hidden, heads, is_half; /* whether linear layers compute in bfloat16 */
-    float eps1, eps2, scale; /* of the norms, and of both branches */
-    Parameters norm1, query, weights, proj, norm2, fc1, fc2;
-    Memory memory;
-    /* Rows of queries; with patches, those of the tokens that queries are means of, and out is the same or a copy. */
-    const float *queries, *places;
-    float *out;
-    int64_t adds; /* whether the changes are added to what is in out */
-    const int64_t *ends; /* where the queries of each image end */
-    int64_t images;
-    const Patch *patches;
-    int64_t extra, width, tokens; /* of the map that the patches are in */
-} Block;
-
-/* Means of the patches of a column's queries, of those that are no tokens themselves; returns where each is. */
-TARGET static int64_t rows_of(const Block *b, const Panel *panel, int64_t r, float *means, const float **rows) {
-    int64_t dim = b->dim, first = panel->first + r * LANES, count = smaller(panel->count - r * LANES, LANES);
-    for (int64_t i = 0; i < count; i++) {
-        if (!b->patches) {
-            rows[i] = b->queries + (first + i) * dim;
-            continue;
-        }
-        Patch patch = b->patches[first + i];
-        rows[i] = b->queries + patch.row * dim;
-        if (patch.lines * patch.columns == 1) continue;
-        float *mean = means + i * dim;
-        mean_of(rows[i], b->width, dim, patch.lines, patch.columns, mean);
-        rows[i] = mean;
-    }
-    return count;
-}
-
-/* Give the changes of a column's queries to their rows, or to all cells of their patches. */
-TARGET static void store_changes(const Block *b, const Panel *panel, int64_t r, float *changes) {
-    int64_t dim = b->dim, first = panel->first + r * LANES, count = smaller(panel->count - r * LANES, LANES);
-    float *rows[LANES];
-    const float *base[LANES];
-    for (int64_t i = 0; i < count; i++) {
-        rows[i] = b->out + (b->patches ? b->patches[first + i].row : first + i) * dim;
-        base[i] = b->adds ? rows[i] : 0;
-        if (!b->patches || b->patches[first + i].lines * b->patches[first + i].columns == 1) continue;
-        rows[i] = changes + i * dim;
-        base[i] = 0;
-    }
-    store_rows(panel->matrix[X] + r, panel->vectors, count, dim, base, rows);
-    for (int64_t i = 0; i < count; i++) {
-        if (rows[i] != changes + i * dim) continue;
-        Patch patch = b->patches[first + i];
-        for (int64_t line = 0; line < patch.lines; line++)
-            for (int64_t column = 0; column < patch.columns; column++) {
-                float *cell = b->out + (patch.row + line * b->width + column) * dim;
-                for (int64_t c = 0; c < dim; c++) cell[c] += rows[i][c];
-            }
-    }
-}
-
-/* Exponentials of a column, of which a softmax has the share that is returned. */
-TARGET static Vector softmax(Vector *scores, int64_t rows, int64_t ld, float scale) {
-    Vector most[CHAINS] = {scores[0], scores[0], scores[0], scores[0]}, sum = {};
-    BY_CHAINS(rows, j, i) most[i] = larger(most[i], scores[j * ld]);
-    most[0] = larger(larger(most[0], most[1]), larger(most[2], most[3]));
-    for (int64_t i = 0; i < rows; i++) sum += scores[i * ld] = exponential((scores[i * ld] - most[0]) * scale);
-    return 1.f / sum;
-}
-
-/* Softmax attention of the queries of a panel by one head, image by image. */
-TARGET static void attend(const Block *b, const Panel *panel, int64_t head, Vector *scores) {
-    const Memory *memory = &b->memory;
-    int64_t dim = b->dim / b->heads, keys = memory->keys, ld = panel->vectors, image = 0;
-    float scale = 1 / sqrtf((float)dim);
-    const Vector *query = panel->matrix[Q] + head * dim * ld;
-    Vector *out = panel->matrix[A] + head * dim * ld, *sums = scores + keys * MOST;
-    Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int64_t start = 0, stop; start < panel->count; start = stop) {
-        while (b->ends[image] <= panel->first + start) image++;
-        stop = smaller(b->ends[image] - panel->first, panel->count);
-        /* Vectors that have queries of the image. */
-        int64_t first = start / LANES, vectors = (stop + LANES - 1) / LANES - first;
-        product[vectors](memory->key + image * memory->key_image + head * memory->key_head, memory->key_row, 1, keys, dim,
-                         query + first, ld, 0, scores, vectors);
-        Vector shares[MOST];
-        for (int64_t r = 0; r < vectors; r++) shares[r] = softmax(scores + r, keys, vectors, scale);
-        product[vectors](memory->value + image * memory->value_image + head * memory->value_head, 1, memory->value_row,
-                         dim, keys, scores, vectors, 0, sums, vectors);
-        for (int64_t r = 0; r < vectors; r++) {
-            Integers place = lane + (int32_t)((first + r) * LANES);
-            Integers mine = (place >= (int32_t)start) & (place < (int32_t)stop);
-            for (int64_t c = 0; c < dim; c++) {
-                Vector *target = out + c * ld + first + r;
-                *target = choose_lanes(mine, sums[c * vectors + r] * shares[r], *target);
-            }
-        }
-    }
-}
-
-/* x and y in cells of a query's reference point. */
-static void centre_of(const Block *b, int64_t query, float *centre) {
-    if (!b->patches) {
-        centre[0] = b->places[2 * query], centre[1] = b->places[2 * query + 1];
-        return;
-    }
-    Patch patch = b->patches[query];
-    int64_t cell = patch.row % b->tokens - b->extra;
-    centre[0] = (float)(cell % b->width) + (float)(patch.columns - 1) / 2;
-    centre[1] = (float)(cell / b->width) + (float)(patch.lines - 1) / 2;
-}
-
-/* Deformable attention of the queries of a panel by one head: offsets are in H, logits of the points' weights in Q. */
-TARGET static void sample_panel(const Block *b, const Panel *panel, int64_t head, float *rows) {
-    const Memory *memory = &b->memory;
-    int64_t dim = b->dim / b->heads, points = memory->points, ld = panel->vectors, image = 0;
-    const Sampling sampling = {memory->height, memory->width, b->heads, points, dim};
-    const Vector *offsets = panel->matrix[H] + head * points * 2 * ld;
-    Vector *weights = panel->matrix[Q] + head * points * ld;
-    for (int64_t r = 0; r < ld; r++) {
-        Vector share_of_all = softmax(weights + r, points, ld, 1);
-        for (int64_t p = 0; p < points; p++) weights[p * ld + r] *= share_of_all;
-        const float *of_lane[LANES];
-        int64_t count = smaller(panel->count - r * LANES, LANES);
-        for (int64_t i = 0; i < count; i++) {
-            int64_t query = panel->first + r * LANES + i;
-            float centre[2], place[2 * points], share[points];
-            centre_of(b, query, centre);
-            for (int64_t p = 0; p < points; p++) {
-                share[p] = weights[p * ld + r][i];
-                for (int64_t axis = 0; axis < 2; axis++)
-                    place[2 * p + axis] = centre[axis] + offsets[(2 * p + axis) * ld + r][i];
-            }
-            while (b->ends[image] <= query) image++;
-            sample_points(&sampling, memory->value + image * memory->value_image + head * dim, place, share, rows + i * dim);
-            of_lane[i] = rows + i * dim;
-        }
-        load_rows(of_lane, count, dim, panel->matrix[A] + head * dim * ld + r, ld);
-    }
-}
-
-TARGET static void encode_panels(const void *job, const Panel *panels, int64_t num, const Member *m) {
-    const Block *b = job;
-    int64_t dim = b->dim, points = b->heads * b->memory.points;
-    int half = b->is_half;
-    COLUMNS(panels, num, i) {
-        const Panel *p = panels + i / MOST;
-        int64_t r = i % MOST, ld = p->vectors;
-        const float *rows[LANES];
-        int64_t count = rows_of(b, p, r, (float *)m->own, rows);
-        load_rows(rows, count, dim, p->matrix[X] + r, ld);
-        norm(p->matrix[X] + r, ld, dim, b->norm1, b->eps1, p->matrix[A] + r);
-    }
-    wait_for_team(m);
-    if (points) {
-        linear(m, panels, num, b->query, 2 * points, dim, A, H, 0, half);
-        linear(m, panels, num, b->weights, points, dim, A, Q, 0, half);
-        SHARE(num * b->heads, i) sample_panel(b, panels + i / b->heads, i % b->heads, (float *)m->own);
-    } else {
-        linear(m, panels, num, b->query, dim, dim, A, Q, 0, half);
-        SHARE(num * b->heads, i) attend(b, panels + i / b->heads, i % b->heads, m->own);
-    }
-    wait_for_team(m);
-    linear(m, panels, num, b->proj, dim, dim, A, Q, 0, half);
-    COLUMNS(panels, num, i) {
-        const Panel *p = panels + i / MOST;
-        Vector *x = p->matrix[X] + i % MOST, *attended = p->matrix[Q] + i % MOST;
-        for (int64_t c = 0; c < dim * p->vectors; c += p->vectors) x[c] += attended[c] *= b->scale;
-        norm(x, p->vectors, dim, b->norm2, b->eps2, p->matrix[A] + i % MOST);
-    }
-    wait_for_team(m);
-    linear(m, panels, num, b->fc1, b->hidden, dim, A, H, 1, half);
-    linear(m, panels, num, b->fc2, dim, b->hidden, H, X, 0, half);
-    COLUMNS(panels, num, i) {
-        const Panel *p = panels + i / MOST;
-        Vector *change = p->matrix[X] + i % MOST, *attended = p->matrix[Q] + i % MOST;
-        for (int64_t c = 0; c < dim * p->vectors; c += p->vectors) change[c] = attended[c] + change[c] * b->scale;
-        store_changes(b, p, i % MOST, (float *)m->own);
-    }
-}
-
-static Needs needs_of_block(const Block *b) {
-    int64_t queries = b->images ? b->ends[b->images - 1] : 0, points = b->heads * b->memory.points;
-    int64_t hidden = larger_of(b->hidden, 2 * points), pairs = b->is_half ? larger_of(b->dim, b->hidden) / 2 : 0;
-    return (Needs){queries, MOST, {b->dim, b->dim, larger_of(b->dim, points), hidden, pairs},
-                   larger_of((b->memory.keys + b->dim / b->heads) * MOST, b->dim), 2 * b->dim * (b->dim + b->hidden)};
-}
-
-/* Room for rounded weights, in numbers: those of the layers begin where a vector does. */
-static int64_t rounded_of(const Block *b) {
-    int64_t points = b->heads * b->memory.points, queries = points ? 3 * points : b->dim;
-    return b->is_half ? b->dim * (queries + b->dim + 2 * b->hidden) / 2 + 5 * LANES : 0;
-}
-
-/* Numbers of memory that encode needs. */
-int64_t encode_memory(const Block *b) {
-    Needs needs = needs_of_block(b);
-    return memory_of(&needs) + rounded_of(b);
-}
-
-/* attn + ffn of an encoder block's queries. The memory begins at a multiple of 64 bytes. */
-void encode(const Block *b, float *memory) {
-    Needs needs = needs_of_block(b);
-    Block rounded = *b;
-    if (b->is_half) {
-        int64_t points = b->heads * b->memory.points, queries = points ? 2 * points : b->dim;
-        const int64_t counts[] = {queries * b->dim, points * b->dim, b->dim * b->dim, b->hidden * b->dim, b->hidden * b->dim};
-        Parameters *layers[] = {&rounded.query, &rounded.weights, &rounded.proj, &rounded.fc1, &rounded.fc2};
-        const float *weights[5];
-        float *next = memory + memory_of(&needs);
-        for (int i = 0; i < 5; next += (counts[i++] / 2 + LANES - 1) / LANES * LANES) {
-            weights[i] = layers[i]->weight;
-            layers[i]->weight = next;
-        }
-#pragma omp parallel
-        for (int i = 0; i < 5; i++) round_weights(weights[i], counts[i], (uint16_t *)layers[i]->weight);
-    }
-    run(encode_panels, &rounded, &needs, memory);
 }
 
 /* A linear layer of patches with a norm before it, one of the result behind it, and then another linear layer; all but the
@@ -619,14 +399,272 @@ static Needs needs_of_projection(const Projection *g) {
                    {0, length, g->channels, g->then_channels, 0}, 0, g->channels * (length + g->then_channels)};
 }
 
+/* Numbers of memory that project needs. */
 int64_t project_memory(const Projection *g) {
     Needs needs = needs_of_projection(g);
-    return memory_of(&needs);
+    return memory_of(&needs, 0);
 }
 
+/* Memory for jobs begins at a multiple of 64 bytes. */
 void project(const Projection *g, float *memory) {
     Needs needs = needs_of_projection(g);
     run(project_panels, g, &needs, memory);
+}
+
+/* An encoder block and the tokens of some images, to which what it changes is added. */
+typedef struct {
+    int64_t dim, hidden, heads, points, side; /* points of a head in deformable attention, or 0; side of a key's patch */
+    float eps1, eps2, eps_keys, scale;        /* of the norms, and of both branches */
+    Parameters norm1, query, weights, proj, norm2, fc1, fc2, reduce, norm_keys, memory;
+    int64_t is_half; /* whether the queries' linear layers compute in bfloat16 */
+    float *tokens;   /* (images, extra + height * width, dim) */
+    Map map;         /* of a choice, without which each token is a query */
+    const int64_t *sides;
+    int64_t *lengths; /* queries of each image, which encode_block writes down */
+} Block;
+
+/* What is known when all tokens have been seen. Values of deformable attention are (images, tokens, dim); otherwise keys
+ * and values are (images, keys, 2, dim). */
+typedef struct {
+    Block block;
+    int64_t tokens, keys, queries; /* of an image, of an image, of all */
+    float *memory;
+    Patch *patches; /* that queries are means of, 0 if they are the tokens */
+    int64_t *ends;  /* where the queries of each image end */
+} Encoding;
+
+static Patch patch_of(const Encoding *e, int64_t query) { return e->patches ? e->patches[query] : (Patch){query, 1, 1}; }
+
+/* Means of the patches of a column's queries, of those that are no tokens themselves; returns where each is. */
+TARGET static int64_t rows_of(const Encoding *e, const Panel *panel, int64_t r, float *means, const float **rows) {
+    int64_t dim = e->block.dim, first = panel->first + r * LANES, count = smaller(panel->count - r * LANES, LANES);
+    for (int64_t i = 0; i < count; i++) {
+        Patch patch = patch_of(e, first + i);
+        rows[i] = e->block.tokens + patch.row * dim;
+        if (patch.lines * patch.columns == 1) continue;
+        float *mean = means + i * dim;
+        mean_of(rows[i], e->block.map.width, dim, patch.lines, patch.columns, mean);
+        rows[i] = mean;
+    }
+    return count;
+}
+
+/* Add the changes of a column's queries to all cells of their patches. */
+TARGET static void add_changes(const Encoding *e, const Panel *panel, int64_t r, float *changes) {
+    int64_t dim = e->block.dim, first = panel->first + r * LANES, count = smaller(panel->count - r * LANES, LANES);
+    float *rows[LANES];
+    const float *base[LANES];
+    for (int64_t i = 0; i < count; i++) {
+        Patch patch = patch_of(e, first + i);
+        int is_cell = patch.lines * patch.columns == 1;
+        rows[i] = is_cell ? e->block.tokens + patch.row * dim : changes + i * dim;
+        base[i] = is_cell ? rows[i] : 0;
+    }
+    store_rows(panel->matrix[X] + r, panel->vectors, count, dim, base, rows);
+    for (int64_t i = 0; i < count; i++) {
+        if (base[i]) continue;
+        Patch patch = patch_of(e, first + i);
+        for (int64_t line = 0; line < patch.lines; line++)
+            for (int64_t column = 0; column < patch.columns; column++) {
+                float *cell = e->block.tokens + (patch.row + line * e->block.map.width + column) * dim;
+                for (int64_t c = 0; c < dim; c++) cell[c] += rows[i][c];
+            }
+    }
+}
+
+/* Exponentials of a column, of which a softmax has the share that is returned. */
+TARGET static Vector softmax(Vector *scores, int64_t rows, int64_t ld, float scale) {
+    Vector most[CHAINS] = {scores[0], scores[0], scores[0], scores[0]}, sum = {};
+    BY_CHAINS(rows, j, i) most[i] = larger(most[i], scores[j * ld]);
+    most[0] = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    for (int64_t i = 0; i < rows; i++) sum += scores[i * ld] = exponential((scores[i * ld] - most[0]) * scale);
+    return 1.f / sum;
+}
+
+/* Softmax attention of the queries of a panel by one head, image by image. */
+TARGET static void attend(const Encoding *e, const Panel *panel, int64_t head, Vector *scores) {
+    int64_t row = 2 * e->block.dim, dim = e->block.dim / e->block.heads, keys = e->keys, ld = panel->vectors, image = 0;
+    float scale = 1 / sqrtf((float)dim);
+    const Vector *query = panel->matrix[Q] + head * dim * ld;
+    Vector *out = panel->matrix[A] + head * dim * ld, *sums = scores + keys * MOST;
+    Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t start = 0, stop; start < panel->count; start = stop) {
+        while (e->ends[image] <= panel->first + start) image++;
+        stop = smaller(e->ends[image] - panel->first, panel->count);
+        const float *key = e->memory + image * keys * row + head * dim, *value = key + e->block.dim;
+        /* Vectors that have queries of the image. */
+        int64_t first = start / LANES, vectors = (stop + LANES - 1) / LANES - first;
+        product[vectors](key, row, 1, keys, dim, query + first, ld, 0, scores, vectors);
+        Vector shares[MOST];
+        for (int64_t r = 0; r < vectors; r++) shares[r] = softmax(scores + r, keys, vectors, scale);
+        product[vectors](value, 1, row, dim, keys, scores, vectors, 0, sums, vectors);
+        for (int64_t r = 0; r < vectors; r++) {
+            Integers place = lane + (int32_t)((first + r) * LANES);
+            Integers mine = (place >= (int32_t)start) & (place < (int32_t)stop);
+            for (int64_t c = 0; c < dim; c++) {
+                Vector *target = out + c * ld + first + r;
+                *target = choose_lanes(mine, sums[c * vectors + r] * shares[r], *target);
+            }
+        }
+    }
+}
+
+/* Deformable attention of the queries of a panel by one head: offsets are in H, logits of the points' weights in Q. */
+TARGET static void sample_panel(const Encoding *e, const Panel *panel, int64_t head, float *rows) {
+    const Block *b = &e->block;
+    int64_t dim = b->dim / b->heads, points = b->points, ld = panel->vectors, width = b->map.width;
+    const Sampling sampling = {b->map.height, width, b->heads, points, dim};
+    const Vector *offsets = panel->matrix[H] + head * points * 2 * ld;
+    Vector *weights = panel->matrix[Q] + head * points * ld;
+    for (int64_t r = 0; r < ld; r++) {
+        Vector share_of_all = softmax(weights + r, points, ld, 1);
+        for (int64_t p = 0; p < points; p++) weights[p * ld + r] *= share_of_all;
+        const float *of_lane[LANES];
+        int64_t count = smaller(panel->count - r * LANES, LANES);
+        for (int64_t i = 0; i < count; i++) {
+            Patch patch = patch_of(e, panel->first + r * LANES + i);
+            int64_t image = patch.row / e->tokens, cell = patch.row % e->tokens;
+            float place[2 * points], share[points];
+            const float centre[] = {(float)(cell % width) + (float)(patch.columns - 1) / 2,
+                                    (float)(cell / width) + (float)(patch.lines - 1) / 2};
+            for (int64_t p = 0; p < points; p++) {
+                share[p] = weights[p * ld + r][i];
+                for (int64_t axis = 0; axis < 2; axis++)
+                    place[2 * p + axis] = centre[axis] + offsets[(2 * p + axis) * ld + r][i];
+            }
+            sample_points(&sampling, e->memory + image * e->tokens * b->dim + head * dim, place, share, rows + i * dim);
+            of_lane[i] = rows + i * dim;
+        }
+        load_rows(of_lane, count, dim, panel->matrix[A] + head * dim * ld + r, ld);
+    }
+}
+
+TARGET static void encode_panels(const void *job, const Panel *panels, int64_t num, const Member *m) {
+    const Encoding *e = job;
+    const Block *b = &e->block;
+    int64_t dim = b->dim, points = b->heads * b->points;
+    int half = b->is_half;
+    COLUMNS(panels, num, i) {
+        const Panel *p = panels + i / MOST;
+        int64_t r = i % MOST, ld = p->vectors;
+        const float *rows[LANES];
+        int64_t count = rows_of(e, p, r, (float *)m->own, rows);
+        load_rows(rows, count, dim, p->matrix[X] + r, ld);
+        norm(p->matrix[X] + r, ld, dim, b->norm1, b->eps1, p->matrix[A] + r);
+    }
+    wait_for_team(m);
+    if (points) {
+        linear(m, panels, num, b->query, 2 * points, dim, A, H, 0, half);
+        linear(m, panels, num, b->weights, points, dim, A, Q, 0, half);
+        SHARE(num * b->heads, i) sample_panel(e, panels + i / b->heads, i % b->heads, (float *)m->own);
+    } else {
+        linear(m, panels, num, b->query, dim, dim, A, Q, 0, half);
+        SHARE(num * b->heads, i) attend(e, panels + i / b->heads, i % b->heads, m->own);
+    }
+    wait_for_team(m);
+    linear(m, panels, num, b->proj, dim, dim, A, Q, 0, half);
+    COLUMNS(panels, num, i) {
+        const Panel *p = panels + i / MOST;
+        Vector *x = p->matrix[X] + i % MOST, *attended = p->matrix[Q] + i % MOST;
+        for (int64_t c = 0; c < dim * p->vectors; c += p->vectors) x[c] += attended[c] *= b->scale;
+        norm(x, p->vectors, dim, b->norm2, b->eps2, p->matrix[A] + i % MOST);
+    }
+    wait_for_team(m);
+    linear(m, panels, num, b->fc1, b->hidden, dim, A, H, 1, half);
+    linear(m, panels, num, b->fc2, dim, b->hidden, H, X, 0, half);
+    COLUMNS(panels, num, i) {
+        const Panel *p = panels + i / MOST;
+        Vector *change = p->matrix[X] + i % MOST, *attended = p->matrix[Q] + i % MOST;
+        for (int64_t c = 0; c < dim * p->vectors; c += p->vectors) change[c] = attended[c] + change[c] * b->scale;
+        add_changes(e, p, i % MOST, (float *)m->own);
+    }
+}
+
+/* The next numbers of memory, in whole vectors. */
+static void *take(float **memory, int64_t numbers) {
+    void *taken = *memory;
+    *memory += (numbers + LANES - 1) / LANES * LANES;
+    return taken;
+}
+
+static Needs needs_of(const Encoding *e) {
+    const Block *b = &e->block;
+    int64_t points = b->heads * b->points, hidden = larger_of(b->hidden, 2 * points);
+    int64_t pairs = b->is_half ? larger_of(b->dim, b->hidden) / 2 : 0;
+    return (Needs){e->queries, MOST, {b->dim, b->dim, larger_of(b->dim, points), hidden, pairs},
+                   larger_of((e->keys + b->dim / b->heads) * MOST, b->dim), 2 * b->dim * (b->dim + b->hidden)};
+}
+
+/* What makes keys and values, or values alone, of the normed tokens. */
+static Projection memory_of_tokens(const Encoding *e) {
+    const Block *b = &e->block;
+    int64_t n = b->dim, side = b->side, columns = b->points ? n : 2 * n;
+    if (!b->reduce.weight)
+        return (Projection){1, 1, b->map.images * e->tokens, 1, 1, n, columns, .patch_stride = n, .eps_before = b->eps1,
+                            .before = b->norm1, .weights = b->memory, .table = b->tokens, .out = e->memory};
+    int64_t line = n * b->map.width;
+    return (Projection){b->map.images, b->map.height / side, b->map.width / side, side, side, n, n, columns,
+                        e->tokens * n, side * line, side * n, line, n, b->eps1, b->eps_keys,
+                        b->norm1, b->reduce, b->norm_keys, b->memory, b->tokens, e->memory};
+}
+
+/* Layers of a block's queries, and numbers of their weights. */
+enum { LAYERS = 5 };
+static void layers_of(Block *b, Parameters **layers, int64_t *counts) {
+    int64_t points = b->heads * b->points, queries = points ? 2 * points : b->dim;
+    Parameters *all[LAYERS] = {&b->query, &b->weights, &b->proj, &b->fc1, &b->fc2};
+    int64_t rows[LAYERS] = {queries, points, b->dim, b->hidden, b->hidden};
+    for (int i = 0; i < LAYERS; i++) layers[i] = all[i], counts[i] = rows[i] * b->dim;
+}
+
+/* Begin the encoding of a block: where its parts are in memory. Returns what is left of it. */
+static float *lay_out(const Block *b, float *memory, Encoding *e) {
+    int64_t images = b->map.images, tokens = b->map.extra + b->map.height * b->map.width;
+    int64_t keys = b->points ? 0 : b->reduce.weight ? b->map.height / b->side * (b->map.width / b->side) : tokens;
+    *e = (Encoding){*b, tokens, keys, images * tokens};
+    e->memory = take(&memory, images * (b->points ? tokens : 2 * keys) * b->dim);
+    e->patches = b->map.choice ? take(&memory, e->queries * (int64_t)(sizeof(Patch) / sizeof(float))) : 0;
+    e->ends = take(&memory, 2 * images);
+    if (b->is_half) {
+        Parameters *layers[LAYERS];
+        int64_t counts[LAYERS];
+        layers_of(&e->block, layers, counts);
+        for (int i = 0; i < LAYERS; i++) layers[i]->weight = take(&memory, counts[i] / 2);
+    }
+    return memory;
+}
+
+/* Numbers of memory that encode_block needs. */
+int64_t encode_block_memory(const Block *b) {
+    Encoding e;
+    float *begin = 0, *end = lay_out(b, begin, &e);
+    Needs needs = needs_of(&e);
+    Projection projection = memory_of_tokens(&e);
+    return end - begin + larger_of(memory_of(&needs, e.patches != 0), project_memory(&projection));
+}
+
+/* Find the patches that are queries, round weights, and encode. */
+void encode_block(const Block *b, float *memory) {
+    Encoding e;
+    memory = lay_out(b, memory, &e);
+    Projection projection = memory_of_tokens(&e);
+    project(&projection, memory);
+    if (e.patches)
+        route(&b->map, b->sides, e.patches, b->lengths);
+    else
+        for (int64_t i = 0; i < b->map.images; i++) b->lengths[i] = e.tokens;
+    e.queries = 0;
+    for (int64_t i = 0; i < b->map.images; i++) e.ends[i] = e.queries += b->lengths[i];
+    if (b->is_half) {
+        Block given = *b;
+        Parameters *from[LAYERS], *to[LAYERS];
+        int64_t counts[LAYERS];
+        layers_of(&given, from, counts), layers_of(&e.block, to, counts);
+#pragma omp parallel
+        for (int i = 0; i < LAYERS; i++) round_weights(from[i]->weight, counts[i], (uint16_t *)to[i]->weight);
+    }
+    Needs needs = needs_of(&e);
+    run(encode_panels, &e, &needs, memory);
 }
 
 /* Transpose the tokens of each image, (cells, channels), whose cells are a multiple of 16. */

@@ -5,15 +5,15 @@ Layers are taken as they are: what is replaced, or looked at by hooks, goes the 
 import ctypes
 import threading
 from functools import lru_cache
-from itertools import accumulate
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from ..dge.grains import Grains, grid
 from ..layers.linear import Linear, StartLinear
 from . import is_used, library
-from .routing import Patches
+from .routing import Map
 
 _kept = threading.local()
 
@@ -25,24 +25,17 @@ def _fields(kind: type, names: str) -> List[Tuple[str, type]]:
 _REAL, _NUMBER, _ADDRESS = ctypes.c_float, ctypes.c_int64, ctypes.c_void_p
 
 
-class _Parameters(ctypes.Structure):
-    """As in encoder.c."""
-    _fields_ = _fields(_ADDRESS, 'weight bias')
-
-
-class _Memory(ctypes.Structure):
-    """As in encoder.c."""
-    _fields_ = _fields(_ADDRESS, 'key value') + _fields(
-        _NUMBER, 'keys key_image key_head key_row value_image value_head value_row height width points')
+def _parameters(names: str) -> List[Tuple[str, type]]:
+    """The addresses of layers' weights and biases."""
+    return [(f'{name}_{kind}', _ADDRESS) for name in names.split() for kind in ('weight', 'bias')]
 
 
 class _Block(ctypes.Structure):
     """As in encoder.c."""
     _fields_ = [
-        *_fields(_NUMBER, 'dim hidden heads is_half'), *_fields(_REAL, 'eps1 eps2 scale'),
-        *_fields(_Parameters, 'norm1 query weights proj norm2 fc1 fc2'), ('memory', _Memory),
-        *_fields(_ADDRESS, 'queries places out'), ('adds', _NUMBER), ('ends', _ADDRESS), ('images', _NUMBER),
-        ('patches', _ADDRESS), *_fields(_NUMBER, 'extra width tokens')
+        *_fields(_NUMBER, 'dim hidden heads points side'), *_fields(_REAL, 'eps1 eps2 eps_keys scale'),
+        *_parameters('norm1 query weights proj norm2 fc1 fc2 reduce norm_keys memory'), ('is_half', _NUMBER),
+        ('tokens', _ADDRESS), ('map', Map), *_fields(_ADDRESS, 'sides lengths')
     ]
 
 
@@ -51,7 +44,7 @@ class _Projection(ctypes.Structure):
     _fields_ = [
         *_fields(_NUMBER, 'images height width outer inner length channels then_channels image_stride line_stride '
                  'patch_stride outer_stride inner_stride'),
-        *_fields(_REAL, 'eps_before eps_after'), *_fields(_Parameters, 'before weights after then'),
+        *_fields(_REAL, 'eps_before eps_after'), *_parameters('before weights after then'),
         *_fields(_ADDRESS, 'table out'), ('adds', _NUMBER)
     ]
 
@@ -89,25 +82,32 @@ def _is_read(x: Tensor) -> bool:
     return x.dtype is torch.float32 and x.is_cpu
 
 
-def _weights(weight: Tensor, bias: Optional[Tensor]) -> Optional[_Parameters]:
-    """The addresses of weights, None if the functions cannot read them."""
+def _addresses_of(weight: Tensor, bias: Optional[Tensor]) -> Optional[Tuple[int, Optional[int]]]:
+    """None if the functions cannot read them."""
     if not (_is_read(weight) and weight.is_contiguous()):
         return None
     if bias is None:
-        return _Parameters(weight.data_ptr())
-    return _Parameters(weight.data_ptr(), bias.data_ptr()) if _is_read(bias) and bias.is_contiguous() else None
+        return weight.data_ptr(), None
+    return (weight.data_ptr(), bias.data_ptr()) if _is_read(bias) and bias.is_contiguous() else None
 
 
-def _parameters(layer: Optional[nn.Module]) -> Optional[_Parameters]:
-    """The weights of a layer, none of no layer; None if the functions do not take it."""
-    if layer is None or is_plain(layer, nn.Identity):
-        return _Parameters()
-    if not is_plain(layer, Linear, nn.LayerNorm, StartLinear):
-        return None
-    weight, bias = layer._parameters['weight'], layer._parameters['bias']  # quicker than attributes
-    if weight is None or (bias is None and type(layer) is nn.LayerNorm):
-        return None
-    return _weights(weight, bias)
+def _addresses(layers: Iterable[Optional[nn.Module]]) -> Optional[List[Optional[int]]]:
+    """Of the weights and biases of layers, in turn; None if there is a layer that the functions do not take."""
+    found = []
+    for layer in layers:
+        if layer is None or is_plain(layer, nn.Identity):
+            found += None, None
+            continue
+        if not (isinstance(layer, nn.Conv2d) or is_plain(layer, Linear, nn.LayerNorm, StartLinear)):
+            return None
+        weight, bias = layer._parameters['weight'], layer._parameters['bias']  # quicker than attributes
+        if weight is None or (bias is None and type(layer) is nn.LayerNorm):
+            return None
+        addresses = _addresses_of(weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight, bias)
+        if addresses is None:
+            return None
+        found += addresses
+    return found
 
 
 def release() -> None:
@@ -125,76 +125,83 @@ def _call(name: str, job: ctypes.Structure) -> None:
     getattr(functions, name)(job, address + -address % 64)
 
 
-class CompiledBlock(NamedTuple):
-    """What the functions know of an encoder block.
+class Layers(NamedTuple):
+    """The layers of an encoder block, in the order of encoder.c.
 
     Attributes:
-        parameters: of a norm, queries or offsets, weights of points, projection, another norm, both layers of the FFN.
-        hidden: channels of the FFN.
-        heads: of the attention.
-        num_points: of each head, 0 in softmax attention.
-        eps: of both norms.
-        scale: of both branches.
+        norm1: of the tokens.
+        query: makes queries, or offsets of points.
+        weights: makes the points' weights, None in softmax attention.
+        proj: the last one of the attention.
+        norm2: of the queries after the attention.
+        fc1, fc2: the feed-forward network.
+        reduce, norm_keys: a convolution of patches, no hooks of which matter, and its norm, before keys and values; or
+            None.
+        memory: makes keys and values, or the points' values.
     """
-    parameters: List[_Parameters]
-    hidden: int
-    heads: int
-    num_points: int
-    eps: Tuple[float, float]
-    scale: float
-
-    def change(self, queries: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int], lengths: List[int],
-               points: Optional[Tensor] = None, into: Optional[Tensor] = None) -> Tensor:
-        """As :meth:`~mmdyn.models.layers.EncoderBlock.update`."""
-        out = torch.empty_like(queries) if into is None else into
-        points = points.contiguous() if self.num_points else None
-        self._encode(queries, memory, shape, lengths, out, None if points is None else points.data_ptr(),
-                     adds=into is not None)
-        return out
-
-    def update_patches(self, tokens: Tensor, memory: Sequence[Tensor], patches: Patches, inplace: bool) -> Tensor:
-        """The tokens (B, E + H*W, C) plus the changes of the patches' means; they are overwritten if ``inplace``."""
-        out = tokens if inplace else tokens.clone()
-        self._encode(tokens, memory, patches.shape, patches.lengths, out, None, True, patches.table.data_ptr(),
-                     patches.num_extra, patches.shape[1], tokens.shape[1])
-        return out
-
-    def _encode(self, queries: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int], lengths: List[int], out: Tensor,
-                places: Optional[int], adds: bool, *patches: int) -> None:
-        *keys, value = (x if _is_read(x) and x.stride(-1) == 1 else x.float().contiguous() for x in memory)
-        if self.num_points:
-            state = _Memory(None, value.data_ptr(), 0, 0, 0, 0, value.stride(0), 0, 0, *shape, self.num_points)
-        else:
-            key, = keys
-            state = _Memory(key.data_ptr(), value.data_ptr(), value.shape[2], *key.stride()[:3], *value.stride()[:3])
-        ends = (_NUMBER * len(lengths))(*accumulate(lengths))
-        dim = queries.shape[-1]
-        is_half = _is_half() and dim % 2 == self.hidden % 2 == 0  # pairs of channels
-        _call('encode', _Block(
-            dim, self.hidden, self.heads, is_half, *self.eps, self.scale, *self.parameters, state,
-            queries.data_ptr(), places, out.data_ptr(), adds, ctypes.addressof(ends), len(lengths), *patches))
+    norm1: nn.Module
+    query: nn.Module
+    weights: Optional[nn.Module]
+    proj: nn.Module
+    norm2: nn.Module
+    fc1: nn.Module
+    fc2: nn.Module
+    reduce: Optional[nn.Conv2d]
+    norm_keys: Optional[nn.Module]
+    memory: nn.Module
 
 
-def compiled_block(layers: Sequence[Optional[nn.Module]], heads: int, num_points: int,
-                   scale: float) -> Optional[CompiledBlock]:
-    """A block of these layers, in the order of :class:`CompiledBlock`; None if one is not what the functions take."""
-    parameters = [_parameters(layer) for layer in layers]
-    if None in parameters:
+def encode(layers: Layers, heads: int, num_points: int, scale: float, tokens: Tensor, shape: Tuple[int, int],
+           num_extra: int, inplace: bool, grains: Optional[Grains] = None) -> Optional[Tuple[Tensor, Tensor]]:
+    """All steps of an encoder block on tokens that :func:`takes` says yes to.
+
+    Args:
+        layers: of the block.
+        heads: of its attention.
+        num_points: of each head, 0 in softmax attention.
+        scale: of both branches.
+        tokens: (B, E + H*W, C).
+        shape: (H, W).
+        num_extra: E.
+        inplace: whether the tokens are overwritten.
+        grains: what the queries are; without them each token is one.
+
+    Returns:
+        (B, E + H*W, C) tokens plus their changes, and (B) queries of each image; None if the functions do not take the
+        layers, or the shapes do not fit.
+    """
+    reduce, norm_keys = layers.reduce, layers.norm_keys
+    (images, size, dim), addresses = tokens.shape, _addresses(layers)
+    if addresses is None or size != num_extra + shape[0] * shape[1]:
         return None
-    norm1, *_, norm2, fc1, _ = layers
-    return CompiledBlock(parameters, fc1.out_features, heads, num_points, (norm1.eps, norm2.eps), scale)
+    if grains and grains.choice.shape != (images, *grid(grains.region, shape)):
+        return None
+    hidden = layers.fc1.out_features
+    out, queries = tokens if inplace else tokens.clone(), torch.empty(images, dtype=torch.long, device='cpu')
+    choice, sides, region = None, None, 0
+    if grains:
+        choice, sides, region = grains.choice.contiguous(), _sides_of(grains.granularities), grains.region
+    _call('encode_block', _Block(
+        dim, hidden, heads, num_points, reduce.kernel_size[0] if reduce else 1, layers.norm1.eps, layers.norm2.eps,
+        norm_keys.eps if norm_keys else 0., scale, *addresses, _is_half() and dim % 2 == hidden % 2 == 0, out.data_ptr(),
+        Map(images, num_extra, *shape, region, 0, None if choice is None else choice.data_ptr()),
+        None if sides is None else ctypes.addressof(sides), queries.data_ptr()))
+    return out, queries
+
+
+@lru_cache(maxsize=None)
+def _sides_of(granularities: Tuple[int, ...]) -> ctypes.Array:
+    return (_NUMBER * len(granularities))(*granularities)
 
 
 def project(maps: Tensor, weight: Tensor, bias: Optional[Tensor], before: Optional[nn.Module] = None,
-            after: Optional[nn.Module] = None, then: Optional[nn.Module] = None,
-            into: Optional[Tensor] = None) -> Optional[Tensor]:
+            after: Optional[nn.Module] = None, into: Optional[Tensor] = None) -> Optional[Tensor]:
     """A linear layer of each patch of a map, (B, H, W, C_in) -> (B, H//side * W//side, C_out).
 
     Args:
         maps: tokens, whose channels lie side by side, or images, whose pixels of a line and channel do.
         weight: (C_out, side, side, C_in), which lies in memory in the order of the maps'.
         before, after: norms of the tokens' channels and of the results.
-        then: a linear layer of what is normed.
         into: that the results are added to instead, if it is given; it is returned.
 
     Returns:
@@ -208,23 +215,16 @@ def project(maps: Tensor, weight: Tensor, bias: Optional[Tensor], before: Option
         order, segments, strides = (0, 3, 1, 2), (depth, side, side), (channel, line)
     else:
         return None
-    parameters = _parameters(before), _weights(weight.permute(order), bias), _parameters(after), _parameters(then)
-    if None in parameters or not _is_read(maps):
+    norms, own = _addresses((before, after)), _addresses_of(weight.permute(order), bias)
+    if norms is None or own is None or not _is_read(maps):
         return None
-    height, width, then_channels = height // side, width // side, then.out_features if then else 0
-    out = maps.new_empty(images, height * width, then_channels or channels) if into is None else into
+    height, width = height // side, width // side
+    out = maps.new_empty(images, height * width, channels) if into is None else into
     _call('project', _Projection(
-        images, height, width, *segments, channels, then_channels, image, side * line, side * cell, *strides,
-        *(getattr(norm, 'eps', 0.) for norm in (before, after)), *parameters, maps.data_ptr(), out.data_ptr(),
-        into is not None))
+        images, height, width, *segments, channels, 0, image, side * line, side * cell, *strides,
+        *(getattr(norm, 'eps', 0.) for norm in (before, after)), *norms[:2], *own, *norms[2:], None, None,
+        maps.data_ptr(), out.data_ptr(), into is not None))
     return out
-
-
-def project_rows(rows: Tensor, layer: nn.Module, before: Optional[nn.Module] = None) -> Optional[Tensor]:
-    """:func:`project` by a linear layer of rows (B, N, C_in), -> (B, N, C_out), if :func:`takes` them."""
-    if not takes(rows) or not is_plain(layer, Linear):
-        return None
-    return project(rows[:, None], layer.weight[:, None, None], layer.bias, before)
 
 
 def transpose_tokens(tokens: Tensor) -> Optional[Tensor]:

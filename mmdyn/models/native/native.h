@@ -22,6 +22,15 @@ typedef struct {
     int32_t lines, columns;
 } Patch;
 
+/* A map, or the regions of side x side cells that a routing divides it into. */
+typedef struct {
+    int64_t images, extra, height, width, side, channels;
+    int64_t *choice;
+} Map;
+
+/* Write down the patches that the queries of all images are means of, and how many there are in each image. */
+void route(const Map *g, const int64_t *sides, Patch *patches, int64_t *lengths);
+
 /* The mean of lines x columns cells of a map, the first of which is given. */
 void mean_of(const float *cells, int64_t width, int64_t channels, int64_t lines, int64_t columns, float *restrict out);
 

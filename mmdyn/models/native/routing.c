@@ -8,11 +8,6 @@
 #include <string.h>
 
 typedef struct {
-    int64_t images, extra, height, width, side, channels;
-    int64_t *choice;
-} Map;
-
-typedef struct {
     int64_t top, left, bottom, right;
 } Area;
 

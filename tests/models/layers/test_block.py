@@ -162,21 +162,6 @@ def test_block_in_the_memory_of_the_tokens(kind, queries, make_block, monkeypatc
     torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize('kind', ATTENTIONS)
-@pytest.mark.parametrize('most', [8, 1000])
-@torch.no_grad()
-def test_update_from_a_memory_is_the_change(kind, most, make_block, monkeypatch):
-    """Of all queries, and of the last image's with its part of the memory."""
-    monkeypatch.setattr(base_module, 'ROWS', most)
-    block, _ = make_block(kind)
-    tokens, queries, lengths = torch.randn(2, 35, 12), torch.randn(31, 12), [9, 22]
-    points = 3 * torch.rand(31, 2) if kind == 'deformable' else None
-    expected, memory = block.change(queries, tokens, SHAPE, lengths, 0, points), block.memory(tokens, SHAPE)
-    torch.testing.assert_close(block.update(queries, memory, SHAPE, lengths, points), expected, rtol=1e-5, atol=1e-5)
-    last = block.update(queries[9:], [x[1:] for x in memory], SHAPE, [22], None if points is None else points[9:])
-    torch.testing.assert_close(last, expected[9:], rtol=1e-5, atol=1e-5)
-
-
 @torch.no_grad()
 def test_class_attention_is_kept_of_whole_images(make_block, monkeypatch):
     """However small the pieces are."""

@@ -9,8 +9,8 @@ from torch import nn
 
 from mmdyn.models import native
 from mmdyn.models.dge import DynamicGrainedEncoder
+from mmdyn.models.dge.grains import Grains
 from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
-from mmdyn.models.layers.linear import Linear
 from mmdyn.models.layers.patches import PatchProjection
 from mmdyn.models.native import encoder as compiled
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(native.library() is None or not native.library()
 SHAPE = (10, 13)
 # Channels, heads, hidden channels by channels.
 WIDTHS = [(12, 3, 2), (64, 1, 2), (48, 3, 4), (5, 1, 3), (512, 8, 4)]
-# Queries of each image: fewer than a vector, a whole panel, panels with parts of images, some for each thread.
-LENGTHS = [[1], [16], [64], [130], [3, 0, 14, 40], [50, 50, 50], [0, 700, 0, 321], [1500]]
+# Images and their maps: fewer cells than a vector has, a whole panel, panels with parts of images, some for each thread.
+MAPS = [(1, (1, 1)), (1, (4, 4)), (1, (8, 8)), (1, (10, 13)), (4, (2, 7)), (3, (5, 10)), (2, (17, 31)), (1, (30, 50))]
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -44,48 +44,41 @@ def make(kind, dim=12, heads=3, ratio=2, **options):
     return block
 
 
+def by_double(block, tokens, shape, *args):
+    return copy.deepcopy(block).double()(tokens.double(), shape, *args)
+
+
 @pytest.mark.parametrize('kind', ['full', 'unbiased', 'deformable', 'points'])
-@pytest.mark.parametrize('lengths', LENGTHS, ids=str)
+@pytest.mark.parametrize('images, shape', MAPS)
 @pytest.mark.parametrize('dim, heads, ratio', WIDTHS)
 @torch.no_grad()
-def test_change_of_packed_queries(kind, lengths, dim, heads, ratio, threads):
-    """A change, or one that is added to what there is; each query attends to its own image."""
-    block = make(kind, dim, heads, ratio, residual_scale=0.7, norm_eps=1e-3)
-    tokens, queries = torch.randn(len(lengths), math.prod(SHAPE), dim), torch.randn(sum(lengths), dim)
-    points = 9 * torch.rand(len(queries), 2) if block.uses_points else None
-    expected = copy.deepcopy(block).double().change(
-        queries.double(), tokens.double(), SHAPE, lengths, 0, None if points is None else points.double()).float()
-    functions, memory = block.compiled(queries), block.memory(tokens, SHAPE)
-    change = functions.change(queries, memory, SHAPE, lengths, points)
-    torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(block.change(queries, tokens, SHAPE, lengths, 0, points), change)
-    into = torch.ones_like(queries)
-    assert functions.change(queries, memory, SHAPE, lengths, points, into) is into
-    torch.testing.assert_close(into, 1 + change, rtol=1e-6, atol=1e-6)
-    assert functions.change(queries, memory, SHAPE, lengths, points, queries) is queries
+def test_block_of_all_tokens(kind, images, shape, dim, heads, ratio, threads):
+    """Each query attends to its own image; to what the tokens were before, if they are overwritten."""
+    block, tokens = make(kind, dim, heads, ratio, residual_scale=0.7, norm_eps=1e-3), torch.randn(images, math.prod(shape), dim)
+    out, queries = block.encode(tokens, shape)
+    torch.testing.assert_close(out, by_double(block, tokens, shape).float(), rtol=1e-4, atol=1e-4)
+    assert queries.tolist() == [math.prod(shape)] * images and torch.equal(block(tokens, shape), out)
+    assert block.encode(tokens, shape, inplace=True)[0] is tokens and torch.equal(tokens, out)
 
 
 @pytest.mark.parametrize('kind, dim, heads, ratio', [('full', 12, 3, 2), ('unbiased', 64, 1, 2), ('points', 48, 3, 4),
                                                      ('deformable', 6, 1, 3), ('full', 512, 8, 4)])
-@pytest.mark.parametrize('lengths', [[1], [3, 0, 14, 40], [0, 700, 0, 321]], ids=str)
+@pytest.mark.parametrize('images, shape', [(1, (3, 3)), (3, (4, 5)), (2, (21, 25))])
 @torch.no_grad()
-def test_change_under_autocast_to_bfloat16(kind, lengths, dim, heads, ratio, threads):
-    """Nearer to float64 than plain PyTorch, which rounds more; in the type of the queries."""
+def test_block_under_autocast_to_bfloat16(kind, dim, heads, ratio, images, shape, threads):
+    """Nearer to float64 than plain PyTorch, which rounds more; in the type of the tokens."""
     if not compiled._runs(half=True):
         pytest.skip('the processor computes in bfloat16 otherwise, or not at all')
-    block = make(kind, dim, heads, ratio)
-    tokens, queries = torch.randn(len(lengths), math.prod(SHAPE), dim), torch.randn(sum(lengths), dim)
-    points = 9 * torch.rand(len(queries), 2) if block.uses_points else None
-    expected = copy.deepcopy(block).double().change(
-        queries.double(), tokens.double(), SHAPE, lengths, 0, None if points is None else points.double())
+    block, tokens = make(kind, dim, heads, ratio), torch.randn(images, math.prod(shape), dim)
+    expected = by_double(block, tokens, shape)
     with torch.autocast('cpu', torch.bfloat16):
-        assert block.compiled(queries)
-        change = block.change(queries, tokens, SHAPE, lengths, 0, points)
+        assert block.encode(tokens, shape)
+        out = block(tokens, shape)
         with torch.backends.mkldnn.flags(enabled=False):
-            plain = block.change(queries, tokens, SHAPE, lengths, 0, points)
-    full = block.change(queries, tokens, SHAPE, lengths, 0, points)
-    error, of_plain, of_full = ((x - expected).norm() / expected.norm() for x in (change, plain, full))
-    assert change.dtype == torch.float32 and of_full < 1e-5 < 1e-4 < error < 1.05 * of_plain < 0.05
+            plain = block(tokens, shape)
+    error, of_plain, of_full = ((x - expected).norm() / (expected - tokens).norm()
+                                for x in (out, plain, block(tokens, shape)))
+    assert out.dtype == torch.float32 and of_full < 1e-5 < 1e-4 < error < 1.05 * of_plain < 0.05
 
 
 @torch.no_grad()
@@ -94,7 +87,7 @@ def test_odd_channels_stay_in_float32_under_autocast():
     block, tokens = make('full', 5, 1, 3), torch.randn(2, math.prod(SHAPE), 5)
     expected = block(tokens, SHAPE)
     with torch.autocast('cpu', torch.bfloat16):
-        if block.compiled(tokens):
+        if block.encode(tokens, SHAPE):
             assert torch.equal(block(tokens, SHAPE), expected)
 
 
@@ -103,8 +96,8 @@ def test_odd_channels_stay_in_float32_under_autocast():
 @torch.no_grad()
 def test_dense_block(kind, num_extra, batch, threads):
     block, tokens = make(kind), torch.randn(batch, num_extra + math.prod(SHAPE), 12)
-    assert block.compiled(tokens)
-    expected = copy.deepcopy(block).double()(tokens.double(), SHAPE, num_extra).float()
+    expected = by_double(block, tokens, SHAPE, num_extra).float()
+    assert bool(block.encode(tokens, SHAPE, num_extra)) == ((kind, num_extra) != ('reduced', 1))
     torch.testing.assert_close(block(tokens, SHAPE, num_extra), expected, rtol=1e-4, atol=1e-4)
     assert block(tokens, SHAPE, num_extra, inplace=True) is tokens
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
@@ -141,11 +134,10 @@ def test_gelu_is_exact_over_the_whole_range():
     block, x = make('full', 1, 1, 1), torch.linspace(-12, 12, 4001)[:, None]
     for layer, weight, bias in ((block.norm2, 0., 0.), (block.attn.proj, 0., 0.), (block.ffn.fc1, 0., 0.), (block.ffn.fc2, 1., 0.)):
         nn.init.constant_(layer.weight, weight), nn.init.constant_(layer.bias, bias)
-    memory = block.memory(torch.zeros(1, 1, 1), (1, 1))
     found = []
     for value in x[:, 0].tolist():
         block.ffn.fc1.bias.fill_(value)
-        found.append(block.compiled(x).change(torch.zeros(1, 1), memory, (1, 1), [1]).item())
+        found.append(block.encode(torch.zeros(1, 1, 1), (1, 1))[0].item())
     expected = x[:, 0].double() * torch.distributions.Normal(0, 1).cdf(x[:, 0].double())
     torch.testing.assert_close(torch.tensor(found), expected.float(), rtol=2e-7, atol=4e-7)
 
@@ -177,11 +169,11 @@ def test_layers_that_hooks_look_at_are_run(name, register):
     block, tokens, seen = make('full'), torch.randn(2, math.prod(SHAPE), 12), []
     expected = block(tokens, SHAPE)
     handle = getattr(block.get_submodule(name), register)(lambda *args: seen.append(len(args)))
-    assert block.compiled(tokens) is None
+    assert block.encode(tokens, SHAPE) is None
     torch.testing.assert_close(block(tokens, SHAPE), expected, rtol=1e-4, atol=1e-4)
     assert bool(seen) == (name != 'attn')  # which a block calls in two steps
     handle.remove()
-    assert block.compiled(tokens)
+    assert block.encode(tokens, SHAPE)
 
 
 class Twice(nn.Module):
@@ -219,25 +211,29 @@ class OtherAttention(Attention):
 @torch.no_grad()
 def test_what_the_functions_do_not_take():
     block, tokens = make('full'), torch.randn(2, math.prod(SHAPE), 12)
-    assert block.compiled(tokens)
-    assert block.compiled(tokens.double()) is None and block.compiled(tokens.mT.contiguous().mT) is None
-    assert block.compiled(tokens[:0]) is None
+    assert block.encode(tokens, SHAPE)
+    for others in (tokens.double(), tokens.mT.contiguous().mT, tokens[:0], tokens[:, 1:]):
+        assert block.encode(others, SHAPE) is None
+    choice = torch.zeros(2, 3, 4, dtype=torch.long)
+    assert block.encode(tokens, SHAPE, grains=Grains(choice, (1, 2), 4))
+    assert block.encode(tokens, SHAPE, grains=Grains(choice[:, :2], (1, 2), 4)) is None
+    assert block.encode(tokens, SHAPE, grains=Grains(choice[:1], (1, 2), 4)) is None
     with torch.autocast('cpu', torch.float16):
-        assert block.compiled(tokens) is None
+        assert block.encode(tokens, SHAPE) is None
     with torch.backends.mkldnn.flags(enabled=False):
-        assert block.compiled(tokens) is None
+        assert block.encode(tokens, SHAPE) is None
     with torch.enable_grad():
-        assert block.compiled(tokens) is None
-    assert block.train().compiled(tokens) is None and block.eval().compiled(tokens)
+        assert block.encode(tokens, SHAPE) is None
+    assert block.train().encode(tokens, SHAPE) is None and block.eval().encode(tokens, SHAPE)
     block.attn.keeps_class_attention = True
-    assert block.compiled(tokens) is None
-    assert EncoderBlock(12, OtherAttention(12, 3), 2).compiled(tokens) is None
+    assert block.encode(tokens, SHAPE) is None
+    assert EncoderBlock(12, OtherAttention(12, 3), 2).eval().encode(tokens, SHAPE) is None
     for change in (lambda block: block.double(), lambda block: setattr(block, 'norm2', nn.LayerNorm(12, bias=False)),
                    lambda block: setattr(block, 'norm1', nn.LayerNorm(12, elementwise_affine=False)),
                    lambda block: setattr(block.attn.q.weight, 'data', block.attn.q.weight.mT.contiguous().mT)):
         block = make('full')
         change(block)
-        assert block.compiled(tokens) is None
+        assert block.encode(tokens, SHAPE) is None
 
 
 @torch.no_grad()
@@ -279,22 +275,21 @@ def test_memory_does_not_follow_the_defaults_of_torch():
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize('has_before, has_after, has_then', [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 1), (0, 0, 1)])
+@pytest.mark.parametrize('has_before, has_after', [(0, 0), (1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize('side, channels, shape', [(1, 20, (1, 50)), (2, 16, (10, 13)), (8, 40, (17, 33)), (3, 5, (3, 700))])
 @torch.no_grad()
-def test_projection_of_patches(side, channels, shape, has_before, has_after, has_then, threads):
-    """As convolution, norms and linear layer, of a map whose rest is left out and that is a part of a table."""
+def test_projection_of_patches(side, channels, shape, has_before, has_after, threads):
+    """As convolution and norms, of a map whose rest is left out and that is a part of a table."""
     table = torch.randn(2, 3 + math.prod(shape), channels)
     cells, conv = table[:, 3:].unflatten(1, shape), nn.Conv2d(channels, 18, side, side)
     before, after = nn.LayerNorm(channels, 1e-3), nn.LayerNorm(18, 1e-2)
     for norm in (before, after):
         nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    layers = [layer if has else None for layer, has in zip((before, after, Linear(18, 7)), (has_before, has_after, has_then))]
+    layers = [layer if has else None for layer, has in ((before, has_before), (after, has_after))]
     wide = [layer and copy.deepcopy(layer).double() for layer in layers]
     expected = (wide[0] or nn.Identity())(cells.double()).movedim(3, 1)
     expected = copy.deepcopy(conv).double()(expected).flatten(2).mT
-    for layer in wide[1:]:
-        expected = expected if layer is None else layer(expected)
+    expected = (wide[1] or nn.Identity())(expected)
     weight = conv.weight.permute(0, 2, 3, 1).contiguous()
     found = compiled.project(cells, weight, conv.bias, *layers)
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
@@ -329,12 +324,6 @@ def test_projections_that_are_left_to_torch():
     assert compiled.project(cells.double(), weight, conv.bias) is None
     norm.register_forward_hook(lambda *args: None)
     assert compiled.project(cells, weight, conv.bias, norm) is None
-    linear = Linear(16, 4)
-    rows = cells.flatten(1, 2)
-    torch.testing.assert_close(compiled.project_rows(rows, linear), linear(rows), rtol=1e-4, atol=1e-5)
-    assert compiled.project_rows(rows, nn.Linear(16, 4)) is None
-    with torch.enable_grad():
-        assert compiled.project_rows(rows, linear) is None
 
 
 @torch.no_grad()
