@@ -11,15 +11,16 @@
 #include <immintrin.h>
 #include <omp.h>
 
-#define TARGET __attribute__((target("avx512f,avx512dq,prefer-vector-width=512")))
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,fma,prefer-vector-width=512")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
-#define TARGET_HALF __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")))
+#define TARGET_HALF __attribute__((target("avx512f,avx512dq,avx512vl,fma,avx512bw,avx512bf16,prefer-vector-width=512")))
 #define UNROLL _Pragma("GCC unroll 24")
 
 /* Numbers in a vector, most vectors in a row of a panel, rows of weights that a thread takes at a time; few panels for a
  * thread, and weights that stay in cache. */
 enum { LANES = 16, MOST = 4, CHUNK = 24, FEW = 10, CACHED = 1 << 21 };
 typedef float Vector __attribute__((vector_size(64)));
+typedef float HalfVector __attribute__((vector_size(32)));
 typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 
@@ -59,26 +60,34 @@ static void wait_for_team(const Member *m) {
 
 static int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* out = weight * x + bias, of ROWS rows and R vectors of columns. */
+/* out = weight * x + bias, of ROWS rows and R vectors of columns, only half of the last of which counts if NARROW. */
 INLINE void tile(const float *weight, int64_t row, int64_t step, int64_t length, const Vector *x, int64_t ldx,
-                 const float *bias, Vector *out, int64_t ldo, int ROWS, int R) {
+                 const float *bias, Vector *out, int64_t ldo, int ROWS, int R, int NARROW) {
+    const int WHOLE = R - NARROW;
     Vector sum[24];
-    UNROLL for (int i = 0; i < ROWS; i++)
-        UNROLL for (int r = 0; r < R; r++) sum[i * R + r] = (Vector){} + (bias ? bias[i] : 0.f);
+    HalfVector rest[12];
+    UNROLL for (int i = 0; i < ROWS; i++) {
+        UNROLL for (int r = 0; r < WHOLE; r++) sum[i * R + r] = (Vector){} + (bias ? bias[i] : 0.f);
+        if (NARROW) rest[i] = (HalfVector){} + (bias ? bias[i] : 0.f);
+    }
     for (int64_t j = 0; j < length; j++) {
         if (step == 1 && j % LANES == 0) /* the rows of the next tile */
             UNROLL for (int i = 0; i < ROWS; i++) __builtin_prefetch(weight + (i + ROWS) * row + j, 0, 2);
-        UNROLL for (int i = 0; i < ROWS; i++)
-            UNROLL for (int r = 0; r < R; r++) sum[i * R + r] += weight[i * row + j * step] * x[j * ldx + r];
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            UNROLL for (int r = 0; r < WHOLE; r++) sum[i * R + r] += weight[i * row + j * step] * x[j * ldx + r];
+            if (NARROW) rest[i] += weight[i * row + j * step] * *(const HalfVector *)(x + j * ldx + WHOLE);
+        }
     }
-    UNROLL for (int i = 0; i < ROWS; i++)
-        UNROLL for (int r = 0; r < R; r++) out[i * ldo + r] = sum[i * R + r];
+    UNROLL for (int i = 0; i < ROWS; i++) {
+        UNROLL for (int r = 0; r < WHOLE; r++) out[i * ldo + r] = sum[i * R + r];
+        if (NARROW) *(HalfVector *)(out + i * ldo + WHOLE) = rest[i];
+    }
 }
 
 INLINE void tiles(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length, const Vector *x,
-                  int64_t ldx, const float *bias, Vector *out, int64_t ldo, int ROWS, int R) {
+                  int64_t ldx, const float *bias, Vector *out, int64_t ldo, int ROWS, int R, int NARROW) {
     int64_t i = 0;
-#define NEXT(N) tile(weight + i * row, row, step, length, x, ldx, bias ? bias + i : 0, out + i * ldo, ldo, N, R)
+#define NEXT(N) tile(weight + i * row, row, step, length, x, ldx, bias ? bias + i : 0, out + i * ldo, ldo, N, R, NARROW)
     for (; i + ROWS <= rows; i += ROWS) NEXT(ROWS);
     for (; i + 4 <= rows; i += 4) NEXT(4);
     for (; i < rows; i++) NEXT(1);
@@ -92,16 +101,27 @@ typedef void Product(const float *weight, int64_t row, int64_t step, int64_t row
                      int64_t ldx, const float *bias, Vector *out, int64_t ldo);
 
 /* As many sums as there are registers for them. */
-#define PRODUCT(R, ROWS)                                                                                               \
-    TARGET static void product##R(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length,        \
-                                  const Vector *x, int64_t ldx, const float *bias, Vector *out, int64_t ldo) {         \
-        tiles(weight, row, step, rows, length, x, ldx, bias, out, ldo, ROWS, R);                                       \
+#define PRODUCT(NAME, R, ROWS, NARROW)                                                                                 \
+    TARGET static void NAME##R(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length,           \
+                               const Vector *x, int64_t ldx, const float *bias, Vector *out, int64_t ldo) {            \
+        tiles(weight, row, step, rows, length, x, ldx, bias, out, ldo, ROWS, R, NARROW);                               \
     }
-PRODUCT(1, 8)
-PRODUCT(2, 12)
-PRODUCT(3, 8)
-PRODUCT(4, 6)
-static Product *const product[] = {0, product1, product2, product3, product4};
+PRODUCT(whole, 1, 8, 0)
+PRODUCT(whole, 2, 12, 0)
+PRODUCT(whole, 3, 8, 0)
+PRODUCT(whole, 4, 6, 0)
+PRODUCT(narrow, 1, 12, 1)
+PRODUCT(narrow, 2, 12, 1)
+PRODUCT(narrow, 3, 8, 1)
+PRODUCT(narrow, 4, 6, 1)
+
+/* The product for so many columns. */
+static Product *product_of_columns(int64_t columns) {
+    static Product *const whole[] = {0, whole1, whole2, whole3, whole4};
+    static Product *const narrow[] = {0, narrow1, narrow2, narrow3, narrow4};
+    int64_t vectors = (columns + LANES - 1) / LANES;
+    return vectors * LANES - columns < LANES / 2 ? whole[vectors] : narrow[vectors];
+}
 
 /* The same in bfloat16, with sums in float32: weights and x are pairs, of which there are half as many. */
 #define HALF_PRODUCT(R, ROWS)                                                                                          \
@@ -266,7 +286,8 @@ TARGET static void linear(const Member *m, const Panel *panels, int64_t num, Par
             half_product[ld]((const int32_t *)p.weight + begin * length / 2, count, length / 2,
                              (const __m512i *)panel->matrix[P], bias, out);
         else
-            product[ld](p.weight + begin * length, length, 1, count, length, panel->matrix[from], ld, bias, out, ld);
+            product_of_columns(panel->count)(p.weight + begin * length, length, 1, count, length, panel->matrix[from], ld,
+                                             bias, out, ld);
         if (has_gelu)
             for (int64_t j = 0; j < count * ld; j++) out[j] = gelu(out[j]);
     }
@@ -494,10 +515,11 @@ TARGET static void attend(const Encoding *e, const Panel *panel, int64_t head, V
         const float *key = e->memory + image * keys * row + head * dim, *value = key + e->block.dim;
         /* Vectors that have queries of the image. */
         int64_t first = start / LANES, vectors = (stop + LANES - 1) / LANES - first;
-        product[vectors](key, row, 1, keys, dim, query + first, ld, 0, scores, vectors);
+        Product *product = product_of_columns(stop - first * LANES);
+        product(key, row, 1, keys, dim, query + first, ld, 0, scores, vectors);
         Vector shares[MOST];
         for (int64_t r = 0; r < vectors; r++) shares[r] = softmax(scores + r, keys, vectors, scale);
-        product[vectors](value, 1, row, dim, keys, scores, vectors, 0, sums, vectors);
+        product(value, 1, row, dim, keys, scores, vectors, 0, sums, vectors);
         for (int64_t r = 0; r < vectors; r++) {
             Integers place = lane + (int32_t)((first + r) * LANES);
             Integers mine = (place >= (int32_t)start) & (place < (int32_t)stop);
@@ -679,12 +701,14 @@ void transpose_tokens(const float *tokens, int64_t images, int64_t cells, int64_
 }
 
 /* Whether this processor has the instructions. */
-int runs(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"); }
+int runs(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
 
 /* Whether it has those for bfloat16. */
 int runs_half(void) {
-    return runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
+    return runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
 }
 #else
 int runs(void) { return 0; }
