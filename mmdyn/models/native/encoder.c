@@ -488,7 +488,9 @@ TARGET static void add_changes(const Encoding *e, const Panel *panel, int64_t r,
         for (int64_t line = 0; line < patch.lines; line++)
             for (int64_t column = 0; column < patch.columns; column++) {
                 float *cell = e->block.tokens + (patch.row + line * e->block.map.width + column) * dim;
-                for (int64_t c = 0; c < dim; c++) cell[c] += rows[i][c];
+                int64_t c = 0;
+                for (; c + LANES <= dim; c += LANES) *(Unaligned *)(cell + c) += *(const Unaligned *)(rows[i] + c);
+                for (; c < dim; c++) cell[c] += rows[i][c];
             }
     }
 }

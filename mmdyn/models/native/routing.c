@@ -24,14 +24,21 @@ static Area area_of(const Map *g, int64_t region) {
 
 WIDE void mean_of(const float *cells, int64_t width, int64_t channels, int64_t lines, int64_t columns,
                   float *restrict out) {
-    memset(out, 0, channels * sizeof(float));
-    for (int64_t line = 0; line < lines; line++)
-        for (int64_t column = 0; column < columns; column++) {
-            const float *cell = cells + (line * width + column) * channels;
-            for (int64_t c = 0; c < channels; c++) out[c] += cell[c];
-        }
+    enum { PART = 32 }; /* channels whose sums stay in registers */
     float share = 1.f / (float)(lines * columns);
-    for (int64_t c = 0; c < channels; c++) out[c] *= share;
+    for (int64_t begin = 0; begin < channels; begin += PART) {
+        int64_t count = smaller(PART, channels - begin);
+        float sums[PART] = {};
+        for (int64_t line = 0; line < lines; line++)
+            for (int64_t column = 0; column < columns; column++) {
+                const float *cell = cells + (line * width + column) * channels + begin;
+                if (count == PART)
+                    for (int c = 0; c < PART; c++) sums[c] += cell[c];
+                else
+                    for (int c = 0; c < count; c++) sums[c] += cell[c];
+            }
+        for (int64_t c = 0; c < count; c++) out[begin + c] = sums[c] * share;
+    }
 }
 
 WIDE static float product_of(const float *a, const float *b, int64_t count) {
