@@ -1,5 +1,5 @@
 """Routing that is made up or replayed, so that speed is measured at a chosen query ratio without trained weights."""
-from typing import Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,10 @@ class SyntheticRouter(nn.Module):
         """(B, E + H*W, C) -> (B, rows, columns) indices of granularities."""
         self.router.choose(tokens, *args)
         return self.choice.expand(len(tokens), -1, -1)
+
+    def planned(self, images: int, regions: Tuple[int, int]) -> Optional[Tuple[Tensor, nn.Module, Tensor]]:
+        planned = self.router.planned(images, regions)
+        return planned and (self.choice.expand(images, -1, -1), *planned[1:])
 
 
 class LayerChoice(NamedTuple):

@@ -52,7 +52,7 @@ def test_peak_memory_of_a_result_and_of_nothing():
 def test_peak_memory_has_what_compiled_blocks_keep():
     """However often they ran before."""
     block, tokens = EncoderBlock(16, Attention(16, 2), 2).eval(), torch.randn(1, 64, 16)
-    if not block.encode(tokens, (8, 8)):
+    if not block.job(tokens, (8, 8)):
         pytest.skip('no compiled block runs here')
     peaks = [peak_memory(lambda: block(tokens, (8, 8), inplace=True)) for _ in range(2)]
     # Matrices of a panel of 64 queries: three of the channels and one of the hidden channels.

@@ -15,6 +15,7 @@ from ...analysis.complexity import BackboneCost, CostMeter, LayerCost
 from ..dge import DynamicGrainedEncoder
 from ..layers import EncoderBlock, fit_position_embedding
 from ..layers.linear import is_plain_inference
+from ..native.encoder import Job, encode
 
 OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
 
@@ -104,6 +105,33 @@ class DynamicBackbone(BaseModule):
         if self.with_cp and torch.is_grad_enabled():
             return checkpoint(block, tokens, shape, stage.num_extra, use_reentrant=False)
         return block(tokens, shape, stage.num_extra, inplace)
+
+    def run_blocks(self, stage: nn.Module, tokens: Tensor, shape: Tuple[int, int], inplace: bool = True, start: int = 0,
+                   stop: Optional[int] = None) -> Tensor:
+        """Encoder blocks of a stage, from ``start`` on, one after another; ``tokens`` may be overwritten if ``inplace``.
+
+        In inference on a CPU they are one call of compiled code, if it takes them all.
+        """
+        indices, may_overwrite = range(len(stage.blocks))[start:stop], self.may_overwrite(stage)
+        jobs = self._jobs(stage, indices, tokens, shape) if may_overwrite else None
+        if jobs:
+            return encode(jobs, tokens if inplace else tokens.clone())
+        for index in indices:
+            tokens = self.run_block(stage, index, tokens, shape, inplace and may_overwrite)
+        return tokens
+
+    @staticmethod
+    def _jobs(stage: nn.Module, indices: Sequence[int], tokens: Tensor, shape: Tuple[int, int]) -> Optional[List[Job]]:
+        """Blocks for compiled code; None if it does not take one of them."""
+        jobs = []
+        for index in indices:
+            block = stage.blocks[index]
+            job = (stage.dge[index].job(block, tokens, shape, stage.num_extra) if len(stage.dge) else
+                   block.job(tokens, shape, stage.num_extra))
+            if job is None:
+                return None
+            jobs.append(job)
+        return jobs
 
     @staticmethod
     def may_overwrite(stage: nn.Module) -> bool:

@@ -144,7 +144,7 @@ class CFViT(PlainViT):
         score = torch.zeros(embedded.shape[:2], device=images.device)
         for number, block in enumerate(self.blocks, start=1):
             block.attn.keeps_class_attention = self._watches(number)
-            tokens = self._run(block, tokens)
+            tokens = self.run_block(self, number - 1, tokens, (1, tokens.shape[1] - 1))
             if block.attn.keeps_class_attention:
                 score = update_score(score, block.attn.class_attention[:, 1:], self.ema_decay)
                 block.attn.keeps_class_attention, block.attn.class_attention = False, None
@@ -171,8 +171,7 @@ class CFViT(PlainViT):
                 others = others + reused
         tokens = fine_sequence(class_token + self.pos_embed[:, :1], patches + self.pos_embed[:, 1:], others, chosen,
                                rest, self.coarse_size)
-        for block in self.blocks:
-            tokens = self._run(block, tokens)
+        tokens = self.run_blocks(self, tokens, (1, tokens.shape[1] - 1))
         self._spent(len(images), tokens.shape[1], self.shape, fine=True)
         return self.norm(tokens), chosen
 
@@ -190,12 +189,6 @@ class CFViT(PlainViT):
         if self.score in ('global', 'negative'):
             return number >= self.ema_start
         return self.score == 'last' and number == len(self.blocks)
-
-    def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        shape = (1, tokens.shape[1] - 1)
-        if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(block, tokens, shape, 1, use_reentrant=False)
-        return block(tokens, shape, 1)
 
     def _upsample(self, tokens: Tensor) -> Tensor:
         """(B, N, C) tokens of the coarse grid -> (B, 4 * N, C), each four times."""

@@ -164,9 +164,7 @@ class PVT(DynamicBackbone):
         for i, stage in enumerate(self.stages):
             tokens, shape = stage.embed(x, getattr(self, 'cls_token', None), self.interpolate_mode)
             shapes.append(shape)
-            inplace = self.may_overwrite(stage)
-            for j in range(len(stage.blocks)):
-                tokens = self.run_block(stage, j, tokens, shape, inplace)
+            tokens = self.run_blocks(stage, tokens, shape)
             if self.out_type == 'featmap' or i < len(self.stages) - 1:
                 x = tokens.transpose(1, 2).unflatten(2, shape)
                 if i in self.out_indices:

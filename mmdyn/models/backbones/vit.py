@@ -108,12 +108,12 @@ class PlainViT(DynamicBackbone):
         tokens = torch.cat([*(t.expand(len(x), -1, -1).type_as(tokens) for t in extra), tokens], dim=1)
         tokens = tokens + resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra,
                                                     self.interpolate_mode)
-        outs, inplace = [], self.may_overwrite(self)
-        for i in range(len(self.blocks)):
+        outs, start, last = [], 0, len(self.blocks) - 1
+        for i in sorted({*self.out_indices, last}):
             # Outputs share the memory of tokens.
-            tokens = self.run_block(self, i, tokens, shape, inplace and not outs)
+            tokens, start = self.run_blocks(self, tokens, shape, not outs, start, i + 1), i + 1
             if i in self.out_indices:
-                outs.append(self._format(self.norm(tokens) if i == len(self.blocks) - 1 else tokens, shape))
+                outs.append(self._format(self.norm(tokens) if i == last else tokens, shape))
         self.account(len(x), [shape])
         return tuple(outs)
 

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import native
 from ..layers.linear import is_plain_inference, runs_in_pieces
-from ..native import routing as compiled
+from ..native import encoder as compiled
+from ..native import routing as compiled_routing
 from . import grains
 from .grains import Grains, candidate_centres, candidate_values, grid, pool, region_table, sum_over_granularities
 
@@ -81,8 +82,19 @@ class Router(nn.Module):
     def choose(self, tokens: Tensor, shape: Tuple[int, int], side: int, num_extra: int) -> Tensor:
         """(B, E + H*W, C) -> (B, rows, columns) indices of the greatest logits of the side x side regions."""
         if native.is_used(tokens) and self.weight.dtype == self.bias.dtype == torch.float32:
-            return compiled.choose(tokens, shape, side, num_extra, self.weight, self.bias)
+            return compiled_routing.choose(tokens, shape, side, num_extra, self.weight, self.bias)
         return self(pool(tokens, shape, side, num_extra)).argmax(-1).unflatten(1, grid(side, shape))
+
+    def planned(self, images: int, regions: Tuple[int, int]) -> Optional[Tuple[Tensor, nn.Module, Tensor]]:
+        """A choice that compiled code has yet to make: where it will be, the weights, and where these write theirs.
+
+        Returns:
+            None if :meth:`choose` must be called.
+        """
+        if not compiled.is_plain(self, Router):
+            return None
+        choice = torch.empty(images, *regions, dtype=torch.long, device='cpu')
+        return choice, self, choice
 
 
 class Decision(NamedTuple):
@@ -101,7 +113,7 @@ class DynamicGrainedEncoder(nn.Module):
     """Wraps an encoder block so that each region of its input chooses its number of queries.
 
     The block is an argument of the forward pass, not a submodule: the names of its weights are those of the dense model.
-    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``encode`` and ``forward``. If it has a true attribute ``uses_points``, it gets the centres of the queries' patches.
+    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``job`` and ``forward``. If it has a true attribute ``uses_points``, it gets the centres of the queries' patches.
 
     Args:
         dim: channels of the tokens.
@@ -189,13 +201,29 @@ class DynamicGrainedEncoder(nn.Module):
         change = self._sparse_change(block, tokens, shape, routing, num_extra)
         return routing.add_changes(tokens, change * scores[:, None].type_as(change))
 
+    def job(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0) -> Optional['compiled.Job']:
+        """What :meth:`forward` does in inference, for compiled code; None if it does not take the layers or tokens.
+
+        The decision is complete when it has run.
+        """
+        if self.training or self.routing == 'layer':
+            return None
+        planned = self.router.planned(len(tokens), grid(self.region, shape))
+        if planned is None:
+            return None
+        choice, router, chosen = planned
+        job = block.job(tokens, shape, num_extra, Grains(choice, self.granularities, self.region, router, chosen))
+        if job is not None:
+            self.decision = Decision(choice, job.queries)
+        return job
+
     def _infer(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], choice: Tensor, num_extra: int,
                inplace: bool) -> Tensor:
         """The tokens with the changes of the queries of a choice."""
-        encoded = block.encode(tokens, shape, num_extra, inplace, Grains(choice, self.granularities, self.region))
-        if encoded is not None:
-            self.decision = Decision(choice, encoded[1])
-            return encoded[0]
+        job = block.job(tokens, shape, num_extra, Grains(choice, self.granularities, self.region))
+        if job is not None:
+            self.decision = Decision(choice, job.queries)
+            return compiled.encode([job], tokens if inplace else tokens.clone())
         routing = grains.route(choice, shape, self.granularities, self.region, num_extra, padded=runs_in_pieces(tokens))
         self.decision = Decision(choice, routing.queries)
         plain = is_plain_inference()

@@ -148,10 +148,14 @@ class Grains(NamedTuple):
         choice: (B, rows, columns) indices into the granularities.
         granularities: sides of the patches in cells, 0 for none.
         region: side of a region in cells.
+        router: a :class:`~mmdyn.models.dge.encoder.Router` that is yet to choose; without one the choice is known.
+        chosen: where it writes its choice: (B, rows, columns), ``choice`` itself or another tensor.
     """
     choice: Tensor
     granularities: Tuple[int, ...]
     region: int
+    router: Optional[torch.nn.Module] = None
+    chosen: Optional[Tensor] = None
 
 
 class RegionTable(NamedTuple):

@@ -96,19 +96,18 @@ class EncoderBlock(nn.Module):
         return by_pieces(run, self.attn.pieces(packed, memory, lengths, points), len(packed),
                          None if into is None else into.view_as(packed)).view_as(queries)
 
-    def encode(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0, inplace: bool = False,
-               grains: Optional[Grains] = None) -> Optional[Tuple[Tensor, Tensor]]:
+    def job(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0,
+            grains: Optional[Grains] = None) -> Optional[compiled.Job]:
         """The block by compiled code, in evaluation on a CPU: on all tokens, or on means of patches.
 
         Args:
-            tokens: (B, E + H*W, C).
+            tokens: (B, E + H*W, C), or a tensor like them.
             shape: (H, W).
             num_extra: E.
-            inplace: whether the tokens are overwritten.
             grains: the granularity of each region; all cells of a patch change alike.
 
         Returns:
-            (B, E + H*W, C) tokens and (B) queries of each image, or None if the code does not take the tokens or layers.
+            what :func:`~mmdyn.models.native.encoder.encode` takes, or None if it does not take the tokens or layers.
         """
         if self.training or not compiled.takes(tokens) or not compiled.is_plain(self, EncoderBlock):
             return None
@@ -119,8 +118,8 @@ class EncoderBlock(nn.Module):
             return None
         layers = compiled.Layers(norm1=own['norm1'], norm2=own['norm2'], fc1=ffn._modules['fc1'],
                                  fc2=ffn._modules['fc2'], **layers)
-        return compiled.encode(layers, attn.num_heads, attn.num_points, self.residual_scale, tokens, shape, num_extra,
-                               inplace, grains)
+        return compiled.prepare(layers, attn.num_heads, attn.num_points, self.residual_scale, tokens, shape, num_extra,
+                                grains)
 
     def _change(self, queries: Tensor, normed: Tensor, memory: Sequence[Tensor], shape: Tuple[int, int],
                 lengths: List[int], points: Optional[Tensor]) -> Tensor:
@@ -130,9 +129,9 @@ class EncoderBlock(nn.Module):
 
     def forward(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0, inplace: bool = False) -> Tensor:
         """The dense block: every token is a query. (B, E + H*W, C) -> the same, in the same memory if ``inplace``."""
-        encoded = self.encode(tokens, shape, num_extra, inplace)
-        if encoded is not None:
-            return encoded[0]
+        job = self.job(tokens, shape, num_extra)
+        if job is not None:
+            return compiled.encode([job], tokens if inplace else tokens.clone())
         if inplace:
             self.change(tokens, tokens, shape, None, num_extra, into=tokens)
             return tokens

@@ -17,8 +17,8 @@
 #define UNROLL _Pragma("GCC unroll 24")
 
 /* Numbers in a vector, most vectors in a row of a panel, rows of weights that a thread takes at a time; few panels for a
- * thread, and weights that stay in cache. */
-enum { LANES = 16, MOST = 4, CHUNK = 24, FEW = 10, CACHED = 1 << 21 };
+ * thread, weights that stay in cache, and weights for an idle vector in which sharing takes as long as waiting. */
+enum { LANES = 16, MOST = 4, CHUNK = 24, FEW = 10, CACHED = 1 << 21, MUCH = 150000 };
 typedef float Vector __attribute__((vector_size(64)));
 typedef float HalfVector __attribute__((vector_size(32)));
 typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
@@ -307,12 +307,14 @@ typedef struct {
 } Plan;
 
 /* Each thread takes panels of its own, so that it reads what it wrote, or all share all panels and read each weight once:
- * few panels, if they do not divide evenly, or if the weights are too many to stay in cache between two panels. */
+ * few panels, if they do not divide evenly and have much to do with each query, or if the weights do not stay in cache from
+ * panel to panel. */
 static Plan plan_of(const Needs *n) {
     Plan p = {(n->queries + LANES - 1) / LANES, .threads = omp_get_max_threads()};
     int64_t idle = (p.vectors + p.threads - 1) / p.threads * p.threads - p.vectors;
     p.panels = (p.vectors + n->widest - 1) / n->widest;
-    p.shared = p.panels < FEW * p.threads && (idle * 32 > p.vectors || n->weights > CACHED);
+    int waits = idle * n->weights > p.vectors * MUCH, reloads = n->weights > CACHED && p.panels > 2 * p.threads;
+    p.shared = p.panels < FEW * p.threads && (waits || reloads);
     if (!p.shared) p.panels = smaller((p.panels + p.threads - 1) / p.threads * p.threads, p.vectors);
     for (int i = 0; i < MATRICES; i++) p.size += n->rows[i] * n->widest;
     return p;
@@ -441,7 +443,9 @@ typedef struct {
     float *tokens;   /* (images, extra + height * width, dim) */
     Map map;         /* of a choice, without which each token is a query */
     const int64_t *sides;
-    int64_t *lengths; /* queries of each image, which encode_block writes down */
+    Parameters router; /* that first makes another choice of so many sides, which may be the same */
+    int64_t options, *chosen;
+    int64_t *lengths; /* queries of each image, which encode writes down */
 } Block;
 
 /* What is known when all tokens have been seen. Values of deformable attention are (images, tokens, dim); otherwise keys
@@ -658,8 +662,8 @@ static float *lay_out(const Block *b, float *memory, Encoding *e) {
     return memory;
 }
 
-/* Numbers of memory that encode_block needs. */
-int64_t encode_block_memory(const Block *b) {
+/* Numbers of memory that a block needs. */
+static int64_t memory_of_block(const Block *b) {
     Encoding e;
     float *begin = 0, *end = lay_out(b, begin, &e);
     Needs needs = needs_of(&e);
@@ -667,12 +671,17 @@ int64_t encode_block_memory(const Block *b) {
     return end - begin + larger_of(memory_of(&needs, e.patches != 0), project_memory(&projection));
 }
 
-/* Find the patches that are queries, round weights, and encode. */
-void encode_block(const Block *b, float *memory) {
+/* Make keys and values, find the patches that are queries, round weights, and encode. */
+static void encode_block(const Block *b, float *memory) {
     Encoding e;
     memory = lay_out(b, memory, &e);
     Projection projection = memory_of_tokens(&e);
     project(&projection, memory);
+    if (b->router.weight) {
+        Map map = b->map;
+        map.channels = b->dim, map.choice = b->chosen;
+        choose(&map, b->tokens, b->router.weight, b->router.bias, b->options);
+    }
     if (e.patches)
         route(&b->map, b->sides, e.patches, b->lengths);
     else
@@ -689,6 +698,18 @@ void encode_block(const Block *b, float *memory) {
     }
     Needs needs = needs_of(&e);
     run(encode_panels, &e, &needs, memory);
+}
+
+/* Numbers of memory that encode needs. */
+int64_t encode_memory(const Block *blocks, int64_t count) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) most = larger_of(most, memory_of_block(blocks + i));
+    return most;
+}
+
+/* One block after another. */
+void encode(const Block *blocks, int64_t count, float *memory) {
+    for (int64_t i = 0; i < count; i++) encode_block(blocks + i, memory);
 }
 
 /* Transpose the tokens of each image, (cells, channels), whose cells are a multiple of 16. */

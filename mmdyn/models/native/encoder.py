@@ -5,7 +5,7 @@ Layers are taken as they are: what is replaced, or looked at by hooks, goes the 
 import ctypes
 import threading
 from functools import lru_cache
-from typing import Iterable, List, NamedTuple, Optional, Tuple
+from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class _Block(ctypes.Structure):
     _fields_ = [
         *_fields(_NUMBER, 'dim hidden heads points side'), *_fields(_REAL, 'eps1 eps2 eps_keys scale'),
         *_parameters('norm1 query weights proj norm2 fc1 fc2 reduce norm_keys memory'), ('is_half', _NUMBER),
-        ('tokens', _ADDRESS), ('map', Map), *_fields(_ADDRESS, 'sides lengths')
+        ('tokens', _ADDRESS), ('map', Map), ('sides', _ADDRESS), *_parameters('router'), ('options', _NUMBER),
+        *_fields(_ADDRESS, 'chosen lengths')
     ]
 
 
@@ -115,14 +116,14 @@ def release() -> None:
     _kept.memory = ()
 
 
-def _call(name: str, job: ctypes.Structure) -> None:
+def _call(name: str, *job) -> None:
     """Call a function with memory that the thread keeps."""
-    functions, job = library(), ctypes.byref(job)
-    numbers = getattr(functions, f'{name}_memory')(job) + 16
+    functions = library()
+    numbers = getattr(functions, f'{name}_memory')(*job) + 16
     if numbers > len(getattr(_kept, 'memory', ())):
         _kept.memory = torch.empty(numbers, dtype=torch.float32, device='cpu')
     address = _kept.memory.data_ptr()
-    getattr(functions, name)(job, address + -address % 64)
+    getattr(functions, name)(*job, address + -address % 64)
 
 
 class Layers(NamedTuple):
@@ -151,8 +152,21 @@ class Layers(NamedTuple):
     memory: nn.Module
 
 
-def encode(layers: Layers, heads: int, num_points: int, scale: float, tokens: Tensor, shape: Tuple[int, int],
-           num_extra: int, inplace: bool, grains: Optional[Grains] = None) -> Optional[Tuple[Tensor, Tensor]]:
+class Job(NamedTuple):
+    """A block that waits for its tokens.
+
+    Attributes:
+        block: as encoder.c reads it.
+        queries: (B) queries of each image, when it has run.
+        kept: what the block has addresses of.
+    """
+    block: _Block
+    queries: Tensor
+    kept: tuple
+
+
+def prepare(layers: Layers, heads: int, num_points: int, scale: float, tokens: Tensor, shape: Tuple[int, int],
+            num_extra: int, grains: Optional[Grains] = None) -> Optional[Job]:
     """All steps of an encoder block on tokens that :func:`takes` says yes to.
 
     Args:
@@ -160,33 +174,47 @@ def encode(layers: Layers, heads: int, num_points: int, scale: float, tokens: Te
         heads: of its attention.
         num_points: of each head, 0 in softmax attention.
         scale: of both branches.
-        tokens: (B, E + H*W, C).
+        tokens: (B, E + H*W, C), or a tensor like those that it will run on.
         shape: (H, W).
         num_extra: E.
-        inplace: whether the tokens are overwritten.
         grains: what the queries are; without them each token is one.
 
     Returns:
-        (B, E + H*W, C) tokens plus their changes, and (B) queries of each image; None if the functions do not take the
-        layers, or the shapes do not fit.
+        None if the functions do not take the layers, or the shapes do not fit.
     """
-    reduce, norm_keys = layers.reduce, layers.norm_keys
     (images, size, dim), addresses = tokens.shape, _addresses(layers)
     if addresses is None or size != num_extra + shape[0] * shape[1]:
         return None
-    if grains and grains.choice.shape != (images, *grid(grains.region, shape)):
-        return None
-    hidden = layers.fc1.out_features
-    out, queries = tokens if inplace else tokens.clone(), torch.empty(images, dtype=torch.long, device='cpu')
-    choice, sides, region = None, None, 0
+    choice, sides, region, router, chosen = None, None, 0, (None, None), None
     if grains:
-        choice, sides, region = grains.choice.contiguous(), _sides_of(grains.granularities), grains.region
-    _call('encode_block', _Block(
+        choice, chosen, region = grains.choice.contiguous(), grains.chosen, grains.region
+        if choice.shape != (images, *grid(region, shape)):
+            return None
+        sides = _sides_of(grains.granularities)
+        if grains.router is not None:
+            router = _addresses_of(grains.router.weight, grains.router.bias)
+            if router is None:
+                return None
+    hidden, reduce, norm_keys = layers.fc1.out_features, layers.reduce, layers.norm_keys
+    queries = torch.empty(images, dtype=torch.long, device='cpu')
+    block = _Block(
         dim, hidden, heads, num_points, reduce.kernel_size[0] if reduce else 1, layers.norm1.eps, layers.norm2.eps,
-        norm_keys.eps if norm_keys else 0., scale, *addresses, _is_half() and dim % 2 == hidden % 2 == 0, out.data_ptr(),
-        Map(images, num_extra, *shape, region, 0, None if choice is None else choice.data_ptr()),
-        None if sides is None else ctypes.addressof(sides), queries.data_ptr()))
-    return out, queries
+        norm_keys.eps if norm_keys else 0., scale, *addresses, _is_half() and dim % 2 == hidden % 2 == 0, None,
+        Map(images, num_extra, *shape, region, 0, _address(choice)), sides and ctypes.addressof(sides), *router,
+        len(sides or ()), _address(chosen), queries.data_ptr())
+    return Job(block, queries, (choice, chosen))
+
+
+def _address(x: Optional[Tensor]) -> Optional[int]:
+    return None if x is None else x.data_ptr()
+
+
+def encode(jobs: Sequence[Job], tokens: Tensor) -> Tensor:
+    """Run blocks one after another on tokens, which are overwritten."""
+    for job in jobs:
+        job.block.tokens = tokens.data_ptr()
+    _call('encode', (_Block * len(jobs))(*(job.block for job in jobs)), len(jobs))
+    return tokens
 
 
 @lru_cache(maxsize=None)
@@ -220,10 +248,10 @@ def project(maps: Tensor, weight: Tensor, bias: Optional[Tensor], before: Option
         return None
     height, width = height // side, width // side
     out = maps.new_empty(images, height * width, channels) if into is None else into
-    _call('project', _Projection(
+    _call('project', ctypes.byref(_Projection(
         images, height, width, *segments, channels, 0, image, side * line, side * cell, *strides,
         *(getattr(norm, 'eps', 0.) for norm in (before, after)), *norms[:2], *own, *norms[2:], None, None,
-        maps.data_ptr(), out.data_ptr(), into is not None))
+        maps.data_ptr(), out.data_ptr(), into is not None)))
     return out
 
 

@@ -28,6 +28,9 @@ typedef struct {
     int64_t *choice;
 } Map;
 
+/* Choose the option with the greatest logit of each region's mean. The weights are (options, channels). */
+void choose(const Map *g, const float *table, const float *weight, const float *bias, int64_t options);
+
 /* Write down the patches that the queries of all images are means of, and how many there are in each image. */
 void route(const Map *g, const int64_t *sides, Patch *patches, int64_t *lengths);
 

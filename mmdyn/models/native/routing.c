@@ -48,7 +48,6 @@ WIDE static float product_of(const float *a, const float *b, int64_t count) {
     return sum;
 }
 
-/* Choose the option with the greatest logit of each region's mean. The weights are (options, channels). */
 void choose(const Map *g, const float *table, const float *weight, const float *bias, int64_t options) {
     int64_t regions = regions_of(g), n = g->channels, rows = g->extra + g->height * g->width;
 #pragma omp parallel for if (is_shared(g->images * rows, n))
@@ -69,10 +68,7 @@ void choose(const Map *g, const float *table, const float *weight, const float *
     }
 }
 
-/* Write down the patches that the queries of all images are means of, and how many there are in each image.
- *
- * The granularities are in sides. The queries of an image are its extra rows, then those of region after region.
- */
+/* The granularities are in sides. The queries of an image are its extra rows, then those of region after region. */
 void route(const Map *g, const int64_t *sides, Patch *patches, int64_t *lengths) {
     int64_t regions = regions_of(g), rows = g->extra + g->height * g->width;
     Patch *next = patches;

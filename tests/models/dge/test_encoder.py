@@ -208,7 +208,7 @@ def test_points_are_the_places_of_the_queries(mode, num_extra, with_cp):
     tokens, block = torch.randn(8, num_extra + 35, DIM), torch.nn.Identity()
     tokens[:, num_extra:, 0], tokens[:, num_extra:, 1] = torch.arange(35) % 7, torch.arange(35) // 7
     tokens[..., 2] = torch.arange(num_extra + 35) < num_extra
-    calls, block.encode = [], lambda *args: None
+    calls, block.job = [], lambda *args: None
     block.change = lambda queries, tokens, shape, lengths, num_extra, points: calls.append((queries, points)) or queries
     for block.uses_points in (True, False):
         encoder(block, tokens, (5, 7), num_extra)

@@ -53,12 +53,14 @@ def by_double(block, tokens, shape, *args):
 @pytest.mark.parametrize('dim, heads, ratio', WIDTHS)
 @torch.no_grad()
 def test_block_of_all_tokens(kind, images, shape, dim, heads, ratio, threads):
-    """Each query attends to its own image; to what the tokens were before, if they are overwritten."""
+    """Each query attends to its own image, and to what the tokens were before."""
     block, tokens = make(kind, dim, heads, ratio, residual_scale=0.7, norm_eps=1e-3), torch.randn(images, math.prod(shape), dim)
-    out, queries = block.encode(tokens, shape)
+    job, before = block.job(tokens, shape), tokens.clone()
+    out = block(tokens, shape)
     torch.testing.assert_close(out, by_double(block, tokens, shape).float(), rtol=1e-4, atol=1e-4)
-    assert queries.tolist() == [math.prod(shape)] * images and torch.equal(block(tokens, shape), out)
-    assert block.encode(tokens, shape, inplace=True)[0] is tokens and torch.equal(tokens, out)
+    assert torch.equal(tokens, before) and block(before, shape, inplace=True) is before and torch.equal(before, out)
+    assert compiled.encode([job], tokens) is tokens and torch.equal(tokens, out)
+    assert job.queries.tolist() == [math.prod(shape)] * images
 
 
 @pytest.mark.parametrize('kind, dim, heads, ratio', [('full', 12, 3, 2), ('unbiased', 64, 1, 2), ('points', 48, 3, 4),
@@ -72,7 +74,7 @@ def test_block_under_autocast_to_bfloat16(kind, dim, heads, ratio, images, shape
     block, tokens = make(kind, dim, heads, ratio), torch.randn(images, math.prod(shape), dim)
     expected = by_double(block, tokens, shape)
     with torch.autocast('cpu', torch.bfloat16):
-        assert block.encode(tokens, shape)
+        assert block.job(tokens, shape)
         out = block(tokens, shape)
         with torch.backends.mkldnn.flags(enabled=False):
             plain = block(tokens, shape)
@@ -87,7 +89,7 @@ def test_odd_channels_stay_in_float32_under_autocast():
     block, tokens = make('full', 5, 1, 3), torch.randn(2, math.prod(SHAPE), 5)
     expected = block(tokens, SHAPE)
     with torch.autocast('cpu', torch.bfloat16):
-        if block.encode(tokens, SHAPE):
+        if block.job(tokens, SHAPE):
             assert torch.equal(block(tokens, SHAPE), expected)
 
 
@@ -97,7 +99,7 @@ def test_odd_channels_stay_in_float32_under_autocast():
 def test_dense_block(kind, num_extra, batch, threads):
     block, tokens = make(kind), torch.randn(batch, num_extra + math.prod(SHAPE), 12)
     expected = by_double(block, tokens, SHAPE, num_extra).float()
-    assert bool(block.encode(tokens, SHAPE, num_extra)) == ((kind, num_extra) != ('reduced', 1))
+    assert bool(block.job(tokens, SHAPE, num_extra)) == ((kind, num_extra) != ('reduced', 1))
     torch.testing.assert_close(block(tokens, SHAPE, num_extra), expected, rtol=1e-4, atol=1e-4)
     assert block(tokens, SHAPE, num_extra, inplace=True) is tokens
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
@@ -137,7 +139,7 @@ def test_gelu_is_exact_over_the_whole_range():
     found = []
     for value in x[:, 0].tolist():
         block.ffn.fc1.bias.fill_(value)
-        found.append(block.encode(torch.zeros(1, 1, 1), (1, 1))[0].item())
+        found.append(block(torch.zeros(1, 1, 1), (1, 1)).item())
     expected = x[:, 0].double() * torch.distributions.Normal(0, 1).cdf(x[:, 0].double())
     torch.testing.assert_close(torch.tensor(found), expected.float(), rtol=2e-7, atol=4e-7)
 
@@ -169,11 +171,11 @@ def test_layers_that_hooks_look_at_are_run(name, register):
     block, tokens, seen = make('full'), torch.randn(2, math.prod(SHAPE), 12), []
     expected = block(tokens, SHAPE)
     handle = getattr(block.get_submodule(name), register)(lambda *args: seen.append(len(args)))
-    assert block.encode(tokens, SHAPE) is None
+    assert block.job(tokens, SHAPE) is None
     torch.testing.assert_close(block(tokens, SHAPE), expected, rtol=1e-4, atol=1e-4)
     assert bool(seen) == (name != 'attn')  # which a block calls in two steps
     handle.remove()
-    assert block.encode(tokens, SHAPE)
+    assert block.job(tokens, SHAPE)
 
 
 class Twice(nn.Module):
@@ -211,29 +213,29 @@ class OtherAttention(Attention):
 @torch.no_grad()
 def test_what_the_functions_do_not_take():
     block, tokens = make('full'), torch.randn(2, math.prod(SHAPE), 12)
-    assert block.encode(tokens, SHAPE)
+    assert block.job(tokens, SHAPE)
     for others in (tokens.double(), tokens.mT.contiguous().mT, tokens[:0], tokens[:, 1:]):
-        assert block.encode(others, SHAPE) is None
+        assert block.job(others, SHAPE) is None
     choice = torch.zeros(2, 3, 4, dtype=torch.long)
-    assert block.encode(tokens, SHAPE, grains=Grains(choice, (1, 2), 4))
-    assert block.encode(tokens, SHAPE, grains=Grains(choice[:, :2], (1, 2), 4)) is None
-    assert block.encode(tokens, SHAPE, grains=Grains(choice[:1], (1, 2), 4)) is None
+    assert block.job(tokens, SHAPE, grains=Grains(choice, (1, 2), 4))
+    assert block.job(tokens, SHAPE, grains=Grains(choice[:, :2], (1, 2), 4)) is None
+    assert block.job(tokens, SHAPE, grains=Grains(choice[:1], (1, 2), 4)) is None
     with torch.autocast('cpu', torch.float16):
-        assert block.encode(tokens, SHAPE) is None
+        assert block.job(tokens, SHAPE) is None
     with torch.backends.mkldnn.flags(enabled=False):
-        assert block.encode(tokens, SHAPE) is None
+        assert block.job(tokens, SHAPE) is None
     with torch.enable_grad():
-        assert block.encode(tokens, SHAPE) is None
-    assert block.train().encode(tokens, SHAPE) is None and block.eval().encode(tokens, SHAPE)
+        assert block.job(tokens, SHAPE) is None
+    assert block.train().job(tokens, SHAPE) is None and block.eval().job(tokens, SHAPE)
     block.attn.keeps_class_attention = True
-    assert block.encode(tokens, SHAPE) is None
-    assert EncoderBlock(12, OtherAttention(12, 3), 2).eval().encode(tokens, SHAPE) is None
+    assert block.job(tokens, SHAPE) is None
+    assert EncoderBlock(12, OtherAttention(12, 3), 2).eval().job(tokens, SHAPE) is None
     for change in (lambda block: block.double(), lambda block: setattr(block, 'norm2', nn.LayerNorm(12, bias=False)),
                    lambda block: setattr(block, 'norm1', nn.LayerNorm(12, elementwise_affine=False)),
                    lambda block: setattr(block.attn.q.weight, 'data', block.attn.q.weight.mT.contiguous().mT)):
         block = make('full')
         change(block)
-        assert block.encode(tokens, SHAPE) is None
+        assert block.job(tokens, SHAPE) is None
 
 
 @torch.no_grad()
