@@ -6,8 +6,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from ...registry import MODELS
-from ..layers import Attention, EncoderBlock, PatchEmbed, position_embedding, resize_position_embedding, to_maps
-from ..layers.linear import add_into, runs_in_pieces
+from ..layers import (Attention, EncoderBlock, PatchEmbed, Positions, position_embedding, resize_position_embedding,
+                      to_maps)
+from ..layers.linear import add_into
 from .base import (OUT_TYPES, DynamicBackbone, choose_arch, choose_out_indices, dge_of_stages, image_sides, make_blocks)
 
 _COMMON = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
@@ -41,15 +42,11 @@ class PVTStage(nn.Module):
 
     def embed(self, x: Tensor, cls_token: Optional[Tensor], mode: str) -> Tuple[Tensor, Tuple[int, int]]:
         """(B, C_in, H, W) -> (B, E + h*w, C) tokens with their position embedding, and (h, w)."""
-        shape = self.patch_embed.shape_of(x)
-        positions = resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra, mode)
-        if runs_in_pieces(x) and shape != self.shape and not self.num_extra:
-            # What was made for these images has room for their tokens.
-            return self.patch_embed(x, into=positions.expand(len(x), -1, -1).contiguous())
+        if not self.num_extra:
+            return self.patch_embed(x, Positions(self.pos_embed, self.shape, mode))
         tokens, shape = self.patch_embed(x)
-        if self.num_extra:
-            tokens = torch.cat([cls_token.expand(len(tokens), -1, -1).type_as(tokens), tokens], dim=1)
-        return add_into(tokens, positions), shape
+        tokens = torch.cat([cls_token.expand(len(tokens), -1, -1).type_as(tokens), tokens], dim=1)
+        return add_into(tokens, resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra, mode)), shape
 
 
 @MODELS.register_module()

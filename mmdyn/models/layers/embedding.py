@@ -2,13 +2,12 @@
 import math
 from typing import Optional, Tuple
 
-import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..native import encoder as compiled
 from .patches import PatchProjection
+from .position import Positions
 
 
 def check_side(x: Tensor, patch: int) -> None:
@@ -36,16 +35,10 @@ class PatchEmbed(nn.Module):
         self.proj = PatchProjection(in_channels, dim, patch_size, of_tokens)
         self.norm = nn.LayerNorm(dim, norm_eps) if norm else nn.Identity()
 
-    def forward(self, x: Tensor, into: Optional[Tensor] = None) -> Tuple[Tensor, Tuple[int, int]]:
-        """The tokens are added to ``into``, if it is given, and it is returned."""
+    def forward(self, x: Tensor, positions: Optional[Positions] = None) -> Tuple[Tensor, Tuple[int, int]]:
+        """``positions`` are added to the tokens."""
         check_side(x, self.proj.kernel_size[0])
-        return self.proj(x, after=self.norm, into=into)
-
-    def shape_of(self, x: Tensor) -> Tuple[int, int]:
-        """(h, w) of an input's tokens."""
-        side = self.proj.kernel_size[0]
-        check_side(x, side)
-        return x.shape[2] // side, x.shape[3] // side
+        return self.proj(x, after=self.norm, positions=positions)
 
     def macs(self, shape: Tuple[int, int]) -> int:
         """Multiply-adds of an image whose tokens form a map of ``shape``."""
@@ -91,22 +84,6 @@ class ConvStem(nn.Module):
         return math.prod(shape) * (self.proj.kernel_size[0]**2 * convs + self.proj.weight.numel())
 
 
-def position_embedding(num_extra: int, shape: Tuple[int, int], dim: int) -> nn.Parameter:
-    """(1, E + h*w, C), truncated normal with std 0.02."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_extra + math.prod(shape), dim), std=0.02))
-
-
-def resize_position_embedding(embedding: Tensor, source: Tuple[int, int], target: Tuple[int, int],
-                              num_extra: int = 0, mode: str = 'bilinear') -> Tensor:
-    """Interpolate the map of (1, E + h*w, C) position embeddings to another shape; the extra rows stay."""
-    if source == target:
-        return embedding
-    # A map whose channels lie side by side, which torch interpolates by vectors of channels.
-    maps = embedding[:, num_extra:].unflatten(1, source).permute(0, 3, 1, 2)
-    maps = F.interpolate(maps, target, mode=mode).permute(0, 2, 3, 1).flatten(1, 2)
-    return torch.cat([embedding[:, :num_extra], maps], dim=1) if num_extra else maps
-
-
 def to_maps(tokens: Tensor, shape: Tuple[int, int]) -> Tensor:
     """(B, h*w, C) -> (B, C, h, w), contiguous, because mmcv's RoIAlign reads the memory of what necks make of it."""
     maps = compiled.transpose_tokens(tokens)
@@ -114,33 +91,3 @@ def to_maps(tokens: Tensor, shape: Tuple[int, int]) -> Tensor:
         # torch transposes a matrix faster than a batch of one.
         maps = tokens[0].t().contiguous()[None] if len(tokens) == 1 else tokens.transpose(1, 2).contiguous()
     return maps.unflatten(2, shape)
-
-
-def fit_position_embedding(saved: Tensor, current: Tensor, shape: Tuple[int, int], num_extra: int,
-                           mode: str = 'bilinear') -> Tensor:
-    """Make a checkpoint's position embedding fit a model: resize its map, drop or add the rows of extra tokens.
-
-    Args:
-        saved: (1, n, C) of the checkpoint. If n is not that of the model, it must be a square map with 0 to 2 extra
-            tokens in front.
-        current: (1, E + h*w, C) of the model; it lends the rows of extra tokens that the checkpoint has not.
-        shape: (h, w) of the model's map.
-        num_extra: E.
-
-    Raises:
-        ValueError: if the checkpoint's rows are no square map.
-    """
-    if saved.shape == current.shape:
-        return saved
-    rows = saved.shape[1]
-    if rows == math.prod(shape):
-        saved_extra, source = 0, shape
-    else:
-        saved_extra = next((e for e in range(3) if rows > e and math.isqrt(rows - e)**2 == rows - e), None)
-        if saved_extra is None:
-            raise ValueError(f'A position embedding of {rows} rows is no square map with 0, 1 or 2 extra tokens: '
-                             f'give img_size so that the model has as many rows (it has {current.shape[1]}).')
-        source = (math.isqrt(rows - saved_extra), ) * 2
-    resized = resize_position_embedding(saved[:, saved_extra:], source, shape, 0, mode)
-    both = min(saved_extra, num_extra)
-    return torch.cat([saved[:, :both], current.detach()[:, both:num_extra].to(saved), resized], dim=1)

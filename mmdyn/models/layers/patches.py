@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..native import encoder as compiled
 from .linear import PIECE, add_into, by_pieces, linear, packed_pieces, runs_in_pieces
+from .position import Positions
 
 
 class PatchProjection(nn.Conv2d):
@@ -27,16 +28,16 @@ class PatchProjection(nn.Conv2d):
         self.of_tokens = of_tokens
 
     def forward(self, maps: Tensor, before: Optional[nn.Module] = None, after: Optional[nn.Module] = None,
-                into: Optional[Tensor] = None) -> Tuple[Tensor, Tuple[int, int]]:
+                positions: Optional[Positions] = None) -> Tuple[Tensor, Tuple[int, int]]:
         """``before`` and ``after`` are run on the last dimension, e.g. norms, on pieces that stay in cache.
 
-        The tokens are added to ``into``, if it is given, and it is returned.
+        In the end ``positions`` are added, if they are given.
         """
         side = self.kernel_size[0]
         height, width = maps.shape[2] // side, maps.shape[3] // side
         if compiled.takes(maps[:1, :1, :1, :1]):
             tokens = compiled.project(maps.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1), self.bias, before, after,
-                                      into=into)
+                                      positions)
             if tokens is not None:
                 return tokens, (height, width)
         # (B, h, w, C_in, side, side)
@@ -51,11 +52,12 @@ class PatchProjection(nn.Conv2d):
 
         if not runs_in_pieces(maps) or len(maps) * height <= count:
             tokens = self._project(patches, before, after)
-            tokens = tokens if into is None else add_into(into.view_as(tokens), tokens)
         else:
-            lines = None if into is None else into.view(len(maps) * height, width, -1)
-            tokens = by_pieces(run, packed_pieces([height] * len(maps), count), len(maps) * height, lines)
-        return tokens.view(len(maps), height * width, -1), (height, width)
+            tokens = by_pieces(run, packed_pieces([height] * len(maps), count), len(maps) * height)
+        tokens = tokens.view(len(maps), height * width, -1)
+        if positions is not None:
+            tokens = add_into(tokens, positions.resized((height, width)))
+        return tokens, (height, width)
 
     def _project(self, patches: Tensor, before: Optional[nn.Module], after: Optional[nn.Module]) -> Tensor:
         """(B, h, w, C_in, side, side) -> (B, h, w, C_out)."""

@@ -369,8 +369,28 @@ typedef struct {
     Parameters before, weights, after, then;
     const float *table;
     float *out;
-    int64_t adds; /* whether the results are added to what is in out */
+    const float *positions; /* of lines x columns patches, which are resized and added, or 0 */
+    int64_t lines, columns;
 } Projection;
+
+/* The line of a map of so many that is at the middle of one of another's lines: two lines and the share of the second. */
+static float between(int64_t line, int64_t of, int64_t count, int64_t *first, int64_t *second) {
+    float place = fmaxf(((float)line + 0.5f) * ((float)count / (float)of) - 0.5f, 0);
+    *first = smaller((int64_t)place, count - 1), *second = smaller(*first + 1, count - 1);
+    return place - (float)*first;
+}
+
+/* The position embedding of a patch, interpolated bilinearly between four. */
+TARGET static void position_of(const Projection *g, int64_t patch, int64_t channels, float *restrict out) {
+    int64_t top, bottom, left, right;
+    float down = between(patch / g->width % g->height, g->height, g->lines, &top, &bottom);
+    float across = between(patch % g->width, g->width, g->columns, &left, &right);
+    const float *above = g->positions + top * g->columns * channels, *below = g->positions + bottom * g->columns * channels;
+    const float *a = above + left * channels, *b = above + right * channels;
+    const float *c = below + left * channels, *d = below + right * channels;
+    for (int64_t i = 0; i < channels; i++)
+        out[i] = (1 - down) * ((1 - across) * a[i] + across * b[i]) + down * ((1 - across) * c[i] + across * d[i]);
+}
 
 TARGET static void project_panels(const void *job, const Panel *panels, int64_t num, const Member *m) {
     const Projection *g = job;
@@ -408,8 +428,10 @@ TARGET static void project_panels(const void *job, const Panel *panels, int64_t 
         float *rows[LANES];
         const float *base[LANES];
         for (int64_t j = 0; j < count; j++) {
-            rows[j] = g->out + (p->first + r * LANES + j) * channels;
-            base[j] = g->adds ? rows[j] : 0;
+            int64_t patch = p->first + r * LANES + j;
+            float *position = (float *)m->own + j * channels;
+            rows[j] = g->out + patch * channels, base[j] = g->positions ? position : 0;
+            if (g->positions) position_of(g, patch, channels, position);
         }
         store_rows(p->matrix[g->then.weight ? H : Q] + r, p->vectors, count, channels, base, rows);
     }
@@ -419,7 +441,8 @@ static Needs needs_of_projection(const Projection *g) {
     int64_t length = g->outer * g->inner * g->length;
     /* The patches of a panel stay in cache. */
     return (Needs){g->images * g->height * g->width, length > 2048 ? MOST / 2 : MOST,
-                   {0, length, g->channels, g->then_channels, 0}, 0, g->channels * (length + g->then_channels)};
+                   {0, length, g->channels, g->then_channels, 0}, g->positions ? g->channels : 0,
+                   g->channels * (length + g->then_channels)};
 }
 
 /* Numbers of memory that project needs. */

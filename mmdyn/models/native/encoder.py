@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..dge.grains import Grains, grid
 from ..layers.linear import Linear, StartLinear
+from ..layers.position import Positions
 from . import is_used, library
 from .routing import Map
 
@@ -46,7 +47,7 @@ class _Projection(ctypes.Structure):
         *_fields(_NUMBER, 'images height width outer inner length channels then_channels image_stride line_stride '
                  'patch_stride outer_stride inner_stride'),
         *_fields(_REAL, 'eps_before eps_after'), *_parameters('before weights after then'),
-        *_fields(_ADDRESS, 'table out'), ('adds', _NUMBER)
+        *_fields(_ADDRESS, 'table out positions'), *_fields(_NUMBER, 'lines columns')
     ]
 
 
@@ -223,14 +224,14 @@ def _sides_of(granularities: Tuple[int, ...]) -> ctypes.Array:
 
 
 def project(maps: Tensor, weight: Tensor, bias: Optional[Tensor], before: Optional[nn.Module] = None,
-            after: Optional[nn.Module] = None, into: Optional[Tensor] = None) -> Optional[Tensor]:
+            after: Optional[nn.Module] = None, positions: Optional[Positions] = None) -> Optional[Tensor]:
     """A linear layer of each patch of a map, (B, H, W, C_in) -> (B, H//side * W//side, C_out).
 
     Args:
         maps: tokens, whose channels lie side by side, or images, whose pixels of a line and channel do.
         weight: (C_out, side, side, C_in), which lies in memory in the order of the maps'.
         before, after: norms of the tokens' channels and of the results.
-        into: that the results are added to instead, if it is given; it is returned.
+        positions: that are added in the end.
 
     Returns:
         None if the functions do not take the maps or the layers.
@@ -246,12 +247,17 @@ def project(maps: Tensor, weight: Tensor, bias: Optional[Tensor], before: Option
     norms, own = _addresses((before, after)), _addresses_of(weight.permute(order), bias)
     if norms is None or own is None or not _is_read(maps):
         return None
+    position = (None, None)
+    if positions is not None:
+        position = _addresses_of(positions.embedding, None)
+        if position is None or positions.mode != 'bilinear':
+            return None
     height, width = height // side, width // side
-    out = maps.new_empty(images, height * width, channels) if into is None else into
+    out = maps.new_empty(images, height * width, channels)
     _call('project', ctypes.byref(_Projection(
         images, height, width, *segments, channels, 0, image, side * line, side * cell, *strides,
         *(getattr(norm, 'eps', 0.) for norm in (before, after)), *norms[:2], *own, *norms[2:], None, None,
-        maps.data_ptr(), out.data_ptr(), into is not None)))
+        maps.data_ptr(), out.data_ptr(), position[0], *(positions.shape if positions else (0, 0)))))
     return out
 
 

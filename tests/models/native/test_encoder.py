@@ -10,7 +10,7 @@ from torch import nn
 from mmdyn.models import native
 from mmdyn.models.dge import DynamicGrainedEncoder
 from mmdyn.models.dge.grains import Grains
-from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
+from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock, Positions
 from mmdyn.models.layers.patches import PatchProjection
 from mmdyn.models.native import encoder as compiled
 
@@ -295,9 +295,11 @@ def test_projection_of_patches(side, channels, shape, has_before, has_after, thr
     weight = conv.weight.permute(0, 2, 3, 1).contiguous()
     found = compiled.project(cells, weight, conv.bias, *layers)
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
-    into = torch.ones_like(found)
-    assert compiled.project(cells, weight, conv.bias, *layers, into) is into
-    torch.testing.assert_close(into, 1 + found, rtol=1e-6, atol=1e-6)
+    of_map = shape[0] // side, shape[1] // side
+    for source in (of_map, (3, 5), (2 * of_map[0], 1)):
+        positions = Positions(torch.randn(1, math.prod(source), 18), source, 'bilinear')
+        added = compiled.project(cells, weight, conv.bias, *layers, positions)
+        torch.testing.assert_close(added, found + positions.resized(of_map), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('side, shape', [(4, (17, 33)), (16, (50, 40)), (1, (3, 4))])
@@ -324,6 +326,8 @@ def test_projections_that_are_left_to_torch():
     assert compiled.project(images, conv.weight.movedim(1, 3), conv.bias, norm) is None
     assert compiled.project(cells[..., ::2], weight[..., ::2].contiguous(), conv.bias) is None
     assert compiled.project(cells.double(), weight, conv.bias) is None
+    for mode, embedding in (('bicubic', torch.zeros(1, 6, 4)), ('bilinear', torch.zeros(1, 6, 4).double())):
+        assert compiled.project(cells, weight, conv.bias, positions=Positions(embedding, (2, 3), mode)) is None
     norm.register_forward_hook(lambda *args: None)
     assert compiled.project(cells, weight, conv.bias, norm) is None
 
