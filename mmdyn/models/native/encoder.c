@@ -153,6 +153,9 @@ typedef void HalfProduct(const int32_t *weight, int64_t rows, int64_t length, co
                          Vector *out);
 static HalfProduct *const half_product[] = {0, half_product1, half_product2, half_product3, half_product4};
 
+/* The first lanes of a vector. */
+INLINE __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << smaller(LANES, count)) - 1); }
+
 /* A column of pairs from one of twice as many rows. */
 TARGET_HALF static void pair_rows(const Vector *x, int64_t ld, int64_t rows, __m512i *pairs) {
     for (int64_t j = 0; j < rows * ld; j += 2 * ld) {
@@ -167,7 +170,7 @@ TARGET_HALF static void round_weights(const float *weight, int64_t count, uint16
     int64_t vectors = (count + LANES - 1) / LANES;
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < vectors; i++) {
-        __mmask16 lanes = (__mmask16)((1u << smaller(LANES, count - i * LANES)) - 1);
+        __mmask16 lanes = first_lanes(count - i * LANES);
         __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, weight + i * LANES));
         _mm256_mask_storeu_epi16(rounded + i * LANES, lanes, half);
     }
@@ -229,30 +232,30 @@ INLINE void transpose(Vector *rows) {
 
 /* Up to 16 rows of numbers become a column of vectors; rows that are missing are zeros. */
 TARGET static void load_rows(const float *const *rows, int64_t count, int64_t channels, Vector *out, int64_t ld) {
-    int64_t c = 0;
-    for (; c + LANES <= channels; c += LANES) {
+    for (int64_t c = 0; c < channels; c += LANES) {
         Vector block[LANES];
-        for (int i = 0; i < LANES; i++) block[i] = i < count ? *(const Unaligned *)(rows[i] + c) : (Vector){};
+        __mmask16 lanes = first_lanes(channels - c);
+        for (int i = 0; i < LANES; i++)
+            block[i] = i < count ? (Vector)_mm512_maskz_loadu_ps(lanes, rows[i] + c) : (Vector){};
         transpose(block);
-        UNROLL for (int i = 0; i < LANES; i++) out[(c + i) * ld] = block[i];
+        UNROLL for (int i = 0; i < LANES; i++)
+            if (c + i < channels) out[(c + i) * ld] = block[i];
     }
-    for (; c < channels; c++)
-        for (int i = 0; i < LANES; i++) out[c * ld][i] = i < count ? rows[i][c] : 0;
 }
 
 /* The other way, added to the rows of base, where there is one. */
 TARGET static void store_rows(const Vector *in, int64_t ld, int64_t count, int64_t channels, const float *const *base,
                               float *const *rows) {
-    int64_t c = 0;
-    for (; c + LANES <= channels; c += LANES) {
+    for (int64_t c = 0; c < channels; c += LANES) {
         Vector block[LANES];
-        UNROLL for (int i = 0; i < LANES; i++) block[i] = in[(c + i) * ld];
+        __mmask16 lanes = first_lanes(channels - c);
+        UNROLL for (int i = 0; i < LANES; i++) block[i] = c + i < channels ? in[(c + i) * ld] : (Vector){};
         transpose(block);
-        for (int64_t i = 0; i < count; i++)
-            *(Unaligned *)(rows[i] + c) = base[i] ? block[i] + *(const Unaligned *)(base[i] + c) : block[i];
+        for (int64_t i = 0; i < count; i++) {
+            if (base[i]) block[i] += (Vector)_mm512_maskz_loadu_ps(lanes, base[i] + c);
+            _mm512_mask_storeu_ps(rows[i] + c, lanes, block[i]);
+        }
     }
-    for (; c < channels; c++)
-        for (int64_t i = 0; i < count; i++) rows[i][c] = in[c * ld][i] + (base[i] ? base[i][c] : 0);
 }
 
 /* A LayerNorm of each query of a column of vectors. */
@@ -371,6 +374,9 @@ typedef struct {
     float *out;
     const float *positions; /* of lines x columns patches, which are resized and added, or 0 */
     int64_t lines, columns;
+    const float *router; /* (options, length), whose products with the segments are written to scores, if there are any */
+    int64_t options;
+    float *scores;
 } Projection;
 
 /* The line of a map of so many that is at the middle of one of another's lines: two lines and the share of the second. */
@@ -395,20 +401,37 @@ TARGET static void position_of(const Projection *g, int64_t patch, int64_t chann
 TARGET static void project_panels(const void *job, const Panel *panels, int64_t num, const Member *m) {
     const Projection *g = job;
     int64_t segments = g->outer * g->inner, length = g->length, channels = g->then.weight ? g->then_channels : g->channels;
+    const float *first[LANES], *rows[LANES]; /* segments of a column's patches */
+    int64_t column = -1;
     SHARE(num * MOST * segments, i) {
         const Panel *p = panels + i / (MOST * segments);
         int64_t r = i / segments % MOST, segment = i % segments, ld = p->vectors;
         int64_t count = smaller(p->count - r * LANES, LANES);
         if (r >= ld) continue;
-        const float *rows[LANES];
-        for (int64_t j = 0; j < count; j++) {
-            int64_t patch = p->first + r * LANES + j, line = patch / g->width;
-            rows[j] = g->table + line / g->height * g->image_stride + line % g->height * g->line_stride +
-                      patch % g->width * g->patch_stride + segment / g->inner * g->outer_stride +
-                      segment % g->inner * g->inner_stride;
+        if (column != i / segments) {
+            column = i / segments;
+            int64_t patch = p->first + r * LANES, line = patch / g->width;
+            int64_t place[] = {line / g->height, line % g->height, patch % g->width};
+            for (int64_t j = 0; j < count; j++) {
+                first[j] = g->table + place[0] * g->image_stride + place[1] * g->line_stride + place[2] * g->patch_stride;
+                if (++place[2] < g->width) continue;
+                place[2] = 0;
+                if (++place[1] == g->height) place[1] = 0, place[0]++;
+            }
         }
+        int64_t start = segment / g->inner * g->outer_stride + segment % g->inner * g->inner_stride;
+        for (int64_t j = 0; j < count; j++) rows[j] = first[j] + start;
         Vector *x = p->matrix[A] + segment * length * ld + r;
         load_rows(rows, count, length, x, ld);
+        int64_t cell[LANES];
+        if (g->options)
+            for (int64_t j = 0; j < count; j++) cell[j] = (rows[j] - g->table) / length;
+        for (int64_t k = 0; k < g->options; k++) {
+            Vector sums[CHAINS] = {};
+            BY_CHAINS(length, c, n) sums[n] += g->router[k * length + c] * x[c * ld];
+            Vector sum = sums[0] + sums[1] + sums[2] + sums[3];
+            for (int64_t j = 0; j < count; j++) g->scores[cell[j] * g->options + k] = sum[j];
+        }
         if (g->before.weight) norm(x, ld, length, g->before, g->eps_before, x);
     }
     wait_for_team(m);
@@ -477,6 +500,7 @@ typedef struct {
     Block block;
     int64_t tokens, keys, queries; /* of an image, of an image, of all */
     float *memory;
+    float *scores;  /* of the router, (images, tokens, options), or 0 if not all cells are in the patches of keys */
     Patch *patches; /* that queries are means of, 0 if they are the tokens */
     int64_t *ends;  /* where the queries of each image end */
 } Encoding;
@@ -650,13 +674,15 @@ static Needs needs_of(const Encoding *e) {
 static Projection memory_of_tokens(const Encoding *e) {
     const Block *b = &e->block;
     int64_t n = b->dim, side = b->side, columns = b->points ? n : 2 * n;
-    if (!b->reduce.weight)
-        return (Projection){1, 1, b->map.images * e->tokens, 1, 1, n, columns, .patch_stride = n, .eps_before = b->eps1,
-                            .before = b->norm1, .weights = b->memory, .table = b->tokens, .out = e->memory};
     int64_t line = n * b->map.width;
-    return (Projection){b->map.images, b->map.height / side, b->map.width / side, side, side, n, n, columns,
-                        e->tokens * n, side * line, side * n, line, n, b->eps1, b->eps_keys,
-                        b->norm1, b->reduce, b->norm_keys, b->memory, b->tokens, e->memory};
+    Projection rows = {1, 1, b->map.images * e->tokens, 1, 1, n, columns, .patch_stride = n, .eps_before = b->eps1,
+                       .before = b->norm1, .weights = b->memory, .table = b->tokens, .out = e->memory};
+    Projection patches = {b->map.images, b->map.height / side, b->map.width / side, side, side, n, n, columns,
+                          e->tokens * n, side * line, side * n, line, n, b->eps1, b->eps_keys,
+                          b->norm1, b->reduce, b->norm_keys, b->memory, b->tokens, e->memory};
+    Projection projection = b->reduce.weight ? patches : rows;
+    if (e->scores) projection.router = b->router.weight, projection.options = b->options, projection.scores = e->scores;
+    return projection;
 }
 
 /* Layers of a block's queries, and numbers of their weights. */
@@ -674,6 +700,8 @@ static float *lay_out(const Block *b, float *memory, Encoding *e) {
     int64_t keys = b->points ? 0 : b->reduce.weight ? b->map.height / b->side * (b->map.width / b->side) : tokens;
     *e = (Encoding){*b, tokens, keys, images * tokens};
     e->memory = take(&memory, images * (b->points ? tokens : 2 * keys) * b->dim);
+    int is_covered = b->map.height % b->side == 0 && b->map.width % b->side == 0;
+    e->scores = b->router.weight && is_covered ? take(&memory, e->queries * b->options) : 0;
     e->patches = b->map.choice ? take(&memory, e->queries * (int64_t)(sizeof(Patch) / sizeof(float))) : 0;
     e->ends = take(&memory, 2 * images);
     if (b->is_half) {
@@ -694,17 +722,24 @@ static int64_t memory_of_block(const Block *b) {
     return end - begin + larger_of(memory_of(&needs, e.patches != 0), project_memory(&projection));
 }
 
+/* The router's choice; the logits of a region's mean are the means of its cells'. */
+static void make_choice(const Encoding *e) {
+    const Block *b = &e->block;
+    int64_t options = b->options;
+    Map map = b->map;
+    map.channels = e->scores ? options : b->dim, map.choice = b->chosen;
+    float same[options * options];
+    for (int64_t i = 0; i < options * options; i++) same[i] = i % (options + 1) == 0;
+    choose(&map, e->scores ? e->scores : b->tokens, e->scores ? same : b->router.weight, b->router.bias, options);
+}
+
 /* Make keys and values, find the patches that are queries, round weights, and encode. */
 static void encode_block(const Block *b, float *memory) {
     Encoding e;
     memory = lay_out(b, memory, &e);
     Projection projection = memory_of_tokens(&e);
     project(&projection, memory);
-    if (b->router.weight) {
-        Map map = b->map;
-        map.channels = b->dim, map.choice = b->chosen;
-        choose(&map, b->tokens, b->router.weight, b->router.bias, b->options);
-    }
+    if (b->router.weight) make_choice(&e);
     if (e.patches)
         route(&b->map, b->sides, e.patches, b->lengths);
     else

@@ -47,7 +47,8 @@ class _Projection(ctypes.Structure):
         *_fields(_NUMBER, 'images height width outer inner length channels then_channels image_stride line_stride '
                  'patch_stride outer_stride inner_stride'),
         *_fields(_REAL, 'eps_before eps_after'), *_parameters('before weights after then'),
-        *_fields(_ADDRESS, 'table out positions'), *_fields(_NUMBER, 'lines columns')
+        *_fields(_ADDRESS, 'table out positions'), *_fields(_NUMBER, 'lines columns'),
+        ('router', _ADDRESS), ('options', _NUMBER), ('scores', _ADDRESS)
     ]
 
 
