@@ -8,6 +8,7 @@ from mmengine.runner import load_checkpoint
 from mmpretrain.models import ImageClassifier
 from torch import nn
 
+from mmdyn.models.backbones import base
 from mmdyn.models.layers import EncoderBlock
 
 DGE = dict(granularities=(1, 2, 4))
@@ -124,6 +125,39 @@ def test_hooks_on_blocks_see_what_each_returned_where_all_is_finest(name, make_b
     with torch.no_grad():
         model(images)
     assert all(torch.equal(*pair) for pair in seen) and len(seen) == len(blocks)
+
+
+@pytest.mark.parametrize('size', [(64, 64), (52, 36)])
+@pytest.mark.parametrize('dge', [None, DGE, dict(granularities=(0, 1, 2), region_size=4), dict(routing='layer')])
+@torch.no_grad()
+def test_blocks_of_a_stage_in_one_call_are_those_one_by_one(dge, size, name, make_backbone, encoders, monkeypatch):
+    """In output and decisions; also where some cells are in no key's patch."""
+    model, images, results = make_backbone(name, dge=dge).eval(), torch.randn(2, 3, *size), []
+    for jobs in (model._jobs, lambda *args: None):
+        monkeypatch.setattr(model, '_jobs', jobs)
+        outputs = model(images)
+        decisions = [(encoder.decision.choice.clone(), encoder.decision.queries.clone()) for encoder in encoders(model)]
+        results.append((outputs, decisions))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_call_for_each_stage(make_backbone, monkeypatch):
+    """Unless hooks look at a layer, or its router is another one."""
+    model, images, calls = make_backbone('pvt', dge=DGE).eval(), torch.randn(1, 3, 64, 64), []
+    if not model.stages[0].blocks[0].job(torch.ones(1, 4, 16), (2, 2)):
+        pytest.skip('no compiled block runs here')
+    encode = base.encode
+    monkeypatch.setattr(base, 'encode', lambda jobs, tokens: calls.append(len(jobs)) or encode(jobs, tokens))
+    model(images)
+    assert calls == [2, 1]
+    handle = model.stages[0].dge[1].router.register_forward_hook(lambda *args: None)
+    model(images)
+    assert calls == [2, 1, 1]
+    handle.remove()
+    model.stages[0].blocks[0].register_forward_hook(lambda *args: None)
+    model(images)
+    assert calls == [2, 1, 1, 1]
 
 
 @pytest.mark.parametrize('dge', [None, DGE])
