@@ -338,8 +338,19 @@ static Panel panel_at(const Needs *n, const Plan *p, int64_t index, Vector *memo
     return panel;
 }
 
+static int64_t take_panel(int64_t *next) {
+    int64_t taken;
+#pragma omp atomic capture
+    taken = (*next)++;
+    return taken;
+}
+
+/* A thread begins with the same part of the panels in each job, so that it finds in its cache what it had in the one before;
+ * then it takes what is left of other parts. */
 static void run(Work *work, const void *job, const Needs *n, float *scratch) {
     Plan p = plan_of(n);
+    int64_t next[p.threads];
+    for (int64_t part = 0; part < p.threads; part++) next[part] = p.panels * part / p.threads;
 #pragma omp parallel
     {
         Member m = {omp_get_thread_num(), omp_get_num_threads()};
@@ -350,13 +361,14 @@ static void run(Work *work, const void *job, const Needs *n, float *scratch) {
             for (int64_t i = 0; i < p.panels; i++) panels[i] = panel_at(n, &p, i, memory + i * p.size);
             work(job, panels, p.panels, &m);
         } else {
+            int64_t first = m.rank;
             memory += m.rank * p.size;
             m.rank = 0, m.size = 1;
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < p.panels; i++) {
-                Panel panel = panel_at(n, &p, i, memory);
-                work(job, &panel, 1, &m);
-            }
+            for (int64_t i, part = first; part < first + p.threads; part++)
+                while ((i = take_panel(&next[part % p.threads])) < p.panels * (part % p.threads + 1) / p.threads) {
+                    Panel panel = panel_at(n, &p, i, memory);
+                    work(job, &panel, 1, &m);
+                }
         }
     }
 }
