@@ -113,7 +113,8 @@ class DynamicGrainedEncoder(nn.Module):
     """Wraps an encoder block so that each region of its input chooses its number of queries.
 
     The block is an argument of the forward pass, not a submodule: the names of its weights are those of the dense model.
-    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``job`` and ``forward``. If it has a true attribute ``uses_points``, it gets the centres of the queries' patches.
+    It is an :class:`~mmdyn.models.layers.EncoderBlock`, or has its methods ``change``, ``job`` and ``forward``.
+    If it has a true attribute ``uses_points``, it gets the centres of the queries' patches.
 
     Args:
         dim: channels of the tokens.
@@ -206,7 +207,7 @@ class DynamicGrainedEncoder(nn.Module):
 
         The decision is complete when it has run.
         """
-        if self.training or self.routing == 'layer':
+        if self.training or self.routing == 'layer' or not compiled.is_plain(self, DynamicGrainedEncoder):
             return None
         planned = self.router.planned(len(tokens), grid(self.region, shape))
         if planned is None:

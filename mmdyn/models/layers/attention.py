@@ -150,7 +150,8 @@ class Attention(AttentionBase):
     def keys_values(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0,
                     norm: Optional[nn.Module] = None) -> Tuple[Tensor, Tensor]:
         """Keys and values, (B, heads, M, D) each."""
-        key, value = self.kv(self.reduce(tokens, shape, num_extra, norm)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        key_value = self.kv(self.reduce(tokens, shape, num_extra, norm))
+        key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return key, value
 
     def compiled_layers(self, shape: Tuple[int, int], num_extra: int) -> Optional[Dict[str, nn.Module]]:
