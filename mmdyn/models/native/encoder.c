@@ -326,8 +326,11 @@ static Plan plan_of(const Needs *n) {
 /* Numbers of memory for so many queries; also if there are fewer, of which threads may share more panels. */
 static int64_t memory_of(const Needs *n, int or_fewer) {
     Plan p = plan_of(n);
-    int64_t panels = p.shared ? p.panels : p.threads;
-    if (or_fewer) panels = larger_of(smaller((p.vectors + n->widest - 1) / n->widest, FEW * p.threads), p.threads);
+    int64_t panels = p.shared ? p.panels : p.threads, vectors = p.vectors;
+    if (or_fewer) {
+        if (n->weights <= CACHED) vectors = smaller(vectors, (p.threads - 1) * n->weights / MUCH); /* that threads wait for */
+        panels = larger_of(smaller((vectors + n->widest - 1) / n->widest, FEW * p.threads), p.threads);
+    }
     return (panels * p.size + p.threads * n->own) * LANES;
 }
 
