@@ -15,7 +15,7 @@ from ..layers.linear import is_plain_inference
 
 # The arguments of each: addresses and numbers. Those of the encoder are for processors that it runs on.
 FUNCTIONS = dict(choose='aaaan', sample='aaaaana', runs='', runs_half='')
-ENCODER = dict(encode='ana', encode_memory='an', project='aa', project_memory='a', transpose_tokens='annna')
+ENCODER = dict(encode_blocks='ana', encode_blocks_memory='an', project='aa', project_memory='a', transpose_tokens='annna')
 
 
 @lru_cache(maxsize=None)

@@ -506,7 +506,7 @@ typedef struct {
     const int64_t *sides;
     Parameters router; /* that first makes another choice of so many sides, which may be the same */
     int64_t options, *chosen;
-    int64_t *lengths; /* queries of each image, which encode writes down */
+    int64_t *lengths; /* queries of each image, which encode_block writes down */
 } Block;
 
 /* What is known when all tokens have been seen. Values of deformable attention are (images, tokens, dim); otherwise keys
@@ -773,15 +773,15 @@ static void encode_block(const Block *b, float *memory) {
     run(encode_panels, &e, &needs, memory);
 }
 
-/* Numbers of memory that encode needs. */
-int64_t encode_memory(const Block *blocks, int64_t count) {
+/* Numbers of memory that encode_blocks needs. */
+int64_t encode_blocks_memory(const Block *blocks, int64_t count) {
     int64_t most = 0;
     for (int64_t i = 0; i < count; i++) most = larger_of(most, memory_of_block(blocks + i));
     return most;
 }
 
 /* One block after another. */
-void encode(const Block *blocks, int64_t count, float *memory) {
+void encode_blocks(const Block *blocks, int64_t count, float *memory) {
     for (int64_t i = 0; i < count; i++) encode_block(blocks + i, memory);
 }
 

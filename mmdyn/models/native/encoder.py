@@ -215,7 +215,7 @@ def encode(jobs: Sequence[Job], tokens: Tensor) -> Tensor:
     """Run blocks one after another on tokens, which are overwritten."""
     for job in jobs:
         job.block.tokens = tokens.data_ptr()
-    _call('encode', (_Block * len(jobs))(*(job.block for job in jobs)), len(jobs))
+    _call('encode_blocks', (_Block * len(jobs))(*(job.block for job in jobs)), len(jobs))
     return tokens
 
 
