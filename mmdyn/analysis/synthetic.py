@@ -77,6 +77,7 @@ class SyntheticRouter(nn.Module):
         return self.choice.expand(len(tokens), -1, -1)
 
     def planned(self, images: int, regions: Tuple[int, int]) -> Optional[Tuple[Tensor, nn.Module, Tensor]]:
+        """The choice that counts, and where the real router, which chooses as well, writes its own."""
         planned = self.router.planned(images, regions)
         return planned and (self.choice.expand(images, -1, -1), *planned[1:])
 

@@ -2,11 +2,9 @@
 from typing import List, NamedTuple, Optional, Tuple, Union
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ...analysis.complexity import BackboneCost, CostMeter, LayerCost
 from ...registry import MODELS

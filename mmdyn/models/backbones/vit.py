@@ -1,5 +1,5 @@
 """Plain vision transformers: the class token and all patches of an image through one stack of blocks."""
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn

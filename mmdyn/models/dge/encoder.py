@@ -210,10 +210,12 @@ class DynamicGrainedEncoder(nn.Module):
         if self.training or self.routing == 'layer' or not compiled.is_plain(self, DynamicGrainedEncoder):
             return None
         planned = self.router.planned(len(tokens), grid(self.region, shape))
-        if planned is None:
-            return None
-        choice, router, chosen = planned
-        job = block.job(tokens, shape, num_extra, Grains(choice, self.granularities, self.region, router, chosen))
+        return None if planned is None else self._job(block, tokens, shape, num_extra, *planned)
+
+    def _job(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], num_extra: int, choice: Tensor,
+             *router) -> Optional['compiled.Job']:
+        """The block on the queries of a choice, made or yet to be made by a router; its decision is noted."""
+        job = block.job(tokens, shape, num_extra, Grains(choice, self.granularities, self.region, *router))
         if job is not None:
             self.decision = Decision(choice, job.queries)
         return job
@@ -221,9 +223,8 @@ class DynamicGrainedEncoder(nn.Module):
     def _infer(self, block: nn.Module, tokens: Tensor, shape: Tuple[int, int], choice: Tensor, num_extra: int,
                inplace: bool) -> Tensor:
         """The tokens with the changes of the queries of a choice."""
-        job = block.job(tokens, shape, num_extra, Grains(choice, self.granularities, self.region))
+        job = self._job(block, tokens, shape, num_extra, choice)
         if job is not None:
-            self.decision = Decision(choice, job.queries)
             return compiled.encode([job], tokens if inplace else tokens.clone())
         routing = grains.route(choice, shape, self.granularities, self.region, num_extra, padded=runs_in_pieces(tokens))
         self.decision = Decision(choice, routing.queries)

@@ -6,5 +6,6 @@ from .position import Positions, fit_position_embedding, position_embedding, res
 
 __all__ = [
     'FFN', 'Attention', 'ConvStem', 'DeformableAttention', 'EncoderBlock', 'PatchEmbed', 'Positions',
-    'deformable_sampling', 'fit_position_embedding', 'packed_attention', 'position_embedding', 'resize_position_embedding', 'to_maps'
+    'deformable_sampling', 'fit_position_embedding', 'packed_attention', 'position_embedding',
+    'resize_position_embedding', 'to_maps'
 ]

@@ -124,6 +124,20 @@ def test_patches(kind, num_extra, phis, region, threads):
 
 @pytest.mark.parametrize('kind', ['full', 'reduced', 'deformable'])
 @torch.no_grad()
+def test_images_without_queries_stay_as_they_are(kind, threads):
+    """Beside one in which all tokens are queries, and alone."""
+    block, tokens = make(kind), torch.randn(3, math.prod(SHAPE), 12)
+    for images in ([1], []):
+        choice, expected = torch.zeros(3, *SHAPE, dtype=torch.long), tokens.clone()
+        choice[images] = 1
+        expected[images] = by_double(block, tokens, SHAPE)[images].float()
+        job = block.job(tokens, SHAPE, grains=Grains(choice, (0, 1), 1))
+        torch.testing.assert_close(compiled.encode([job], tokens.clone()), expected, rtol=1e-4, atol=1e-4)
+        assert job.queries.tolist() == [math.prod(SHAPE) * (image in images) for image in range(3)]
+
+
+@pytest.mark.parametrize('kind', ['full', 'reduced', 'deformable'])
+@torch.no_grad()
 def test_finest_granularity_is_the_dense_block_to_the_last_bit(kind, threads):
     block, encoder, tokens = make(kind), DynamicGrainedEncoder(12).eval(), torch.randn(2, math.prod(SHAPE), 12)
     assert torch.equal(encoder(block, tokens, SHAPE), block(tokens, SHAPE))
