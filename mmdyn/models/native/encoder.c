@@ -36,10 +36,29 @@ typedef struct {
     Vector *matrix[MATRICES];
 } Panel;
 
+/* Memory that a thread needs soon, rows of so many bytes. A product fetches lines of it for each row that it makes, so that
+ * they come while it computes. */
+typedef struct {
+    const char *row;
+    int64_t rows, bytes, stride, lines;
+    int64_t done; /* bytes of the first row */
+} Range;
+
+enum { RANGES = 2, LINE = 64 };
+
+static void fetch(Range *ranges, int64_t rows) {
+    for (Range *a = ranges; a < ranges + RANGES; a++)
+        for (int64_t i = 0; i < rows * a->lines && a->rows; i++) {
+            __builtin_prefetch(a->row + a->done, 0, 2);
+            if ((a->done += LINE) >= a->bytes) a->row += a->stride, a->rows--, a->done = 0;
+        }
+}
+
 /* A team of threads shares the tasks of a step. */
 typedef struct {
     int64_t rank, size;
-    Vector *own; /* memory of this thread */
+    Vector *own;  /* memory of this thread */
+    Range *ahead; /* what products of one thread alone fetch, or 0 */
 } Member;
 
 #define SHARE(total, i)                                                                                                \
@@ -85,12 +104,20 @@ INLINE void tile(const float *weight, int64_t row, int64_t step, int64_t length,
 }
 
 INLINE void tiles(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length, const Vector *x,
-                  int64_t ldx, const float *bias, Vector *out, int64_t ldo, int ROWS, int R, int NARROW) {
+                  int64_t ldx, const float *bias, Vector *out, int64_t ldo, Range *ahead, int ROWS, int R, int NARROW) {
     int64_t i = 0;
-#define NEXT(N) tile(weight + i * row, row, step, length, x, ldx, bias ? bias + i : 0, out + i * ldo, ldo, N, R, NARROW)
-    for (; i + ROWS <= rows; i += ROWS) NEXT(ROWS);
-    for (; i + 4 <= rows; i += 4) NEXT(4);
-    for (; i < rows; i++) NEXT(1);
+#define NEXT(N)                                                                                                        \
+    if (ahead) fetch(ahead, N);                                                                                        \
+    tile(weight + i * row, row, step, length, x, ldx, bias ? bias + i : 0, out + i * ldo, ldo, N, R, NARROW)
+    for (; i + ROWS <= rows; i += ROWS) {
+        NEXT(ROWS);
+    }
+    for (; i + 4 <= rows; i += 4) {
+        NEXT(4);
+    }
+    for (; i < rows; i++) {
+        NEXT(1);
+    }
 }
 
 /* out (rows, R vectors) = weight (rows, length) * x (length, R vectors) + bias (rows), which may be 0.
@@ -98,13 +125,14 @@ INLINE void tiles(const float *weight, int64_t row, int64_t step, int64_t rows, 
  * The weights' rows are row numbers apart, those of a row step; rows of x and out are ldx and ldo vectors apart.
  */
 typedef void Product(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length, const Vector *x,
-                     int64_t ldx, const float *bias, Vector *out, int64_t ldo);
+                     int64_t ldx, const float *bias, Vector *out, int64_t ldo, Range *ahead);
 
 /* As many sums as there are registers for them. */
 #define PRODUCT(NAME, R, ROWS, NARROW)                                                                                 \
     TARGET static void NAME##R(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length,           \
-                               const Vector *x, int64_t ldx, const float *bias, Vector *out, int64_t ldo) {            \
-        tiles(weight, row, step, rows, length, x, ldx, bias, out, ldo, ROWS, R, NARROW);                               \
+                               const Vector *x, int64_t ldx, const float *bias, Vector *out, int64_t ldo,              \
+                               Range *ahead) {                                                                         \
+        tiles(weight, row, step, rows, length, x, ldx, bias, out, ldo, ahead, ROWS, R, NARROW);                        \
     }
 PRODUCT(whole, 1, 8, 0)
 PRODUCT(whole, 2, 12, 0)
@@ -290,7 +318,7 @@ TARGET static void linear(const Member *m, const Panel *panels, int64_t num, Par
                              (const __m512i *)panel->matrix[P], bias, out);
         else
             product_of_columns(panel->count)(p.weight + begin * length, length, 1, count, length, panel->matrix[from], ld,
-                                             bias, out, ld);
+                                             bias, out, ld, m->ahead);
         if (has_gelu)
             for (int64_t j = 0; j < count * ld; j++) out[j] = gelu(out[j]);
     }
@@ -413,6 +441,18 @@ TARGET static void position_of(const Projection *g, int64_t patch, int64_t chann
         out[i] = (1 - down) * ((1 - across) * a[i] + across * b[i]) + down * ((1 - across) * c[i] + across * d[i]);
 }
 
+/* Where a panel's results will be, and the cells of the next one's patches, if its first line of patches has them all. */
+static void look_ahead(const Projection *g, const Panel *p, Range *ahead) {
+    int64_t channels = g->then.weight ? g->then_channels : g->channels, patch = p->first + p->count;
+    int64_t line = patch / g->width, size = g->inner * g->length * (int64_t)sizeof(float);
+    const float *cells = g->table + line / g->height * g->image_stride + line % g->height * g->line_stride +
+                         patch % g->width * g->patch_stride;
+    ahead[0] = (Range){(const char *)cells, g->outer, p->count * size, g->outer_stride * (int64_t)sizeof(float)};
+    ahead[1] = (Range){(const char *)(g->out + p->first * channels), 1, p->count * channels * (int64_t)sizeof(float)};
+    for (int i = 0; i < RANGES; i++)
+        ahead[i].lines = (ahead[i].rows * ahead[i].bytes / LINE + g->channels - 1) / g->channels;
+}
+
 TARGET static void project_panels(const void *job, const Panel *panels, int64_t num, const Member *m) {
     const Projection *g = job;
     int64_t segments = g->outer * g->inner, length = g->length, channels = g->then.weight ? g->then_channels : g->channels;
@@ -450,7 +490,10 @@ TARGET static void project_panels(const void *job, const Panel *panels, int64_t 
         if (g->before.weight) norm(x, ld, length, g->before, g->eps_before, x);
     }
     wait_for_team(m);
-    linear(m, panels, num, g->weights, g->channels, segments * length, A, Q, 0, 0);
+    Range ahead[RANGES];
+    Member fetching = *m;
+    if (m->size == 1) fetching.ahead = ahead, look_ahead(g, panels, ahead);
+    linear(&fetching, panels, num, g->weights, g->channels, segments * length, A, Q, 0, 0);
     if (g->after.weight) {
         COLUMNS(panels, num, i) {
             const Panel *p = panels + i / MOST;
@@ -584,10 +627,10 @@ TARGET static void attend(const Encoding *e, const Panel *panel, int64_t head, V
         /* Vectors that have queries of the image. */
         int64_t first = start / LANES, vectors = (stop + LANES - 1) / LANES - first;
         Product *product = product_of_columns(stop - first * LANES);
-        product(key, row, 1, keys, dim, query + first, ld, 0, scores, vectors);
+        product(key, row, 1, keys, dim, query + first, ld, 0, scores, vectors, 0);
         Vector shares[MOST];
         for (int64_t r = 0; r < vectors; r++) shares[r] = softmax(scores + r, keys, vectors, scale);
-        product(value, 1, row, dim, keys, scores, vectors, 0, sums, vectors);
+        product(value, 1, row, dim, keys, scores, vectors, 0, sums, vectors, 0);
         for (int64_t r = 0; r < vectors; r++) {
             Integers place = lane + (int32_t)((first + r) * LANES);
             Integers mine = (place >= (int32_t)start) & (place < (int32_t)stop);
