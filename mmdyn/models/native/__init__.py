@@ -8,6 +8,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,10 @@ from ..layers.linear import is_plain_inference
 # The arguments of each: addresses and numbers. Those of the encoder are for processors that it runs on.
 FUNCTIONS = dict(choose='aaaan', sample='aaaaana', runs='', runs_half='')
 ENCODER = dict(encode_blocks='ana', encode_blocks_memory='an', project='aa', project_memory='a', transpose_tokens='annna')
+
+# glibc keeps as much free memory as twice the largest block that it has seen freed, of up to 32 MiB, and gives the rest
+# back to the system, whose fresh pages take time. It sees one of this size when the functions are loaded.
+LARGEST = (32 << 20) - (16 << 10)
 
 
 @lru_cache(maxsize=None)
@@ -28,6 +33,7 @@ def library() -> Optional[ctypes.CDLL]:
     spec = find_spec('mmdyn.models.native._native')
     if spec is None:
         return None
+    np.empty(LARGEST, np.uint8)
     functions, types = ctypes.CDLL(spec.origin), dict(a=ctypes.c_void_p, n=ctypes.c_int64)
     try:
         for name, arguments in {**FUNCTIONS, **(ENCODER if functions.runs() else {})}.items():

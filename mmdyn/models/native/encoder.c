@@ -6,6 +6,7 @@
  */
 #include "native.h"
 #include <math.h>
+#include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
@@ -114,6 +115,9 @@ INLINE void tiles(const float *weight, int64_t row, int64_t step, int64_t rows, 
     }
     for (; i + 4 <= rows; i += 4) {
         NEXT(4);
+    }
+    for (; i + 3 <= rows; i += 3) {
+        NEXT(3);
     }
     for (; i < rows; i++) {
         NEXT(1);
@@ -419,7 +423,7 @@ typedef struct {
     int64_t lines, columns;
     const float *router; /* (options, length), whose products with the segments are written to scores, if there are any */
     int64_t options;
-    float *scores;
+    float *scores; /* (options, segments), where the segments, all cells of the table, have the order of the table */
 } Projection;
 
 /* The line of a map of so many that is at the middle of one of another's lines: two lines and the share of the second. */
@@ -453,21 +457,34 @@ static void look_ahead(const Projection *g, const Panel *p, Range *ahead) {
         ahead[i].lines = (ahead[i].rows * ahead[i].bytes / LINE + g->channels - 1) / g->channels;
 }
 
+/* The router's products with the segments of a panel's columns, of which x has the numbers. */
+TARGET static void score_rows(const Projection *g, const float *const *rows, int64_t count, const Vector *x, int64_t ld) {
+    int64_t segments = g->outer * g->inner, cells = g->images * g->height * g->width * segments;
+    Vector sums[g->options * MOST];
+    product_of_columns(count)(g->router, g->length, 1, g->options, g->length, x, ld, 0, sums, ld, 0);
+    for (int64_t k = 0; k < g->options; k++) {
+        const float *sum = (const float *)(sums + k * ld);
+        float *scores = g->scores + k * cells;
+        if (segments == 1)
+            memcpy(scores + (rows[0] - g->table) / g->length, sum, count * sizeof(float));
+        else
+            for (int64_t j = 0; j < count; j++) scores[(rows[j] - g->table) / g->length] = sum[j];
+    }
+}
+
 TARGET static void project_panels(const void *job, const Panel *panels, int64_t num, const Member *m) {
     const Projection *g = job;
     int64_t segments = g->outer * g->inner, length = g->length, channels = g->then.weight ? g->then_channels : g->channels;
-    const float *first[LANES], *rows[LANES]; /* segments of a column's patches */
-    int64_t column = -1;
-    SHARE(num * MOST * segments, i) {
-        const Panel *p = panels + i / (MOST * segments);
-        int64_t r = i / segments % MOST, segment = i % segments, ld = p->vectors;
-        int64_t count = smaller(p->count - r * LANES, LANES);
-        if (r >= ld) continue;
-        if (column != i / segments) {
-            column = i / segments;
-            int64_t patch = p->first + r * LANES, line = patch / g->width;
-            int64_t place[] = {line / g->height, line % g->height, patch % g->width};
-            for (int64_t j = 0; j < count; j++) {
+    const float *first[MOST * LANES], *rows[MOST * LANES]; /* segments of a panel's patches */
+    const Panel *located = 0;
+    SHARE(num * segments, i) {
+        const Panel *p = panels + i / segments;
+        int64_t segment = i % segments, ld = p->vectors;
+        if (located != p) {
+            located = p;
+            int64_t line = p->first / g->width;
+            int64_t place[] = {line / g->height, line % g->height, p->first % g->width};
+            for (int64_t j = 0; j < p->count; j++) {
                 first[j] = g->table + place[0] * g->image_stride + place[1] * g->line_stride + place[2] * g->patch_stride;
                 if (++place[2] < g->width) continue;
                 place[2] = 0;
@@ -475,19 +492,13 @@ TARGET static void project_panels(const void *job, const Panel *panels, int64_t 
             }
         }
         int64_t start = segment / g->inner * g->outer_stride + segment % g->inner * g->inner_stride;
-        for (int64_t j = 0; j < count; j++) rows[j] = first[j] + start;
-        Vector *x = p->matrix[A] + segment * length * ld + r;
-        load_rows(rows, count, length, x, ld);
-        int64_t cell[LANES];
-        if (g->options)
-            for (int64_t j = 0; j < count; j++) cell[j] = (rows[j] - g->table) / length;
-        for (int64_t k = 0; k < g->options; k++) {
-            Vector sums[CHAINS] = {};
-            BY_CHAINS(length, c, n) sums[n] += g->router[k * length + c] * x[c * ld];
-            Vector sum = sums[0] + sums[1] + sums[2] + sums[3];
-            for (int64_t j = 0; j < count; j++) g->scores[cell[j] * g->options + k] = sum[j];
-        }
-        if (g->before.weight) norm(x, ld, length, g->before, g->eps_before, x);
+        for (int64_t j = 0; j < p->count; j++) rows[j] = first[j] + start;
+        Vector *x = p->matrix[A] + segment * length * ld;
+        for (int64_t r = 0; r < ld; r++)
+            load_rows(rows + r * LANES, smaller(p->count - r * LANES, LANES), length, x + r, ld);
+        if (g->options) score_rows(g, rows, p->count, x, ld);
+        if (g->before.weight)
+            for (int64_t r = 0; r < ld; r++) norm(x + r, ld, length, g->before, g->eps_before, x + r);
     }
     wait_for_team(m);
     Range ahead[RANGES];
@@ -558,7 +569,7 @@ typedef struct {
     Block block;
     int64_t tokens, keys, queries; /* of an image, of an image, of all */
     float *memory;
-    float *scores;  /* of the router, (images, tokens, options), or 0 if not all cells are in the patches of keys */
+    float *scores;  /* of the router, (options, images, tokens), or 0 if not all cells are in the patches of keys */
     Patch *patches; /* that queries are means of, 0 if they are the tokens */
     int64_t *ends;  /* where the queries of each image end */
 } Encoding;
@@ -783,12 +794,12 @@ static int64_t memory_of_block(const Block *b) {
 /* The router's choice; the logits of a region's mean are the means of its cells'. */
 static void make_choice(const Encoding *e) {
     const Block *b = &e->block;
-    int64_t options = b->options;
     Map map = b->map;
-    map.channels = e->scores ? options : b->dim, map.choice = b->chosen;
-    float same[options * options];
-    for (int64_t i = 0; i < options * options; i++) same[i] = i % (options + 1) == 0;
-    choose(&map, e->scores ? e->scores : b->tokens, e->scores ? same : b->router.weight, b->router.bias, options);
+    map.channels = b->dim, map.choice = b->chosen;
+    if (e->scores)
+        choose_by_scores(&map, e->scores, b->router.bias, b->options);
+    else
+        choose(&map, b->tokens, b->router.weight, b->router.bias, b->options);
 }
 
 /* Make keys and values, find the patches that are queries, round weights, and encode. */

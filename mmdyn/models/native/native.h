@@ -31,6 +31,9 @@ typedef struct {
 /* Choose the option with the greatest logit of each region's mean. The weights are (options, channels). */
 void choose(const Map *g, const float *table, const float *weight, const float *bias, int64_t options);
 
+/* The same, when the products of the weights with each row are known, (options, images, rows). */
+void choose_by_scores(const Map *g, const float *scores, const float *bias, int64_t options);
+
 /* Write down the patches that the queries of all images are means of, and how many there are in each image. */
 void route(const Map *g, const int64_t *sides, Patch *patches, int64_t *lengths);
 

@@ -1,3 +1,8 @@
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,3 +42,25 @@ def test_processors_that_the_encoder_does_not_run_on(monkeypatch):
 
     monkeypatch.setattr(native.ctypes, 'CDLL', lambda path: Functions())
     assert isinstance(native.library.__wrapped__(), Functions) and set(native.FUNCTIONS) <= set(names)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='allocators differ')
+def test_allocator_keeps_memory_of_the_last_pass():
+    """48 MiB are 12288 pages, which the system does not hand out anew once the allocator has settled."""
+    script = """
+import resource
+import torch
+from mmdyn.models import native
+
+def new_pages():
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(3 << 20) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+
+native.library()
+print([new_pages() for _ in range(8)][-1])
+"""
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(('MALLOC_', 'LD_PRELOAD', 'GLIBC_'))}
+    ran = subprocess.run([sys.executable, '-c', script], env=environment, check=True, capture_output=True, text=True)
+    assert int(ran.stdout) < 400
