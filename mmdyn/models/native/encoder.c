@@ -448,11 +448,11 @@ TARGET static void position_of(const Projection *g, int64_t patch, int64_t chann
 /* Where a panel's results will be, and the cells of the next one's patches, if its first line of patches has them all. */
 static void look_ahead(const Projection *g, const Panel *p, Range *ahead) {
     int64_t channels = g->then.weight ? g->then_channels : g->channels, patch = p->first + p->count;
-    int64_t line = patch / g->width, size = g->inner * g->length * (int64_t)sizeof(float);
+    int64_t line = patch / g->width, number = sizeof(float);
     const float *cells = g->table + line / g->height * g->image_stride + line % g->height * g->line_stride +
                          patch % g->width * g->patch_stride;
-    ahead[0] = (Range){(const char *)cells, g->outer, p->count * size, g->outer_stride * (int64_t)sizeof(float)};
-    ahead[1] = (Range){(const char *)(g->out + p->first * channels), 1, p->count * channels * (int64_t)sizeof(float)};
+    ahead[0] = (Range){(const char *)cells, g->outer, p->count * g->patch_stride * number, g->outer_stride * number};
+    ahead[1] = (Range){(const char *)(g->out + p->first * channels), 1, p->count * channels * number};
     for (int i = 0; i < RANGES; i++)
         ahead[i].lines = (ahead[i].rows * ahead[i].bytes / LINE + g->channels - 1) / g->channels;
 }

@@ -105,21 +105,32 @@ def test_dense_block(kind, num_extra, batch, threads):
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('kind, num_extra', [('full', 0), ('full', 2), ('reduced', 1), ('deformable', 0)])
+@pytest.mark.parametrize('kind, num_extra, shape', [('full', 0, SHAPE), ('full', 2, SHAPE), ('reduced', 1, SHAPE),
+                                                    ('deformable', 0, SHAPE), ('deformable', 0, (70, 66)),
+                                                    ('reduced', 0, (72, 68))])
 @pytest.mark.parametrize('phis, region', [((1, 2, 4), 4), ((0, 1), 1), ((0, 2, 3), 6)])
 @torch.no_grad()
-def test_patches(kind, num_extra, phis, region, threads):
-    """DGE in maps whose regions and patches hang over the edges; test_encoder.py of DGE has the loops of the paper."""
+def test_patches(kind, num_extra, shape, phis, region, threads):
+    """DGE in maps whose regions and patches hang over the edges; test_encoder.py of DGE has the loops of the paper.
+
+    Threads share the routing of the larger maps.
+    """
     block, encoder = make(kind), DynamicGrainedEncoder(12, phis, region).eval()
     nn.init.normal_(encoder.router.weight, std=5.)
-    tokens = torch.randn(3, num_extra + math.prod(SHAPE), 12)
-    changed = encoder(block, tokens, SHAPE, num_extra)
+    tokens = torch.randn(3, num_extra + math.prod(shape), 12)
+    changed = encoder(block, tokens, shape, num_extra)
     assert encoder.decision.choice.unique().tolist() == [*range(len(phis))]
-    choice, double = encoder.decision.choice, copy.deepcopy(block).double()
+    choice, queries, double = *encoder.decision, copy.deepcopy(block).double()
     encoder.router.choose = lambda *args: choice
-    expected = encoder(double, tokens.double(), SHAPE, num_extra)
+    expected = encoder(double, tokens.double(), shape, num_extra)
     torch.testing.assert_close(changed, expected.float(), rtol=1e-4, atol=1e-4)
-    assert encoder(block, tokens, SHAPE, num_extra, inplace=True) is tokens and torch.equal(tokens, changed)
+    assert torch.equal(encoder.decision.queries, queries)
+    del encoder.router.choose
+    job = encoder.job(block, tokens, shape, num_extra)  # which chooses, too
+    if (kind, num_extra) != ('reduced', 1):
+        torch.testing.assert_close(compiled.encode([job], tokens.clone()), changed)
+        assert torch.equal(encoder.decision.choice, choice) and torch.equal(encoder.decision.queries, queries)
+    assert encoder(block, tokens, shape, num_extra, inplace=True) is tokens and torch.equal(tokens, changed)
 
 
 @pytest.mark.parametrize('kind', ['full', 'reduced', 'deformable'])
