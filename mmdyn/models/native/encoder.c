@@ -37,12 +37,11 @@ typedef struct {
     Vector *matrix[MATRICES];
 } Panel;
 
-/* Memory that a thread needs soon, rows of so many bytes. A product fetches lines of it for each row that it makes, so that
- * they come while it computes. */
+/* Memory that a thread needs soon, rows of so many bytes. A product fetches so many lines of it for each row that it makes,
+ * so that they come while it computes. */
 typedef struct {
-    const char *row;
-    int64_t rows, bytes, stride, lines;
-    int64_t done; /* bytes of the first row */
+    const char *row; /* the first that is not yet fetched, but for the bytes that are done */
+    int64_t rows, bytes, stride, lines, done;
 } Range;
 
 enum { RANGES = 2, LINE = 64 };
@@ -82,8 +81,9 @@ static int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* out = weight * x + bias, of ROWS rows and R vectors of columns, only half of the last of which counts if NARROW. */
 INLINE void tile(const float *weight, int64_t row, int64_t step, int64_t length, const Vector *x, int64_t ldx,
-                 const float *bias, Vector *out, int64_t ldo, int ROWS, int R, int NARROW) {
+                 const float *bias, Vector *out, int64_t ldo, Range *ahead, int ROWS, int R, int NARROW) {
     const int WHOLE = R - NARROW;
+    if (ahead) fetch(ahead, ROWS);
     Vector sum[24];
     HalfVector rest[12];
     UNROLL for (int i = 0; i < ROWS; i++) {
@@ -108,20 +108,11 @@ INLINE void tiles(const float *weight, int64_t row, int64_t step, int64_t rows, 
                   int64_t ldx, const float *bias, Vector *out, int64_t ldo, Range *ahead, int ROWS, int R, int NARROW) {
     int64_t i = 0;
 #define NEXT(N)                                                                                                        \
-    if (ahead) fetch(ahead, N);                                                                                        \
-    tile(weight + i * row, row, step, length, x, ldx, bias ? bias + i : 0, out + i * ldo, ldo, N, R, NARROW)
-    for (; i + ROWS <= rows; i += ROWS) {
-        NEXT(ROWS);
-    }
-    for (; i + 4 <= rows; i += 4) {
-        NEXT(4);
-    }
-    for (; i + 3 <= rows; i += 3) {
-        NEXT(3);
-    }
-    for (; i < rows; i++) {
-        NEXT(1);
-    }
+    tile(weight + i * row, row, step, length, x, ldx, bias ? bias + i : 0, out + i * ldo, ldo, ahead, N, R, NARROW)
+    for (; i + ROWS <= rows; i += ROWS) NEXT(ROWS);
+    for (; i + 4 <= rows; i += 4) NEXT(4);
+    for (; i + 3 <= rows; i += 3) NEXT(3);
+    for (; i < rows; i++) NEXT(1);
 }
 
 /* out (rows, R vectors) = weight (rows, length) * x (length, R vectors) + bias (rows), which may be 0.
@@ -445,12 +436,17 @@ TARGET static void position_of(const Projection *g, int64_t patch, int64_t chann
         out[i] = (1 - down) * ((1 - across) * a[i] + across * b[i]) + down * ((1 - across) * c[i] + across * d[i]);
 }
 
+/* The first number of a patch. */
+static const float *numbers_of(const Projection *g, int64_t patch) {
+    int64_t line = patch / g->width;
+    return g->table + line / g->height * g->image_stride + line % g->height * g->line_stride +
+           patch % g->width * g->patch_stride;
+}
+
 /* Where a panel's results will be, and the cells of the next one's patches, if its first line of patches has them all. */
 static void look_ahead(const Projection *g, const Panel *p, Range *ahead) {
-    int64_t channels = g->then.weight ? g->then_channels : g->channels, patch = p->first + p->count;
-    int64_t line = patch / g->width, number = sizeof(float);
-    const float *cells = g->table + line / g->height * g->image_stride + line % g->height * g->line_stride +
-                         patch % g->width * g->patch_stride;
+    int64_t channels = g->then.weight ? g->then_channels : g->channels, number = sizeof(float);
+    const float *cells = numbers_of(g, p->first + p->count);
     ahead[0] = (Range){(const char *)cells, g->outer, p->count * g->patch_stride * number, g->outer_stride * number};
     ahead[1] = (Range){(const char *)(g->out + p->first * channels), 1, p->count * channels * number};
     for (int i = 0; i < RANGES; i++)
@@ -482,13 +478,9 @@ TARGET static void project_panels(const void *job, const Panel *panels, int64_t 
         int64_t segment = i % segments, ld = p->vectors;
         if (located != p) {
             located = p;
-            int64_t line = p->first / g->width;
-            int64_t place[] = {line / g->height, line % g->height, p->first % g->width};
-            for (int64_t j = 0; j < p->count; j++) {
-                first[j] = g->table + place[0] * g->image_stride + place[1] * g->line_stride + place[2] * g->patch_stride;
-                if (++place[2] < g->width) continue;
-                place[2] = 0;
-                if (++place[1] == g->height) place[1] = 0, place[0]++;
+            for (int64_t j = 0, column = p->first % g->width; j < p->count; j++, column++) {
+                if (column == g->width) column = 0;
+                first[j] = j && column ? first[j - 1] + g->patch_stride : numbers_of(g, p->first + j);
             }
         }
         int64_t start = segment / g->inner * g->outer_stride + segment % g->inner * g->inner_stride;
