@@ -81,7 +81,8 @@ class Router(nn.Module):
 
     def choose(self, tokens: Tensor, shape: Tuple[int, int], side: int, num_extra: int) -> Tensor:
         """(B, E + H*W, C) -> (B, rows, columns) indices of the greatest logits of the side x side regions."""
-        if native.is_used(tokens) and self.weight.dtype == self.bias.dtype == torch.float32:
+        if native.is_used(tokens) and all(
+                type(x) is nn.Parameter and x.dtype == torch.float32 and x.is_cpu for x in (self.weight, self.bias)):
             return compiled_routing.choose(tokens, shape, side, num_extra, self.weight, self.bias)
         return self(pool(tokens, shape, side, num_extra)).argmax(-1).unflatten(1, grid(side, shape))
 

@@ -106,7 +106,7 @@ def deformable_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: T
     with torch.autocast(value.device.type, enabled=False):
         full = torch.promote_types(value.dtype, torch.float32)
         inputs = value.to(full), points.to(full), weights.to(full), shape, lengths
-        if sampler is None and native.is_used(inputs[0]):
+        if sampler is None and native.is_used(inputs[0]) and all(map(native.is_plain_tensor, inputs[1:3])):
             return sample(*inputs).to(value.dtype)
         sampler = sampler or ('embedding_bag' if value.device.type == 'cpu' else 'mmcv')
         return SAMPLERS[sampler](*inputs).to(value.dtype)

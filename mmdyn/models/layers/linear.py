@@ -6,6 +6,7 @@ from typing import Callable, Iterable, Iterator, List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 # Types that oneDNN computes in on this CPU.
@@ -28,14 +29,15 @@ def uses_onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> boo
 
     ``torch.backends.mkldnn.enabled`` (``with torch.backends.mkldnn.flags(enabled=False)``) switches it off.
     """
-    return (is_plain_inference(x, weight, weight if bias is None else bias) and x.device.type == 'cpu'
-            and x.dtype == weight.dtype and x.dtype in ONEDNN and torch._C._get_mkldnn_enabled()
+    return bool(is_plain_inference(x, weight, weight if bias is None else bias) and x.device.type == 'cpu'
+            and x.dtype == weight.dtype and x.dtype in ONEDNN and weight.numel() and torch._C._get_mkldnn_enabled()
             and (x.dtype == torch.bfloat16 or not torch.is_autocast_enabled('cpu')))
 
 
 def is_plain_inference(*inputs: Tensor) -> bool:
-    """Whether nothing that happens to the inputs is recorded for a backward pass, or traced."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Whether nothing that happens to the inputs is recorded for a backward pass, or traced, or transformed."""
+    if (torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+            or torch._C._functorch.peek_interpreter_stack() is not None):
         return False
     return not (torch.is_grad_enabled() and (not inputs or any(x.requires_grad for x in inputs)))
 
@@ -155,7 +157,7 @@ def by_pieces_of_rows(function: Callable[[Tensor], Tensor], x: Tensor, width: in
         x: (..., C).
         width: numbers that the function has in memory for each row.
     """
-    count = PIECE // width
+    count = PIECE // max(width, 1)
     if not runs_in_pieces(x) or x.numel() <= count * x.shape[-1]:
         return function(x)
     rows = x.flatten(0, -2)

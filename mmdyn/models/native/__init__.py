@@ -45,11 +45,13 @@ def library() -> Optional[ctypes.CDLL]:
     return functions
 
 
-def is_used(tokens: Tensor) -> bool:
-    """Whether the compiled functions take these tokens: in float32 on a CPU, when nothing is recorded or traced.
+def is_plain_tensor(x: Tensor) -> bool:
+    """Whether a tensor's numbers are what lies in its memory, and no mode watches operators, as torch's counter does."""
+    return type(x) is Tensor and x.layout is torch.strided and not torch._C._len_torch_dispatch_stack()
 
-    Modes that watch operators, such as torch's counter of operations, would not see these functions.
-    """
-    return (is_plain_inference() and not torch._C._len_torch_dispatch_stack() and type(tokens) is Tensor
+
+def is_used(tokens: Tensor) -> bool:
+    """Whether the compiled functions take these tokens: in float32 on a CPU, when nothing is recorded or traced."""
+    return (is_plain_inference() and is_plain_tensor(tokens)
             and tokens.device.type == 'cpu' and tokens.dtype == torch.float32 and tokens.is_contiguous()
             and library() is not None)

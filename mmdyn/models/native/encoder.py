@@ -3,6 +3,7 @@
 Layers are taken as they are: what is replaced, or looked at by hooks, goes the way of plain PyTorch.
 """
 import ctypes
+import math
 import threading
 from functools import lru_cache
 from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..dge.grains import Grains, grid
 from ..layers.linear import Linear, StartLinear
 from ..layers.position import Positions
-from . import is_used, library
+from . import is_plain_tensor, is_used, library
 from .routing import Map
 
 _kept = threading.local()
@@ -81,32 +82,40 @@ def is_plain(layer: nn.Module, *kinds: type) -> bool:
     return type(layer) in kinds and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def _is_read(x: Tensor) -> bool:
-    return x.dtype is torch.float32 and x.is_cpu
+def _address(x: Tensor, *shape: int) -> Optional[int]:
+    """Where the numbers of a weight or bias are; None unless it has just the type, shape and order that is read."""
+    if (type(x) in (Tensor, nn.Parameter) and x.dtype is torch.float32 and x.is_cpu and x.layout is torch.strided
+            and x.shape == shape and x.is_contiguous()):
+        return x.data_ptr() or None
+    return None
 
 
-def _addresses_of(weight: Tensor, bias: Optional[Tensor]) -> Optional[Tuple[int, Optional[int]]]:
-    """None if the functions cannot read them."""
-    if not (_is_read(weight) and weight.is_contiguous()):
-        return None
-    if bias is None:
-        return weight.data_ptr(), None
-    return (weight.data_ptr(), bias.data_ptr()) if _is_read(bias) and bias.is_contiguous() else None
+def _addresses_of(weight: Tensor, bias: Optional[Tensor], *shape: int) -> Optional[Tuple[int, Optional[int]]]:
+    """Of a weight of this shape and of a bias for its rows; None if the functions cannot read them."""
+    found = _address(weight, *shape)
+    if found is None or bias is None:
+        return found and (found, None)
+    of_bias = _address(bias, shape[0])
+    return of_bias and (found, of_bias)
 
 
-def _addresses(layers: Iterable[Optional[nn.Module]]) -> Optional[List[Optional[int]]]:
-    """Of the weights and biases of layers, in turn; None if there is a layer that the functions do not take."""
+def _addresses(layers: Iterable[Tuple[Optional[nn.Module], Tuple[int, ...]]]) -> Optional[List[Optional[int]]]:
+    """Of the weights, of the shapes that the functions read, and biases of layers, in turn.
+
+    Returns:
+        None if there is a layer that the functions do not take.
+    """
     found = []
-    for layer in layers:
+    for layer, shape in layers:
         if layer is None or is_plain(layer, nn.Identity):
             found += None, None
             continue
         if not (isinstance(layer, nn.Conv2d) or is_plain(layer, Linear, nn.LayerNorm, StartLinear)):
             return None
         weight, bias = layer._parameters['weight'], layer._parameters['bias']  # quicker than attributes
-        if weight is None or (bias is None and type(layer) is nn.LayerNorm):
+        if type(layer) is nn.LayerNorm and (weight is None or bias is None or layer.normalized_shape != shape):
             return None
-        addresses = _addresses_of(weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight, bias)
+        addresses = _addresses_of(weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight, bias, *shape)
         if addresses is None:
             return None
         found += addresses
@@ -184,30 +193,37 @@ def prepare(layers: Layers, heads: int, num_points: int, scale: float, tokens: T
     Returns:
         None if the functions do not take the layers, or the shapes do not fit.
     """
-    (images, size, dim), addresses = tokens.shape, _addresses(layers)
-    if addresses is None or size != num_extra + shape[0] * shape[1]:
+    (images, size, dim), reduce, norm_keys = tokens.shape, layers.reduce, layers.norm_keys
+    hidden, side, points = getattr(layers.fc1, 'out_features', 0), reduce.kernel_size[0] if reduce else 1, heads * num_points
+    if not hidden or heads < 1 or dim % heads or size != num_extra + shape[0] * shape[1]:
+        return None
+    norm, square = (dim, ), (dim, dim)
+    addresses = _addresses(zip(layers, (
+        norm, (2 * points, dim) if points else square, (points, dim), square, norm, (hidden, dim), (dim, hidden),
+        (dim, side, side, dim), norm, square if points else (2 * dim, dim))))
+    if addresses is None:
         return None
     choice, sides, region, router, chosen = None, None, 0, (None, None), None
     if grains:
         choice, chosen, region = grains.choice.contiguous(), grains.chosen, grains.region
-        if choice.shape != (images, *grid(region, shape)):
+        if any(x is not None and (x.shape != (images, *grid(region, shape)) or x.dtype != torch.long)
+               for x in (choice, chosen)):
             return None
         sides = _sides_of(grains.granularities)
         if grains.router is not None:
-            router = _addresses_of(grains.router.weight, grains.router.bias)
+            router = _addresses_of(grains.router.weight, grains.router.bias, len(grains.granularities), dim)
             if router is None:
                 return None
-    hidden, reduce, norm_keys = layers.fc1.out_features, layers.reduce, layers.norm_keys
     queries = torch.empty(images, dtype=torch.long, device='cpu')
     block = _Block(
-        dim, hidden, heads, num_points, reduce.kernel_size[0] if reduce else 1, layers.norm1.eps, layers.norm2.eps,
+        dim, hidden, heads, num_points, side, layers.norm1.eps, layers.norm2.eps,
         norm_keys.eps if norm_keys else 0., scale, *addresses, _is_half() and dim % 2 == hidden % 2 == 0, None,
-        Map(images, num_extra, *shape, region, 0, _address(choice)), sides and ctypes.addressof(sides), *router,
-        len(sides or ()), _address(chosen), queries.data_ptr())
+        Map(images, num_extra, *shape, region, 0, _start(choice)), sides and ctypes.addressof(sides), *router,
+        len(sides or ()), _start(chosen), queries.data_ptr())
     return Job(block, queries, (choice, chosen))
 
 
-def _address(x: Optional[Tensor]) -> Optional[int]:
+def _start(x: Optional[Tensor]) -> Optional[int]:
     return None if x is None else x.data_ptr()
 
 
@@ -245,12 +261,15 @@ def project(maps: Tensor, weight: Tensor, bias: Optional[Tensor], before: Option
         order, segments, strides = (0, 3, 1, 2), (depth, side, side), (channel, line)
     else:
         return None
-    norms, own = _addresses((before, after)), _addresses_of(weight.permute(order), bias)
-    if norms is None or own is None or not _is_read(maps):
+    if weight.shape[1:] != (side, side, depth) or not (is_plain_tensor(maps) and maps.dtype is torch.float32 and maps.is_cpu):
         return None
-    position = (None, None)
+    norms = _addresses(((before, (depth, )), (after, (channels, ))))
+    own = _addresses_of(weight.permute(order), bias, channels, *segments)
+    if norms is None or own is None:
+        return None
+    position = None
     if positions is not None:
-        position = _addresses_of(positions.embedding, None)
+        position = _address(positions.embedding, 1, math.prod(positions.shape), channels)
         if position is None or positions.mode != 'bilinear':
             return None
     height, width = height // side, width // side
@@ -258,7 +277,7 @@ def project(maps: Tensor, weight: Tensor, bias: Optional[Tensor], before: Option
     _call('project', ctypes.byref(_Projection(
         images, height, width, *segments, channels, 0, image, side * line, side * cell, *strides,
         *(getattr(norm, 'eps', 0.) for norm in (before, after)), *norms[:2], *own, *norms[2:], None, None,
-        maps.data_ptr(), out.data_ptr(), position[0], *(positions.shape if positions else (0, 0)))))
+        maps.data_ptr(), out.data_ptr(), position, *(positions.shape if positions else (0, 0)))))
     return out
 
 
