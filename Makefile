@@ -15,7 +15,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_v
 VENV_DONE := $(VENV)/.stamp-venv-$(PYTHON_VERSION)
 TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -v '^\#' requirements.txt | grep -E '^(torch|numpy|setuptools|wheel|ninja|psutil)' | cksum | cut -d' ' -f1)
 MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(shell grep '^mmcv==' requirements.txt))
-SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt setup.py mmdyn/models/native/*.[ch] | cksum | cut -d' ' -f1)
+SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt setup.py $(wildcard mmdyn/kernels/csrc/*.[ch]) | cksum | cut -d' ' -f1)
 
 .PHONY: help setup test demo demo-det demo-seg demo-cls-cf bench clean
 help:

@@ -6,6 +6,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+KERNELS = ROOT / 'mmdyn/kernels/csrc'
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmdyn/version.py').read_text()).group(1)
 
 
@@ -52,9 +53,8 @@ setup(
         mim=MIM, cls=CLS, det=DET, seg=SEG, demo=DEMO, tests=TESTS, all=[*MIM, *CLS, *DET, *SEG, *DEMO, *TESTS]),
     # Without a compiler mmdyn runs the same in plain PyTorch.
     ext_modules=[
-        Extension('mmdyn.models.native._native',
-                  [f'mmdyn/models/native/{name}.c' for name in ('routing', 'sampling', 'encoder')],
-                  depends=['mmdyn/models/native/native.h'], extra_compile_args=['-O3', '-fopenmp'],
-                  extra_link_args=['-fopenmp'], optional=True)
-    ],
+        Extension('mmdyn.kernels._cpu', [str(path.relative_to(ROOT)) for path in KERNELS.glob('*.c')],
+                  depends=[str(path.relative_to(ROOT)) for path in KERNELS.glob('*.h')],
+                  extra_compile_args=['-O3', '-fopenmp'], extra_link_args=['-fopenmp'], optional=True)
+    ] if KERNELS.is_dir() else [],
     cmdclass=dict(build_py=BuildWithMim))

@@ -12,9 +12,9 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..engine.checks import check_channels
+from ..models.checks import check_channels
 from ..models.backbones.base import DynamicBackbone, find_backbones
-from .complexity import BackboneCost, CostMeter
+from ..models.cost import BackboneCost, CostMeter
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 

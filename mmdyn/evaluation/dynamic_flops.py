@@ -3,7 +3,7 @@ from typing import Any, List, Sequence
 
 from mmengine.evaluator import BaseMetric
 
-from ..analysis.complexity import CostMeter
+from ..models.cost import CostMeter
 from ..registry import METRICS
 
 

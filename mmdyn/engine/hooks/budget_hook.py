@@ -2,7 +2,7 @@ from typing import Optional
 
 import torch
 
-from ...analysis.complexity import CostMeter
+from ...models.cost import CostMeter
 from ...models.backbones.base import find_backbones
 from ...models.dge.budget import budget_loss, mean_over_processes
 from ...registry import HOOKS

@@ -4,7 +4,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 
-from ..checks import check_channels
+from ...models.checks import check_channels
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
