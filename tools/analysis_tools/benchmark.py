@@ -204,13 +204,13 @@ def attention_cases(arch: str, images: torch.Tensor, args: argparse.Namespace) -
     theirs, package = peer_of(arch, (256, 256), dense)
     inference(dense.to(images.device), images, autocast)()
     inputs = [torch.randn(len(images), h * w, dim, device=images.device)
-              for (h, w), dim in zip(dense.last_pass[1], dense.out_channels)]
+              for (h, w), dim in zip(dense.last_shapes, dense.out_channels)]
 
     def attend(model):
-        return lambda _: [block.attn(x, x, shape) for stage, x, shape in zip(model.stages, inputs, dense.last_pass[1])
+        return lambda _: [block.attn(x, x, shape) for stage, x, shape in zip(model.stages, inputs, dense.last_shapes)
                           for block in stage.blocks]
 
-    macs = sum(h * w * query + static for stage, (h, w) in zip(dense.stages, dense.last_pass[1])
+    macs = sum(h * w * query + static for stage, (h, w) in zip(dense.stages, dense.last_shapes)
                for query, static in (block.attn.macs((h, w), 0) for block in stage.blocks))
     return {name: Case(inference(attend(model.to(images.device)), images, autocast), lambda: macs, exact=True)
             for name, model in (('ours', dense), (package, theirs))}

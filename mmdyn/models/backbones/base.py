@@ -54,6 +54,11 @@ class DynamicBackbone(BaseModule):
         CostMeter.publish(self)
 
     @property
+    def last_shapes(self) -> list[tuple[int, int]]:
+        """(h, w) of each stage's map in the thread's last forward pass; empty before."""
+        return self.last_pass[1] if self.last_pass else []
+
+    @property
     def has_dge(self) -> bool:
         return any(len(stage.dge) for stage, _ in self.named_stages())
 
