@@ -17,8 +17,8 @@ if int(setuptools.__version__.split('.')[0]) < 77 and 'build_ext' not in sys.arg
 class BuildWithMim(build_py):
     """Let mim find the tools and configs: it looks for <location of the distribution>/mmdyn/.mim.
 
-    A wheel gets copies. An editable install uses the links in the source tree, which must be the distribution's location:
-    it is where its metadata are found first, so a path file puts it before site-packages.
+    A wheel gets copies. An editable install uses the links in the source tree, which must be the distribution's
+    location: it is where its metadata are found first, so a path file puts it before site-packages.
     """
 
     def run(self):
