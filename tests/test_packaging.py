@@ -48,6 +48,10 @@ def test_metadata_of_the_wheel(wheel):
     assert metadata.get_payload().strip() == (ROOT / 'README.md').read_text().strip()
 
 
+def test_changelog_has_the_version():
+    assert f'\n## [{mmdyn.__version__}] - 2' in (ROOT / 'CHANGELOG.md').read_text()
+
+
 def test_setuptools_that_does_not_read_pyproject_is_refused():
     result = subprocess.run([sys.executable, '-c', '''
 import runpy, setuptools, sys
