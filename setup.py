@@ -22,6 +22,8 @@ class BuildWithMim(build_py):
     """
 
     def run(self):
+        # An earlier build may have left modules there that are gone.
+        shutil.rmtree(Path(self.build_lib) / 'mmdyn', ignore_errors=True)
         super().run()
         if getattr(self, 'editable_mode', False):
             site_packages = Path(self.get_finalized_command('install').install_lib)
@@ -29,7 +31,6 @@ class BuildWithMim(build_py):
             (site_packages / 'mmdyn-source.pth').write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r})\n')
             return
         mim = Path(self.build_lib) / 'mmdyn' / '.mim'
-        shutil.rmtree(mim, ignore_errors=True)
         for folder in ('tools', 'configs'):
             shutil.copytree(ROOT / folder, mim / folder, ignore=shutil.ignore_patterns('__pycache__'))
         shutil.copy(ROOT / 'model-index.yml', mim)

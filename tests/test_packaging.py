@@ -29,7 +29,12 @@ def test_wheel_holds_tools_and_configs_for_mim(wheel):
     content = set(wheel.namelist())
     wanted = {f'mmdyn/.mim/{name}' for name in names('tools') | names('configs') | {'model-index.yml'}}
     assert wanted <= content
-    assert {name for name in names('mmdyn') if name.endswith('.py') and '.mim' not in name} <= content
+
+
+def test_wheel_holds_the_modules_and_none_that_is_gone(wheel):
+    modules, own = ({name for name in all_names if name.endswith('.py') and '.mim' not in name}
+                    for all_names in (wheel.namelist(), names('mmdyn')))
+    assert modules == own
 
 
 def test_wheel_says_that_it_has_types(wheel):
