@@ -183,7 +183,9 @@ def _how_to_convert(kind):
     if kind is None:
         return (f'If another program wrote it, convert it by: {convert} (--help lists each KIND). If it is of another '
                 'backbone, give the type and arch of that one, or take its tensors out of the file.')
-    return (f'They are of the kind {kind!r}. Convert the file by: {convert}. Then load DST by load_from or, into a '
+    # The dense PVT of both authors has the same names.
+    kinds = "'pvt' (or 'vtpack', if the authors of DGE trained it)" if kind == 'pvt' else repr(kind)
+    return (f'They are of the kind {kinds}. Convert the file by: {convert}. Then load DST by load_from or, into a '
             "backbone, by init_cfg=dict(type='Pretrained', checkpoint=DST, prefix='backbone.').")
 
 
