@@ -1,4 +1,5 @@
 """Checkpoints of other programs, in mmdyn's names and shapes."""
+
 import argparse
 import re
 from collections import OrderedDict
@@ -87,9 +88,9 @@ KINDS: dict[str, Rules] = {
 }
 _DISTILLED: Rules = [(r'^head\.fc\.', 'head.layers.head.')]
 _LAST: Rules = [(r'^(?!head\.)', 'backbone.')]
-BACKBONES = ('mmdet-pvt', )  # kinds without a classifier's head
-# What the tensors of a pyramid do not tell: the epsilon of the norms behind its patch embeddings and spatial reductions,
-# and whether its class token stays when it makes maps.
+BACKBONES = ('mmdet-pvt',)  # kinds without a classifier's head
+# What a pyramid's tensors do not tell: the epsilon of the norms behind patch embeddings and spatial reductions, and
+# whether the class token stays when it makes maps.
 TRAINED_WITH: dict[str, dict] = {
     'vtpack': dict(embed_norm_eps=1e-5, with_cls_token=True),
     'pvt': dict(embed_norm_eps=1e-5, with_cls_token=False),
@@ -134,15 +135,21 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"torch's safe loader, torch.load(..., weights_only=True), refuses {path} ({reason}). If the file is "
             'broken or not from torch.save, get it again. If it holds more than weights and you trust its author, load '
-            'it with weights_only=False and torch.save its dict of tensors alone.') from error
+            'it with weights_only=False and torch.save its dict of tensors alone.'
+        ) from error
     keys = ('state_dict_ema', 'state_dict', 'model')  # averaged weights come first: they are what gets published
     weights = content
     if isinstance(content, dict):
         weights = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
-    if not isinstance(weights, dict) or not weights or not all(
-            isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
-        raise ValueError(f'{path} holds no dict of tensors, neither bare nor under one of {keys}: torch.save the '
-                         "model's state_dict().")
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items())
+    ):
+        raise ValueError(
+            f'{path} holds no dict of tensors, neither bare nor under one of {keys}: torch.save the '
+            "model's state_dict()."
+        )
     return {name.removeprefix('module.'): value.detach() for name, value in weights.items()}
 
 
@@ -165,10 +172,10 @@ def translate(kind: str, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor],
         for pattern, replacement in [*KINDS[kind], *(_DISTILLED if distilled else []), *_LAST]:
             name = re.sub(pattern, replacement, name)
         change = next((change for pattern, change in TENSORS if re.fullmatch(pattern, name)), None)
-        for name, value in (change(name, tensor) if change else {name: tensor}).items():
-            if name in state:
-                raise ValueError(f'{source} and {sources[name]} are both {name}: remove one of them.')
-            state[name], sources[name] = value, source
+        for part, value in (change(name, tensor) if change else {name: tensor}).items():
+            if part in state:
+                raise ValueError(f'{source} and {sources[part]} are both {part}: remove one of them.')
+            state[part], sources[part] = value, source
     return state, sources, _order_routers(state, sources)
 
 
@@ -180,14 +187,18 @@ def _order_routers(state, sources):
         layer, splits = name.removesuffix('.splits'), [int(n) for n in state.pop(name).flatten()]
         region = max(splits, default=0)
         if not splits or len(set(splits)) < len(splits) or any(n < 1 or region % n for n in splits):
-            raise ValueError(f'{sources[name]} is {splits}, but has to be different positive numbers that divide the '
-                             'greatest of them, e.g. [4, 2, 1].')
+            raise ValueError(
+                f'{sources[name]} is {splits}, but has to be different positive numbers that divide the '
+                'greatest of them, e.g. [4, 2, 1].'
+            )
         order = sorted(range(len(splits)), key=lambda k: -splits[k])
         grains[layer] = dict(granularities=tuple(region // splits[k] for k in order), region_size=region)
         for router in {f'{layer}.router.weight', f'{layer}.router.bias'} & set(state):
             if len(state[router]) != len(splits):
-                raise ValueError(f'{sources[router]} has {len(state[router])} rows, but {sources[name]} is {splits}: '
-                                 'they are not of one model.')
+                raise ValueError(
+                    f'{sources[router]} has {len(state[router])} rows, but {sources[name]} is {splits}: '
+                    'they are not of one model.'
+                )
             state[router] = state[router][order]
     for name in [name for name in state if '.router.' in name and name.split('.router.')[0] not in grains]:
         del state[name]  # the order of its rows is unknown
@@ -203,8 +214,9 @@ def infer_model(kind: str, state: dict[str, Tensor], grains: dict[str, dict]) ->
 
     def side(pattern, axis=0):
         """Length of this axis of the first tensor with such a name, or 0."""
-        return next((value.shape[axis] for name, value in state.items()
-                     if value.ndim > axis and re.fullmatch(pattern, name)), 0)
+        return next(
+            (value.shape[axis] for name, value in state.items() if value.ndim > axis and re.fullmatch(pattern, name)), 0
+        )
 
     def count(pattern):
         return 1 + max((int(m[1]) for m in (re.match(pattern, name) for name in state) if m), default=-1)
@@ -215,14 +227,18 @@ def infer_model(kind: str, state: dict[str, Tensor], grains: dict[str, dict]) ->
     depths = [count(rf'{p}blocks\.(\d+)\.') for p in prefixes]
     if not all(dims) or not all(depths):
         like = foreign_kind(name.removeprefix('backbone.') for name in state)
-        raise ValueError(f'SRC does not look like {kind}: its names, as far as the rules of {kind} translate them, are '
-                         f'{", ".join(list(state)[:4])}, ... Choose another KIND of {sorted(KINDS)}'
-                         + (f': it looks like {like}.' if like else '.'))
+        raise ValueError(
+            f'SRC does not look like {kind}: its names, as far as the rules of {kind} translate them, are '
+            f'{", ".join(list(state)[:4])}, ... Choose another KIND of {sorted(KINDS)}'
+            + (f': it looks like {like}.' if like else '.')
+        )
     # Fractions, because dim times a float may fall short of the hidden channels.
     hidden = [side(rf'{p}blocks\.\d+\.ffn\.fc1\.(weight|bias)') for p in prefixes]
     ratios = [Fraction(width, dim) or 4 for width, dim in zip(hidden, dims)]
-    reductions = [side(rf'{p}blocks\.\d+\.attn\.sr\.weight', 3) or 1 + bool(side(rf'{p}blocks\.\d+\.attn\.sr\.bias'))
-                  for p in prefixes]
+    reductions = [
+        side(rf'{p}blocks\.\d+\.attn\.sr\.weight', 3) or 1 + bool(side(rf'{p}blocks\.\d+\.attn\.sr\.bias'))
+        for p in prefixes
+    ]
     rows = [side(rf'{p}pos_embed', 1) for p in prefixes]
     has_stem = kind == 'lvvit' or any(name.startswith('backbone.patch_embed.convs.') for name in state)
     patch = side(rf'{prefixes[0]}patch_embed\.proj\.weight', 3) * (2 if has_stem else 1) or (4 if stages else 16)
@@ -230,15 +246,19 @@ def infer_model(kind: str, state: dict[str, Tensor], grains: dict[str, dict]) ->
 
     sampled = [side(rf'{p}blocks\.\d+\.attn\.attn_weight\.(weight|bias)') for p in prefixes]
     if stages:
-        has_class_token = 'backbone.cls_token' in state or isqrt(rows[-1])**2 < rows[-1]
+        has_class_token = 'backbone.cls_token' in state or isqrt(rows[-1]) ** 2 < rows[-1]
         arch = dict(embed_dims=dims, depths=depths, mlp_ratios=ratios)
         # Heads times points is all that the shapes tell; the authors' models have 4 points per head.
-        arch.update(dict(num_heads=[num // 4 or 1 for num in sampled], num_points=[4] * stages) if any(sampled) else
-                    dict(num_heads=[1] * stages, sr_ratios=reductions))
+        arch.update(
+            dict(num_heads=[num // 4 or 1 for num in sampled], num_points=[4] * stages)
+            if any(sampled)
+            else dict(num_heads=[1] * stages, sr_ratios=reductions)
+        )
         options = dict(
             type='mmdyn.DPVT' if any(sampled) else 'mmdyn.PVT',
             arch=arch,
-            out_type='featmap' if kind in BACKBONES else 'cls_token' if has_class_token else 'avg_featmap')
+            out_type='featmap' if kind in BACKBONES else 'cls_token' if has_class_token else 'avg_featmap',
+        )
         if kind in TRAINED_WITH:
             options['embed_norm_eps'] = TRAINED_WITH[kind]['embed_norm_eps']
     else:
@@ -254,26 +274,33 @@ def infer_model(kind: str, state: dict[str, Tensor], grains: dict[str, dict]) ->
     if grains:
         some, regions = next(iter(grains.values())), {grain['region_size'] for grain in grains.values()}
         options['dge'] = dict(
-            granularities=[next((grain for layer, grain in grains.items() if re.match(p, layer)), some)['granularities']
-                           for p in prefixes],
-            region_size=regions.pop() if len(regions) == 1 else None)
+            granularities=[
+                next((grain for layer, grain in grains.items() if re.match(p, layer)), some)['granularities']
+                for p in prefixes
+            ],
+            region_size=regions.pop() if len(regions) == 1 else None,
+        )
     if kind != 'cfvit':  # whose coarse_size tells its images' size
         options['img_size'] = max(isqrt(n) * patch * 2**i for i, n in enumerate(rows)) or 224
     first = r'convs\.0' if has_stem else 'proj'
     backbone = dict(
-        in_channels=side(rf'{prefixes[0]}patch_embed\.{first}\.weight', 1) or 3, patch_size=patch, **options)
+        in_channels=side(rf'{prefixes[0]}patch_embed\.{first}\.weight', 1) or 3, patch_size=patch, **options
+    )
     head = dict(
         type='mmdyn.LVViTHead' if has_stem else 'DeiTClsHead' if distilled else 'LinearClsHead',
         num_classes=side(r'head\..*\.(weight|bias)') or 1000,
-        in_channels=dims[-1])
+        in_channels=dims[-1],
+    )
     return dict(
         type='mmdyn.CoarseToFineClassifier' if kind == 'cfvit' else 'ImageClassifier',
         backbone=backbone,
-        head=None if kind in BACKBONES else head)
+        head=None if kind in BACKBONES else head,
+    )
 
 
-def convert(kind: str, src: str | Path, dst: str | Path, config: str | None = None,
-            allow_partial: bool = False) -> list[str]:
+def convert(
+    kind: str, src: str | Path, dst: str | Path, config: str | None = None, allow_partial: bool = False
+) -> list[str]:
     """Convert a checkpoint, let a model load it, and save it as ``state_dict`` and ``meta``.
 
     ``meta['backbone']`` has the options of a backbone for maps that the tensors do not tell: with them it computes what
@@ -296,7 +323,9 @@ def convert(kind: str, src: str | Path, dst: str | Path, config: str | None = No
     if Path(src).resolve() == Path(dst).resolve():
         raise ValueError(f'{dst} is both SRC and DST: give DST another name.')
     if Path(dst).suffix == '.safetensors':
-        raise ValueError(f'{dst} will be a file of torch.save: give DST a name such as {Path(dst).with_suffix(".pth")}.')
+        raise ValueError(
+            f'{dst} will be a file of torch.save: give DST a name such as {Path(dst).with_suffix(".pth")}.'
+        )
     if config and not Path(config).is_file():
         raise ValueError(f'There is no config {config}: give the path of a .py file, e.g. one below configs/.')
     weights = load_weights(src)
@@ -307,19 +336,26 @@ def convert(kind: str, src: str | Path, dst: str | Path, config: str | None = No
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
     model = MODELS.build(cfg['model'])
 
-    own = {name: value for name, value in model.state_dict().items()
-           if kind not in BACKBONES or name.startswith('backbone.')}
+    own = {
+        name: value
+        for name, value in model.state_dict().items()
+        if kind not in BACKBONES or name.startswith('backbone.')
+    }
     state = OrderedDict((name, value) for name, value in state.items() if name in own)
     # Splits are used with the router that they order.
     used = {source for name, source in sources.items() if name.replace('splits', 'router.weight') in state}
     other = _differences(model, state, own, grains, fits=config is not None)
-    partial = [f'{source}: in SRC, but not in the model' for source in dict.fromkeys(sources.values())
-               if source not in used]
+    partial = [
+        f'{source}: in SRC, but not in the model' for source in dict.fromkeys(sources.values()) if source not in used
+    ]
     partial += [f'{name}: in the model, but not in SRC' for name in own if name not in state]
-    if other or not state or partial and not allow_partial:
+    if other or not state or (partial and not allow_partial):
         fix = '' if other or not state else ', or --allow-partial to go on without the tensors above'
-        raise ValueError(f'{src} does not fit {config or "the architecture that its names tell of"}:\n  '
-                         + '\n  '.join(other + partial) + f'\nGive the KIND that it is of, a --config that fits{fix}.')
+        raise ValueError(
+            f'{src} does not fit {config or "the architecture that its names tell of"}:\n  '
+            + '\n  '.join(other + partial)
+            + f'\nGive the KIND that it is of, a --config that fits{fix}.'
+        )
     state._metadata = dict(backbone=dict(grids=_square_grids(state)))
     model.load_state_dict(state, strict=False)
 
@@ -331,24 +367,31 @@ def convert(kind: str, src: str | Path, dst: str | Path, config: str | None = No
         source=Path(src).name,
         granularities={name: grain['granularities'] for name, grain in layers.items()},
         region_sizes={name: grain['region_size'] for name, grain in layers.items()},
-        backbone=options)
+        backbone=options,
+    )
     Path(dst).parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(state_dict=state, meta=meta), dst)
     left_out = [name for name in weights if name not in used]
     size = sum(state[name].numel() for name, _ in model.named_parameters() if name in state)
-    return [*(f'left out: {name}' for name in left_out), *notes,
-            f'{dst}: {len(used)} tensors converted, {len(left_out)} left out, {size:,} parameters']
+    return [
+        *(f'left out: {name}' for name in left_out),
+        *notes,
+        f'{dst}: {len(used)} tensors converted, {len(left_out)} left out, {size:,} parameters',
+    ]
 
 
 def _square_grids(state):
     """(h, w) of the map of each position embedding of the backbone, by name; all kinds are trained on squares."""
-    sides = {name.removeprefix('backbone.'): square_side(value.shape[1]) for name, value in state.items()
-             if re.match(r'backbone\..*pos_embed$', name)}
+    sides = {
+        name.removeprefix('backbone.'): square_side(value.shape[1])
+        for name, value in state.items()
+        if re.match(r'backbone\..*pos_embed$', name)
+    }
     return {name: (side, side) for name, side in sides.items() if side}
 
 
 def _untold(kind, backbones, has_class_token, config):
-    """Options of a pyramid for maps that its tensors do not tell, and lines that say them and where the model differs."""
+    """Options of a pyramid for maps that its tensors do not tell, and lines that say them and how the model differs."""
     backbone = next((backbone for backbone in backbones if isinstance(backbone, PVT)), None)
     if backbone is None or kind not in TRAINED_WITH:
         return {}, []
@@ -360,8 +403,11 @@ def _untold(kind, backbones, has_class_token, config):
         if backbone.out_type == 'featmap':
             here['with_cls_token'] = backbone.stages[-1].num_extra > 0
     notes = [f'To compute what SRC did, a backbone for maps needs {", ".join(f"{k}={v}" for k, v in options.items())}.']
-    notes += [f'{config} has {name}={value}: write {name}={options[name]} in its backbone.'
-              for name, value in here.items() if name in options and value != options[name]]
+    notes += [
+        f'{config} has {name}={value}: write {name}={options[name]} in its backbone.'
+        for name, value in here.items()
+        if name in options and value != options[name]
+    ]
     return options, notes
 
 

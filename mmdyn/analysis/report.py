@@ -2,6 +2,7 @@
 
 The tables have all columns for the CPU, and seconds and the ratio of times for a GPU. Of a GPU alone they have all.
 """
+
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,8 +26,9 @@ SUITES = dict(
     det='backbones on images for detection',
     seg='backbones on images for segmentation',
     cfvit='classification by CF-ViT, when a share of the images stops at the coarse stage',
-    train='one training iteration, forward and backward')
-LEGEND = '''\
+    train='one training iteration, forward and backward',
+)
+LEGEND = """\
 A model's name is followed by the shape of its images, batch x height x width. The first case of a model is what the
 ratios of the others refer to.
 
@@ -48,7 +50,7 @@ samples with mmcv's function for the CPU) are peers with the weights of the dens
 name is all its attention layers on random tokens. *bfloat16* runs under autocast;
 its ratios refer to the float32 of the first case. In training, *DGE dense* runs all granularities, but those that its
 gates reject are not counted.
-'''
+"""
 
 
 def read(files: Iterable[Path]) -> dict[str, dict]:
@@ -63,8 +65,10 @@ def read(files: Iterable[Path]) -> dict[str, dict]:
             result = json.loads(Path(file).read_text())
             device, _ = result['device'], result['groups']
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{file} is no result of benchmark.py ({type(error).__name__}: {error}): give a '
-                             'benchmark.json that it wrote.') from error
+            raise ValueError(
+                f'{file} is no result of benchmark.py ({type(error).__name__}: {error}): give a '
+                'benchmark.json that it wrote.'
+            ) from error
         if device in seen:
             raise ValueError(f'{seen[device]} and {file} are both of device {device}: give one file of each device.')
         seen[device], results[str(file)] = file, result
@@ -91,8 +95,10 @@ def table(groups: list[dict], gpu: list[dict] | None = None) -> str:
             lines.append([model, case, *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ['-' * width if i < 2 else '-' * (width - 1) + ':' for i, width in enumerate(widths)])
-    aligned = ((text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths)))
-               for line in lines)
+    aligned = (
+        (text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths)))
+        for line in lines
+    )
     return '\n'.join(f'| {" | ".join(line)} |' for line in aligned)
 
 
@@ -111,10 +117,16 @@ def markdown(results: dict[str, dict]) -> str:
     first, *others = results.values()
     commands = [result['command'] for result in results.values()]
     commands.append(f'python tools/analysis_tools/benchmark_report.py {" ".join(results)}')
-    parts = ['# Speed and memory', 'Measured and written by', '```bash\n' + '\n'.join(commands) + '\n```',
-             f'The last command alone writes this file and the plot from {" and ".join(results)}. Do not edit it.',
-             environments(results.values()), '## How to read it', LEGEND.format(ratio=first['query_ratio']).rstrip(),
-             '![Ratio of times and of multiply-adds](benchmark.png)']
+    parts = [
+        '# Speed and memory',
+        'Measured and written by',
+        '```bash\n' + '\n'.join(commands) + '\n```',
+        f'The last command alone writes this file and the plot from {" and ".join(results)}. Do not edit it.',
+        environments(results.values()),
+        '## How to read it',
+        LEGEND.format(ratio=first['query_ratio']).rstrip(),
+        '![Ratio of times and of multiply-adds](benchmark.png)',
+    ]
     # The columns of a GPU are there before there are any numbers for them.
     gpu = others[0] if others else dict(groups=[])
     for suite, text in SUITES.items():
@@ -128,8 +140,12 @@ def environments(results: Iterable[dict]) -> str:
     """A Markdown table of what was measured on what, with a column for each result."""
     columns = []
     for result in results:
-        found = {'device': result['device'], 'precision': result['dtype'], 'runs of each case': result['rounds'],
-                 **result['environment']}
+        found = {
+            'device': result['device'],
+            'precision': result['dtype'],
+            'runs of each case': result['rounds'],
+            **result['environment'],
+        }
         for name, value in result['limits'].items():
             text = 'copy, GB/s (read and written)' if name == 'copy' else f'product of matrices, {name}, GFLOP/s'
             found[text] = f'{value:.0f}'
@@ -139,7 +155,7 @@ def environments(results: Iterable[dict]) -> str:
     return '\n'.join([lines[0], '|---' * (1 + len(columns)) + '|', *lines[1:]])
 
 
-def draw_panel(axes: Axes, groups: list[dict], limit: float = 2.) -> int:
+def draw_panel(axes: Axes, groups: list[dict], limit: float = 2.0) -> int:
     """Bars of the ratio of times, with a mark at that of multiply-adds; returns the number of lines."""
     names, line = {}, 0
     for group in groups:
@@ -151,9 +167,15 @@ def draw_panel(axes: Axes, groups: list[dict], limit: float = 2.) -> int:
             axes.barh(line, shown, color='C0', height=0.7)
             axes.plot([macs, macs], [line - 0.3, line + 0.3], color='C1', linewidth=2.5)
             # Beyond the limit a bar is cut.
-            axes.annotate(f'{time:.2f}' + ' →' * (time > limit), (max(shown, macs), line), (4, 0),
-                          textcoords='offset points', fontsize=7, va='center',
-                          bbox=dict(fc='white', ec='none', pad=0.5))
+            axes.annotate(
+                f'{time:.2f}' + ' →' * (time > limit),
+                (max(shown, macs), line),
+                (4, 0),
+                textcoords='offset points',
+                fontsize=7,
+                va='center',
+                bbox=dict(fc='white', ec='none', pad=0.5),
+            )
         line += 2
     axes.axvline(1, color='black', linewidth=0.8, zorder=0)
     axes.set_yticks(list(names), list(names.values()), fontsize=7)
@@ -174,11 +196,11 @@ def draw(result: dict, path: Path) -> None:
     figure = Figure(layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     lines = [draw_panel(axes, of_suite(result, suite)) for axes, suite in zip(panels, suites)]
-    heights = [max(lines[columns * i:columns * (i + 1)]) for i in range(rows)]
+    heights = [max(lines[columns * i : columns * (i + 1)]) for i in range(rows)]
     for i, (axes, suite) in enumerate(zip(panels, suites)):
         axes.set_title(suite, fontsize=9)
         axes.set_ylim(heights[i // columns], -1)  # of all panels of a row, so that their bars are alike
-    for axes in panels[len(suites):]:
+    for axes in panels[len(suites) :]:
         axes.remove()
     figure.set_size_inches(3.8 * columns, 0.8 * rows + 0.16 * sum(heights))
     panels[0].get_gridspec().set_height_ratios(heights)

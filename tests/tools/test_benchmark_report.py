@@ -1,4 +1,5 @@
 """The command line; the report itself is tested in tests/analysis/test_report.py."""
+
 import importlib.util
 import json
 import sys
@@ -14,8 +15,16 @@ tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
 ROW = dict(seconds=0.25, spread=0.5, time_ratio=1, macs_ratio=1, efficiency=1, peak_memory=3e6, memory_ratio=1)
-RESULT = dict(command='some command', device='cpu', dtype='float32', rounds=7, query_ratio=0.4, environment={}, limits={},
-              groups=[dict(suite='det', arch='PVT-tiny', shape=[64, 96], batch=1, rows=dict(dense=ROW))])
+RESULT = dict(
+    command='some command',
+    device='cpu',
+    dtype='float32',
+    rounds=7,
+    query_ratio=0.4,
+    environment={},
+    limits={},
+    groups=[dict(suite='det', arch='PVT-tiny', shape=[64, 96], batch=1, rows=dict(dense=ROW))],
+)
 
 
 @pytest.mark.parametrize('out', [None, 'out'])

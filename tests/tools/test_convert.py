@@ -1,4 +1,5 @@
 """The command line of the converter; what it does is tested in tests/analysis/test_conversion.py."""
+
 import importlib.util
 from pathlib import Path
 
@@ -14,12 +15,14 @@ spec = importlib.util.spec_from_file_location('convert', ROOT / 'tools/model_con
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
-BACKBONE = dict(type='mmdyn.DeiT', arch=dict(embed_dim=16, depth=1, num_heads=2, mlp_ratio=2), img_size=32, patch_size=8)
+BACKBONE = dict(
+    type='mmdyn.DeiT', arch=dict(embed_dim=16, depth=1, num_heads=2, mlp_ratio=2), img_size=32, patch_size=8
+)
 
 
 @pytest.fixture
 def files(tmp_path):
-    """A checkpoint of the DGE authors' DeiT with a tensor too many, where its conversion goes, and a config that fits."""
+    """The DGE authors' DeiT with a tensor too many, a place for its conversion, and a config that fits."""
     state = DeiT(**{name: value for name, value in BACKBONE.items() if name != 'type'}).state_dict()
     weights = {name.replace('ffn', 'mlp'): value for name, value in state.items()}
     weights.update({'head.weight': torch.ones(3, 16), 'head.bias': torch.ones(3), 'extra': torch.ones(1)})

@@ -1,4 +1,5 @@
 """A tool is a command line: what two of them need is in the package."""
+
 import ast
 from pathlib import Path
 

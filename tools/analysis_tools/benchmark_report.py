@@ -2,6 +2,7 @@
 
 The tables have all columns for the CPU, and seconds and the ratio of times for a GPU. Of a GPU alone they have all.
 """
+
 import argparse
 from pathlib import Path
 

@@ -3,9 +3,10 @@
 KIND says who wrote SRC: vtpack (the DGE authors, PVT, DPVT and DeiT), pvt (the PVT authors), deit (the DeiT authors,
 timm), lvvit (the LV-ViT authors), cfvit (the CF-ViT authors, on DeiT or LV-ViT, of any coarse grid), mmdet-pvt (mmdet's
 PyramidVisionTransformer, alone or in a detector), mmpretrain-deit (mmpretrain's VisionTransformer and
-DistilledVisionTransformer classifiers). SRC is a file of torch.save or of safetensors. DST serves as load_from and, with
-prefix='backbone.', as init_cfg. DST of deit and lvvit starts a training of CF-ViT as well.
+DistilledVisionTransformer classifiers). SRC is a file of torch.save or of safetensors. DST serves as load_from and,
+with prefix='backbone.', as init_cfg. DST of deit and lvvit starts a training of CF-ViT as well.
 """
+
 import argparse
 import sys
 

@@ -2,6 +2,7 @@
 
 After loading, each tensor of the checkpoint is in use, or was adapted or left out in a way that the log names.
 """
+
 import math
 import re
 from collections.abc import Iterable
@@ -62,8 +63,16 @@ def note_grids(backbone: 'DynamicBackbone', state: dict, prefix: str, local_meta
     local_metadata['grids'] = {name: tuple(shape) for name, shape, _ in backbone.position_embeddings()}
 
 
-def fit_checkpoint(backbone: 'DynamicBackbone', state: dict, prefix: str, local_metadata: dict, strict: bool,
-                   missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+def fit_checkpoint(
+    backbone: 'DynamicBackbone',
+    state: dict,
+    prefix: str,
+    local_metadata: dict,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
     """Before loading: adapt what was trained with other options, and refuse what would be lost.
 
     Position embeddings are resized, weights of RGB images fitted to other ``in_channels``; what dense prediction has no
@@ -86,10 +95,13 @@ def fit_checkpoint(backbone: 'DynamicBackbone', state: dict, prefix: str, local_
     adapted += _fit_channels(state, prefix, own)
 
     def is_router(name):
-        return re.search(r'(^|\.)dge\.\d+\.router\.', name[len(prefix):])
+        return re.search(r'(^|\.)dge\.\d+\.router\.', name[len(prefix) :])
 
-    unused = [name for name in saved - set(own) if is_router(name) or re.fullmatch(
-        r'cls_token|dist_token|norm\.(weight|bias)', name[len(prefix):])]
+    unused = [
+        name
+        for name in saved - set(own)
+        if is_router(name) or re.fullmatch(r'cls_token|dist_token|norm\.(weight|bias)', name[len(prefix) :])
+    ]
     for name in unused:
         del state[name]
     if unused:
@@ -124,7 +136,8 @@ def _fit_positions(backbone, state, prefix, own, grids):
                     f'this {type(backbone).__name__}, and the checkpoint does not say which. If it was trained on '
                     'squares, give the img_size that it was trained on: position embeddings are resized to the images '
                     'that come. If it was trained with this img_size, load the whole file, by load_from or without '
-                    'prefix, so that the metadata of its state_dict() tell.')
+                    'prefix, so that the metadata of its state_dict() tell.'
+                )
             grid = shape
         before = state[name].shape[1]
         if grid is not None and not 0 <= before - math.prod(grid) <= 2:
@@ -148,7 +161,7 @@ def _fit_channels(state, prefix, own):
     channels = own[name].shape[1]
     state[name] = rgb_weights_for(state[name], channels)
     how = 'their sum' if channels == 1 else f'them in turns, times 3 / {channels}'
-    return [f'{name[len(prefix):]}: of three channels (RGB) in the checkpoint, for in_channels={channels} takes {how}']
+    return [f'{name[len(prefix) :]}: of three channels (RGB) in the checkpoint, for in_channels={channels} takes {how}']
 
 
 def rgb_weights_for(weight: Tensor, channels: int) -> Tensor:
@@ -164,58 +177,77 @@ def rgb_weights_for(weight: Tensor, channels: int) -> Tensor:
 def _refuse_other_names(name_of, own, prefix, saved, others):
     """Raise ValueError if none of the ``saved`` names is the backbone's, or if its names are among ``others``."""
     found = sorted(saved or others)
-    kind, first = foreign_kind(found), _first_convolution(own)[len(prefix):]  # which no whole backbone lacks
-    before = next((name.removesuffix(first) for name in found if re.fullmatch(rf'(.*\.)?{re.escape(first)}', name)), None)
+    kind, first = foreign_kind(found), _first_convolution(own)[len(prefix) :]  # which no whole backbone lacks
+    before = next(
+        (name.removesuffix(first) for name in found if re.fullmatch(rf'(.*\.)?{re.escape(first)}', name)), None
+    )
     if not saved and kind is None and before is None:
         return
     told = f'Nothing in the checkpoint would be loaded into this {name_of}. '
     if kind is None and before is not None:
         of_model = f', and not {prefix!r}' if prefix else ''
         option = f', prefix={before!r}' if before else ''
-        raise ValueError(told + f"Its names have {before or 'nothing'!r} in front{of_model}: load it by the backbone's "
-                         f"init_cfg=dict(type='Pretrained', checkpoint=...{option}).")
-    raise ValueError(told + f'Its names are {", ".join(found[:3])}, ..., and not such as {prefix}{first}. '
-                     + _how_to_convert(kind))
+        raise ValueError(
+            told + f"Its names have {before or 'nothing'!r} in front{of_model}: load it by the backbone's "
+            f"init_cfg=dict(type='Pretrained', checkpoint=...{option})."
+        )
+    raise ValueError(
+        told + f'Its names are {", ".join(found[:3])}, ..., and not such as {prefix}{first}. ' + _how_to_convert(kind)
+    )
 
 
 def _how_to_convert(kind):
     convert = f'python tools/model_converters/convert.py {kind or "KIND"} SRC DST'
     if kind is None:
-        return (f'If another program wrote it, convert it by: {convert} (--help lists each KIND). If it is of another '
-                'backbone, give the type and arch of that one, or take its tensors out of the file.')
+        return (
+            f'If another program wrote it, convert it by: {convert} (--help lists each KIND). If it is of another '
+            'backbone, give the type and arch of that one, or take its tensors out of the file.'
+        )
     # The dense PVT of both authors has the same names.
     kinds = "'pvt' (or 'vtpack', if the authors of DGE trained it)" if kind == 'pvt' else repr(kind)
-    return (f'They are of the kind {kinds}. Convert the file by: {convert}. Then load DST by load_from or, into a '
-            "backbone, by init_cfg=dict(type='Pretrained', checkpoint=DST, prefix='backbone.').")
+    return (
+        f'They are of the kind {kinds}. Convert the file by: {convert}. Then load DST by load_from or, into a '
+        "backbone, by init_cfg=dict(type='Pretrained', checkpoint=DST, prefix='backbone.')."
+    )
 
 
 def _refuse_differences(name_of, own, prefix, saved, left_over, state, is_whole):
     """Raise ValueError if tensors or blocks are of another architecture, or would be lost."""
     kind = foreign_kind(left_over)
     if kind:
-        raise ValueError(f'Another program wrote the checkpoint: this {name_of} has no {_names(left_over, prefix)}. '
-                         + _how_to_convert(kind))
+        raise ValueError(
+            f'Another program wrote the checkpoint: this {name_of} has no {_names(left_over, prefix)}. '
+            + _how_to_convert(kind)
+        )
 
     def parts_of(names):
-        blocks = [re.match(r'(stages\.\d+\.)?blocks\.\d+\.(attn\.\w+)?', name[len(prefix):]) for name in names]
+        blocks = [re.match(r'(stages\.\d+\.)?blocks\.\d+\.(attn\.\w+)?', name[len(prefix) :]) for name in names]
         kinds = {re.sub(r'\d+', '*', match.group()) for match in blocks if match and match[2]}
         return kinds | {re.sub(r'attn\.\w+$', '', match.group()) for match in blocks if match}
 
-    differences = [f'{name[len(prefix):]}: {tuple(state[name].shape)} in the checkpoint, {tuple(own[name].shape)} in the '
-                   'model' for name in own if name in state and state[name].shape != own[name].shape]
+    differences = [
+        f'{name[len(prefix) :]}: {tuple(state[name].shape)} in the checkpoint, {tuple(own[name].shape)} in the model'
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
     only_saved = sorted(parts_of(saved) - parts_of(own))
     differences += [f'{name}*: only in the model' for name in sorted(parts_of(own) - parts_of(saved)) if is_whole]
     differences += [f'{name}*: only in the checkpoint' for name in only_saved]
     told = '|'.join(re.escape(part).replace(r'\*', r'\d+') for part in only_saved)
-    differences += [f'{name}: only in the checkpoint' for name in sorted(name[len(prefix):] for name in left_over)
-                    if not told or not re.match(told, name)]
+    differences += [
+        f'{name}: only in the checkpoint'
+        for name in sorted(name[len(prefix) :] for name in left_over)
+        if not told or not re.match(told, name)
+    ]
     if differences:
-        raise ValueError(f'The checkpoint is of another architecture than this {name_of}. Give the arch and dge options, '
-                         'and in_channels, that it was trained with; where a tensor is to be lost, take it out of the '
-                         'file. What differs:\n  ' + '\n  '.join(differences))
+        raise ValueError(
+            f'The checkpoint is of another architecture than this {name_of}. Give the arch and dge options, '
+            'and in_channels, that it was trained with; where a tensor is to be lost, take it out of the '
+            'file. What differs:\n  ' + '\n  '.join(differences)
+        )
 
 
 def _names(names, prefix):
     """Names without the prefix; numbered ones by one name with stars."""
-    short = dict.fromkeys(re.sub(r'\b\d+\b', '*', name[len(prefix):]) for name in sorted(names))
+    short = dict.fromkeys(re.sub(r'\b\d+\b', '*', name[len(prefix) :]) for name in sorted(names))
     return ', '.join(list(short)[:5]) + ', ...' * (len(short) > 5)
