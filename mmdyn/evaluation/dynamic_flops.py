@@ -27,7 +27,7 @@ def owners_of_passes(sizes: list[int], samples: Sequence[dict]) -> list[Tensor |
         For each pass (size,) indices into ``samples``, or None where nothing tells.
     """
     num = len(samples)
-    goes_on = [i for i, sample in enumerate(samples) if sample.get('exit_stage')]
+    goes_on = [i for i, sample in enumerate(samples) if isinstance(sample, dict) and sample.get('exit_stage')]
     owners = []
     for size in sizes:
         if size % num == 0:  # views of an image that share a pass lie together
