@@ -10,10 +10,10 @@ from ..models.dge import DynamicGrainedEncoder
 NEARLY_ALL = 0.99
 
 ADVICE = {
-    True: 'the routers feel too little of the budget. Lower budget or raise weight of BudgetHook, or let the routers learn '
-          "faster: optim_wrapper=dict(paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=10.)})).",
-    False: 'the budget outweighs the task. Raise budget or lower weight of BudgetHook, start from a checkpoint of the dense '
-           "model, or give each granularity a gradient: dge=dict(train_mode='dense').",
+    True: 'the routers feel too little of the budget. Lower budget or raise weight of BudgetHook, or let the routers '
+          "learn faster: optim_wrapper=dict(paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=10.)})).",
+    False: 'the budget outweighs the task. Raise budget or lower weight of BudgetHook, start from a checkpoint of the '
+           "dense model, or give each granularity a gradient: dge=dict(train_mode='dense').",
 }
 
 
@@ -79,7 +79,7 @@ class CollapseWatch:
                 news.setdefault((phi, finest), []).append(f'{layer} (since iteration {known[1]})')
         return [
             f'{"All layers with DGE have" if len(layers) == len(shares) else "A part of the layers with DGE has"} '
-            f'collapsed: for at least {self.patience} iterations {NEARLY_ALL:.0%} or more of the regions chose granularity '
-            f'{phi} in {", ".join(layers)}. If that is not wanted, {ADVICE[finest]}'
+            f'collapsed: for at least {self.patience} iterations {NEARLY_ALL:.0%} or more of the regions chose '
+            f'granularity {phi} in {", ".join(layers)}. If that is not wanted, {ADVICE[finest]}'
             for (phi, finest), layers in news.items()
         ]

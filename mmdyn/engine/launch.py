@@ -40,13 +40,13 @@ def load_config(args: argparse.Namespace) -> Config:
 def prepare_processes_without_devices(cfg: Config) -> None:
     """Let several processes that torch's launcher started run on CPUs, where mmengine expects a device for each.
 
-    They communicate by gloo, and what mmengine would do on devices only is changed in the config: the device that a model's
-    wrapper is told, and batch norms over all processes, which become those of each process.
+    They communicate by gloo, and what works on devices only is changed in the config: the device that a model's wrapper
+    is told, and batch norms over all processes, which become those of each process.
     """
-    options = cfg.get('env_cfg', {}).get('dist_cfg', {})
+    seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
     if not dist.is_initialized():
         # mmengine leaves a group alone that it finds.
-        dist.init_process_group('gloo', **({'timeout': timedelta(seconds=options['timeout'])} if 'timeout' in options else {}))
+        dist.init_process_group('gloo', timeout=None if seconds is None else timedelta(seconds=seconds))
     defaults = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
                     find_unused_parameters=cfg.get('find_unused_parameters', False))
     cfg.model_wrapper_cfg = {**(cfg.get('model_wrapper_cfg') or defaults), 'device_ids': None}

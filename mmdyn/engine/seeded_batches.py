@@ -113,8 +113,8 @@ def number_batches(loader: DataLoader, *key: int) -> DataLoader | None:
     """A loader like ``loader`` that gives the same batches, numbered and seeded by a key of integers >= 0.
 
     Returns:
-        None for a loader whose batches cannot be numbered: one of a class of its own, without batches, or of an iterable
-        data set.
+        None for a loader whose batches cannot be numbered: one of a class of its own, without batches, or of an
+        iterable data set.
     """
     if (type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset)
             or getattr(loader.batch_sampler, 'sampler', None) is None):
@@ -133,7 +133,7 @@ class EndlessBatches:
 
     Args:
         loader: begins where the training goes on.
-        passed: batches that the training did in an earlier run and asks for once more to get there: they are not loaded.
+        passed: batches that the training did in an earlier run and asks for again to get there: they are not loaded.
     """
 
     def __init__(self, loader: DataLoader, passed: int):

@@ -5,14 +5,14 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.logging import print_log
+from mmengine.logging import MessageHub, print_log
 from torch import Tensor
 
 from ..analysis.complexity import BackboneCost, CostMeter
 from ..registry import METRICS
 
-# A layer is said to spend the same on all images if the query ratios of this share of at least so many images lie within
-# the tolerance around their median.
+# A layer is said to spend the same on all images if the query ratios of this share of at least so many images lie
+# within the tolerance around their median.
 ALIKE, LEAST_IMAGES, TOLERANCE = 0.99, 8, 0.01
 
 
@@ -48,11 +48,11 @@ class DynamicFLOPs(BaseMetric):
     """What the dynamic backbone spent on the test set, beside any other metric and for any task.
 
     Reports, as averages over the images: ``gflops`` the backbone's multiply-adds in 1e9, ``gflops_dense`` those without
-    DGE, ``query_ratio`` beta of eq. 7, and ``query_ratio/<layer>`` for each layer with DGE. All forward passes of an image
-    count, as in test-time augmentation and slide inference; ``gflops`` is their sum, and a ratio their mean. Each image
-    has a cost of its own, so that the averages depend neither on the batch size nor on the number of processes.
+    DGE, ``query_ratio`` beta of eq. 7, and ``query_ratio/<layer>`` for each layer with DGE. All forward passes of an
+    image count, as in test-time augmentation and slide inference; ``gflops`` is their sum, and a ratio their mean. Each
+    image has a cost of its own, so that the averages depend neither on the batch size nor on the number of processes.
 
-    After the test, a warning in the log names the layers that spent the same on nearly all images.
+    After a test, a warning in the log names the layers that spent the same on nearly all images.
 
     Args:
         per_layer: whether to report each layer.
@@ -71,8 +71,8 @@ class DynamicFLOPs(BaseMetric):
         """Note of each image what the forward passes since the last call spent on it."""
         costs = self._meter.take()
         if not costs:
-            raise ValueError('DynamicFLOPs saw no forward pass of an mmdyn backbone: use one (e.g. mmdyn.PVT), or leave '
-                             'out the metric.')
+            raise ValueError('DynamicFLOPs saw no forward pass of an mmdyn backbone: use one (e.g. mmdyn.PVT), or '
+                             'leave out the metric.')
         num, sums, counts = len(data_samples), {}, {}
         owners = owners_of_passes([len(cost.query_ratio) for cost in costs], data_samples) if num else []
         for cost, owner in zip(costs, owners):
@@ -89,7 +89,8 @@ class DynamicFLOPs(BaseMetric):
             if name.startswith('query_ratio'):
                 sums[name] = sums[name] / counts[name]
         # One entry for each image: mmengine cuts what was gathered from all processes to the size of the data set.
-        self.results += [dict(zip(sums, values)) for values in torch.stack([*sums.values()], dim=1).tolist()] if sums else []
+        if sums:
+            self.results += [dict(zip(sums, values)) for values in torch.stack([*sums.values()], dim=1).tolist()]
 
     @staticmethod
     def _columns(cost: BackboneCost) -> dict[str, Tensor]:
@@ -104,15 +105,17 @@ class DynamicFLOPs(BaseMetric):
     def _say_that_passes_are_shared(self) -> None:
         if not self._shares_equally:
             self._shares_equally = True
-            print_log('DynamicFLOPs: some forward passes have fewer images than the batch, and nothing tells which. They '
-                      "are shared equally among the batch's images.", 'current', logging.WARNING)
+            print_log('DynamicFLOPs: some forward passes have fewer images than the batch, and nothing tells which. '
+                      "They are shared equally among the batch's images.", 'current', logging.WARNING)
 
     def compute_metrics(self, results: list[dict]) -> dict:
         """Average over the images."""
         if not results:
             return OrderedDict()
         columns = {name: [result[name] for result in results] for name in results[0]}
-        self._warn_of_collapse({name.partition('/')[2]: values for name, values in columns.items() if '/' in name})
+        # A validation is part of a training, whose hooks look at the routers and know for how long.
+        if MessageHub.get_current_instance().get_info('loop_stage') != 'val':
+            self._warn_of_collapse({name.partition('/')[2]: values for name, values in columns.items() if '/' in name})
         return OrderedDict((name, sum(values) / len(values)) for name, values in columns.items()
                            if self.per_layer or '/' not in name)
 
@@ -130,5 +133,5 @@ class DynamicFLOPs(BaseMetric):
         print_log(
             f'{"All" if len(alike) == len(ratios) else "Some"} layers with DGE spend the same share of queries, in '
             f'brackets, on at least {ALIKE:.0%} of the {len(values)} images: {layers}. Their regions choose one '
-            'granularity, whatever the image. draw_gates.py shows it; the log of the training says since when, and what '
-            'to try.', 'current', logging.WARNING)
+            'granularity, whatever the image. draw_gates.py shows it; the log of the training says since when, and '
+            'what to try.', 'current', logging.WARNING)

@@ -92,9 +92,10 @@ def call(script, *args, cwd=ROOT, **environment):
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    return subprocess.run(['bash', str(ROOT / 'tools' / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, 'PATH': path, 'PYTHONPATH': f'{ROOT}:{cwd}', 'PORT': str(port),
-                                            'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo', **environment})
+    environment = {**os.environ, 'PATH': path, 'PYTHONPATH': f'{ROOT}:{cwd}', 'PORT': str(port), 'OMP_NUM_THREADS': '1',
+                   'GLOO_SOCKET_IFNAME': 'lo', **environment}
+    return subprocess.run(['bash', str(ROOT / 'tools' / script), *map(str, args)], cwd=cwd, env=environment,
+                          timeout=300, capture_output=True, text=True)
 
 
 def losses(work_dir):
@@ -146,7 +147,7 @@ def test_testing_in_two_processes(folder, trained):
     ('dist_train.sh', [], 'Usage: dist_train.sh CONFIG PROCESSES [options of train.py]'),
     ('dist_train.sh', ['config.py'], 'Usage: dist_train.sh'),
     ('dist_train.sh', ['config.py', '--resume'], 'Usage: dist_train.sh'),
-    ('dist_test.sh', ['config.py', 'epoch_1.pth'], 'Usage: dist_test.sh CONFIG CHECKPOINT PROCESSES [options of test.py]'),
+    ('dist_test.sh', ['config.py', 'epoch_1.pth'], 'Usage: dist_test.sh CONFIG CHECKPOINT PROCESSES [options'),
     ('dist_test.sh', ['config.py', '2', 'epoch_1.pth'], 'Usage: dist_test.sh'),
 ])
 def test_usage(script, args, usage):
@@ -156,8 +157,8 @@ def test_usage(script, args, usage):
 
 def test_config_of_processes_without_devices(monkeypatch):
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
-    cfg = Config(dict(model=dict(neck=[dict(norm_cfg=dict(type='SyncBN', eps=1e-3))], head=dict(norm_cfg=dict(type='GN'))),
-                      find_unused_parameters=True))
+    cfg = Config(dict(find_unused_parameters=True, model=dict(
+        neck=[dict(norm_cfg=dict(type='SyncBN', eps=1e-3))], head=dict(norm_cfg=dict(type='GN')))))
     prepare_processes_without_devices(cfg)
     assert cfg.model.neck[0].norm_cfg == dict(type='BN', eps=1e-3) and cfg.model.head.norm_cfg.type == 'GN'
     assert cfg.model_wrapper_cfg == dict(type='MMDistributedDataParallel', broadcast_buffers=False,

@@ -17,8 +17,8 @@ class BudgetHook(LossHook):
     Adds ``loss_budget`` = weight * (beta - budget)^2 to the losses that the model returns, and ``query_ratio`` = beta to
     the log. Beta is averaged over the batch and over all processes.
 
-    Each ``log_interval`` iterations a line of the log, and the visualizer's scalars ``query_ratio/<layer>``, tell the query
-    ratio of each layer in that iteration. A warning names the layers in which nearly all regions have been choosing one
+    Each ``log_interval`` iterations a line of the log, and the visualizer's scalars ``query_ratio/<layer>``, tell the
+    query ratio of each layer in that iteration. A warning names the layers in which nearly all regions have chosen one
     granularity for ``patience`` iterations, since when, and what to try.
 
     Args:
@@ -28,8 +28,8 @@ class BudgetHook(LossHook):
         patience: iterations before the warning.
 
     Raises:
-        ValueError: for a budget outside of (0, 1], or intervals that are no positive integers; before training for a model
-            without DGE, or one whose granularities cannot reach the budget.
+        ValueError: for a budget outside of (0, 1], or intervals that are no positive integers; before training for a
+            model without DGE, or one whose granularities cannot reach the budget.
     """
 
     def __init__(self, budget: float = 0.5, weight: float = 1., log_interval: int = 100, patience: int = 1000):
@@ -39,7 +39,7 @@ class BudgetHook(LossHook):
             raise ValueError(f'BudgetHook: weight={weight} must not be negative.')
         for name, value in (('log_interval', log_interval), ('patience', patience)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f'BudgetHook: {name}={value!r}: give a number of iterations, an integer greater than 0.')
+                raise ValueError(f'BudgetHook: {name}={value!r}: give a number of iterations, an integer >= 1.')
         self.budget, self.weight, self.log_interval, self.patience = budget, weight, log_interval, patience
 
     def prepare(self, runner, model: torch.nn.Module) -> None:
@@ -70,9 +70,10 @@ class BudgetHook(LossHook):
         if not self.every_n_train_iters(runner, self.log_interval):
             return
         iteration, layers = runner.iter + 1, look(self._backbones)
+        ratios = {name: ratio for name, (ratio, _) in layers.items()}
         runner.logger.info(f'query_ratio by layer in iteration {iteration}: '
-                           + ', '.join(f'{name} {ratio:.3f}' for name, (ratio, _) in layers.items()))
-        runner.visualizer.add_scalars({f'query_ratio/{name}': ratio for name, (ratio, _) in layers.items()}, step=iteration)
+                           + ', '.join(f'{name} {ratio:.3f}' for name, ratio in ratios.items()))
+        runner.visualizer.add_scalars({f'query_ratio/{name}': ratio for name, ratio in ratios.items()}, step=iteration)
         # The message hub is part of the checkpoints.
         watch = CollapseWatch(self.patience, runner.message_hub.get_info('collapse', {}))
         for warning in watch.warnings(iteration, {name: shares for name, (_, shares) in layers.items()}):

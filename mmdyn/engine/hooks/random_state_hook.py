@@ -35,24 +35,26 @@ def pass_over_broken_checkpoint(work_dir: str) -> None:
         print_log(f'{said}: going on from {newest}.', 'current', logging.WARNING)
         note.write_text(str(newest))
     else:
-        print_log(f'{said}, and no other checkpoint of epochs or iterations is in {folder}.', 'current', logging.WARNING)
+        print_log(f'{said}, and there is no other checkpoint in {folder}.', 'current', logging.WARNING)
 
 
 @HOOKS.register_module()
 class RandomStateHook(Hook):
     """Let a training that was killed and resumed go on exactly as if it had not been.
 
-    All random numbers of an iteration follow from the run's seed, the number of the iteration and the process: gates,
-    drop path, mixing and whatever else draws from the generators of Python, numpy or torch, on the CPU or a device; and,
-    in whichever worker a batch is loaded, its crops and augmentations. So there is no state to be saved, by any process.
-    Epoch-based trainings go on at the batch where they stopped, also inside of an epoch; iteration-based ones pass over
-    the batches that they did without loading them. The order of the data goes on, whether the config sets a seed or not.
+    All random numbers of an iteration follow from the run's seed and the number of the iteration: gates, drop path,
+    mixing and whatever else draws from the generators of Python, numpy or torch, on the CPU or a device. Those of a
+    batch's crops and augmentations follow from its number and the process as well, whichever worker loads it. So there
+    is no state that a process would have to save. Epoch-based trainings go on at the batch where they stopped, also inside
+    of an epoch; iteration-based ones pass over the batches that they did without loading them. The order of the data
+    goes on, whether the config sets a seed or not.
 
     A checkpoint whose writing was cut off is passed over for the newest whole one.
 
-    As it is, the order goes on for mmengine's DefaultSampler and InfiniteSampler, and for those that shuffle by
-    ``seed`` and ``set_epoch``. Transforms that keep something from one image to the next, such as a cache of images to
-    mix, begin anew; and on a GPU sums are reproducible only with ``randomness=dict(deterministic=True)``.
+    The order goes on for mmengine's DefaultSampler and InfiniteSampler, and for those that shuffle by ``seed`` and
+    ``set_epoch``. Transforms that keep something from one image to the next, such as a cache of images to mix, begin
+    anew; on a GPU, sums are reproducible only with ``randomness=dict(deterministic=True)``. As in mmengine, processes
+    draw the same numbers in the model unless ``randomness=dict(diff_rank_seed=True)``.
     """
     # Before the hooks that draw random numbers or save checkpoints.
     priority = 'VERY_HIGH'
@@ -95,8 +97,8 @@ class RandomStateHook(Hook):
             self._done = hub.get_info(DONE_OF_EPOCH, 0) if runner.iter > 0 else 0
             if self._done > len(self._batches):
                 runner.logger.warning(
-                    f'The checkpoint is of a training with more than the {len(self._batches)} batches that an epoch has '
-                    'now: the epoch begins anew.')
+                    f'The checkpoint is of a training with more batches in an epoch than the {len(self._batches)} of '
+                    'this one: the epoch begins anew.')
                 self._done = 0
 
     def before_train_epoch(self, runner) -> None:

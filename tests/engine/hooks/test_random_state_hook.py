@@ -1,26 +1,18 @@
-import json
-import os
 import pickle
 import random
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-import mmdyn
+import mmdyn  # noqa: F401
 from mmdyn.engine.hooks.random_state_hook import pass_over_broken_checkpoint
 from mmdyn.engine.seeded_batches import EndlessBatches, SeededDataset, number_batches, seed_generators, seeded
 
-ROOT = Path(mmdyn.__file__).parents[1]
 IMAGES, BATCH = 10, 3  # four batches in an epoch
 PLAIN = dict(type='ImageClassifier', head=dict(type='LinearClsHead', num_classes=3, in_channels=24))
 MODELS = {
@@ -89,7 +81,7 @@ def make_runner(backbone_config, work_dir, name='dge', loop='epochs', save='epoc
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)), resume=resume, randomness=dict(seed=seed),
         default_hooks=dict(checkpoint=dict(
             type='CheckpointHook', interval=1 if save == 'epoch' else 2, by_epoch=save == 'epoch', max_keep_ckpts=2)),
-        custom_hooks=[*hooks, watch], experiment_name=f'{Path(work_dir).parent.name}{Path(work_dir).name}{resume}{shift}')
+        custom_hooks=[*hooks, watch], experiment_name=f'{work_dir}{resume}{shift}'.replace('/', '-'))
     return runner, watch
 
 
@@ -101,7 +93,7 @@ def stop_workers(runner):
 
 @pytest.fixture
 def train(backbone_config, tmp_path):
-    """Train without a break, and then killed before some iterations and resumed; return the losses and weights of each."""
+    """Train without a break, and then killed before some iterations and resumed; return losses and weights of each."""
 
     def both(kills, **options):
         runner, watch = make_runner(backbone_config, tmp_path / 'whole', **options)
@@ -153,7 +145,7 @@ def test_resume_equals_uninterrupted(train, name, kills):
     ('mix', dict(seed=None, loop='endless', save='iter')),
 ], ids=lambda value: value if isinstance(value, str) else '-'.join(map(str, value.values())))
 def test_loops_workers_and_places(train, name, options):
-    """Without a seed in the config, the resumed run draws another one; the first ones of both trainings draw the same."""
+    """Without a seed in the config, a resumed run draws another one; the first runs of both trainings draw the same."""
     wanted, got = train([7, 9], name=name, **options)
     check(wanted, got)
     # Where checkpoints are of iterations, they are inside of an epoch (6) and at its last batch, before its end (8).
