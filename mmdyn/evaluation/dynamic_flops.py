@@ -8,7 +8,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import MessageHub, print_log
 from torch import Tensor
 
-from ..analysis.complexity import BackboneCost, CostMeter
+from ..models.cost import BackboneCost, CostMeter
 from ..registry import METRICS
 
 # A layer is said to spend the same on all images if the query ratios of this share of at least so many images lie
@@ -61,7 +61,7 @@ class DynamicFLOPs(BaseMetric):
     """
     default_prefix = 'flops'
 
-    def __init__(self, per_layer: bool = True, collect_device: str = 'cpu', prefix=None):
+    def __init__(self, per_layer: bool = True, collect_device: str = 'cpu', prefix: str | None = None) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         self.per_layer = per_layer
         self._meter = CostMeter(training=False)

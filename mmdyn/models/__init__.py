@@ -18,5 +18,5 @@ def register_when_built(name: str, module: str) -> None:
 
 register_when_built('CoarseToFineClassifier', '.classifiers.coarse_to_fine')
 register_when_built('LVViTHead', '.heads.lvvit_head')
-register_when_built('MaskTTAModel', '.tta')
-register_when_built('MixTokenPreprocessor', '.mix_token')
+register_when_built('MaskTTAModel', '.tta.mask_tta')
+register_when_built('MixTokenPreprocessor', '.data_preprocessors.mix_token')

@@ -2,10 +2,12 @@ import logging
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import barrier, master_only
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
+from mmengine.runner import Runner
 
 from ...registry import HOOKS
 from ..seeded_batches import EndlessBatches, NumberedBatches, number_batches, seed_generators
@@ -62,7 +64,7 @@ class RandomStateHook(Hook):
     _batches: NumberedBatches | None = None
     _done: int | None = None
 
-    def before_run(self, runner) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Make sure that there is a whole checkpoint to resume from, now and after the next kill."""
         pass_over_broken_checkpoint(runner.work_dir)
         barrier()
@@ -71,7 +73,7 @@ class RandomStateHook(Hook):
                 'max_keep_ckpts=1 removes the last checkpoint before the next one is written: a run that is killed in '
                 'between cannot be resumed. Write checkpoint=dict(max_keep_ckpts=2), or more, in default_hooks.')
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Number the batches, and put back the seed of their order."""
         loop, hub = runner.train_loop, runner.message_hub
         if not isinstance(getattr(loop.dataloader, 'batch_sampler', None), NumberedBatches):
@@ -101,18 +103,19 @@ class RandomStateHook(Hook):
                     'this one: the epoch begins anew.')
                 self._done = 0
 
-    def before_train_epoch(self, runner) -> None:
+    def before_train_epoch(self, runner: Runner) -> None:
         """Begin where the epoch was left."""
         seed_generators(runner.seed, 0, runner.iter)
         if self._batches is not None and not self._endless:
             self._batches.begin(runner.iter, runner.epoch, self._done)
             runner.message_hub.update_info(DONE_OF_EPOCH, self._done)
 
-    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seed the iteration."""
         seed_generators(runner.seed, 0, runner.iter)
 
-    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                         outputs: dict[str, Any] | None = None) -> None:
         """Note the place, before a checkpoint may be saved."""
         if self._batches is None:
             return
@@ -122,7 +125,7 @@ class RandomStateHook(Hook):
             self._done += 1
             runner.message_hub.update_info(DONE_OF_EPOCH, self._done)
 
-    def after_train_epoch(self, runner) -> None:
+    def after_train_epoch(self, runner: Runner) -> None:
         """The next epoch has its first batch yet to come."""
         if self._batches is not None and not self._endless:
             self._done = 0

@@ -1,7 +1,7 @@
 """What is said about a model before it runs, in place of an error from inside torch."""
 from torch import nn
 
-from ..models.backbones.base import find_backbones
+from .backbones.base import find_backbones
 
 
 def check_channels(model: nn.Module) -> None:
