@@ -1,4 +1,6 @@
 """Layers in which nearly all regions choose one granularity for long: they have stopped to decide by the image."""
+from typing import Any
+
 import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ def encoders_of(backbone: nn.Module) -> list[DynamicGrainedEncoder]:
     return [module for module in backbone.modules() if isinstance(module, DynamicGrainedEncoder)]
 
 
-def shares_of_choices(choice: Tensor, num: int) -> Tensor:
+def count_choices(choice: Tensor, num: int) -> Tensor:
     """(B, rows, columns) indices -> (num,) how many regions chose each granularity, without waiting for the device."""
     return (choice.flatten()[:, None] == torch.arange(num, device=choice.device)).sum(0)
 
@@ -38,8 +40,9 @@ def look(backbones: list[DynamicBackbone]) -> dict[str, tuple[float, dict[int, f
         layers = [layer for layer in backbone.cost.layers if layer.dynamic]
         for layer, encoder in zip(layers, encoders_of(backbone), strict=True):
             name = layer.name if len(backbones) == 1 else f'{number}.{layer.name}'
-            ratio, phis[name] = layer.query_ratio.detach(), encoder.granularities
-            counts = shares_of_choices(encoder.decision.choice, len(encoder.granularities)).to(ratio)
+            ratio, phis[name], decision = layer.query_ratio.detach(), encoder.granularities, encoder.decision
+            assert decision is not None  # or there would be no cost
+            counts = count_choices(decision.choice, len(phis[name])).to(ratio)
             rows[name] = torch.cat([ratio.sum()[None], ratio.new_tensor([len(ratio)]), counts])
     together = torch.cat([*rows.values()])
     all_reduce(together)
@@ -58,15 +61,16 @@ class CollapseWatch:
         state: where to go on: that of the watch of an earlier run.
     """
 
-    def __init__(self, patience: int, state: dict | None = None):
+    def __init__(self, patience: int, state: dict[str, list[Any]] | None = None) -> None:
         # Of each layer that may be collapsing: the granularity, since which iteration, and whether it was told.
-        self.patience, self.state = patience, {} if state is None else state
+        self.patience = patience
+        self.state: dict[str, list[Any]] = {} if state is None else state
 
     def warnings(self, iteration: int, shares: dict[str, dict[int, float]]) -> list[str]:
         """What is to be said about the shares of the regions that chose each granularity in an iteration."""
-        news = {}
+        news: dict[tuple[int, bool], list[str]] = {}
         for layer, share in shares.items():
-            phi = max(share, key=share.get)
+            phi = max(share, key=share.__getitem__)
             if len(share) == 1 or share[phi] < NEARLY_ALL:
                 self.state.pop(layer, None)
                 continue

@@ -3,6 +3,7 @@ import argparse
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
@@ -51,7 +52,7 @@ def prepare_processes_without_devices(cfg: Config) -> None:
                     find_unused_parameters=cfg.get('find_unused_parameters', False))
     cfg.model_wrapper_cfg = {**(cfg.get('model_wrapper_cfg') or defaults), 'device_ids': None}
 
-    def revert(part) -> None:
+    def revert(part: Any) -> None:
         if isinstance(part, dict) and part.get('type') in ('SyncBN', 'MMSyncBN'):
             part['type'] = 'BN'
         for child in part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ():

@@ -1,8 +1,9 @@
 """Batches that follow from their number in the training alone, so that a training may go on at any of them."""
 import random
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def seeded(*key: int) -> Iterator[None]:
         torch.set_rng_state(state[2])
 
 
-class SeededDataset(Dataset):
+class SeededDataset(Dataset[Any]):
     """Passes for a data set; its batches are loaded with random numbers that follow from a key and their number.
 
     Args:
@@ -47,29 +48,29 @@ class SeededDataset(Dataset):
         key: integers >= 0.
     """
 
-    def __init__(self, dataset: Dataset, *key: int):
+    def __init__(self, dataset: Dataset[Any], *key: int) -> None:
         self.__dict__.update(dataset=dataset, key=key)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name in ('dataset', 'key') or name.startswith('__'):  # a copy asks before it has them
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.dataset, name, value)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self.dataset[index]
 
-    def __getitems__(self, numbered: tuple[int, list]) -> list:
+    def __getitems__(self, numbered: tuple[int, list[Any]]) -> list[Any]:
         """What a batch of :class:`NumberedBatches` loads, which torch's DataLoader asks for."""
         number, batch = numbered
         with seeded(*self.key, number):
             several = getattr(self.dataset, '__getitems__', None)
-            return several(batch) if several else [self.dataset[index] for index in batch]
+            return list(several(batch) if several else map(self.dataset.__getitem__, batch))
 
 
 class NumberedBatches:
@@ -79,7 +80,7 @@ class NumberedBatches:
         batches: the batch sampler.
     """
 
-    def __init__(self, batches: BatchSampler):
+    def __init__(self, batches: BatchSampler) -> None:
         self.batches = batches
         self.begin(0)
 
@@ -90,7 +91,7 @@ class NumberedBatches:
         """
         self.number, self.epoch, self.skip = number, epoch, skip
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name == 'batches' or name.startswith('__'):
             raise AttributeError(name)
         return getattr(self.batches, name)
@@ -98,7 +99,7 @@ class NumberedBatches:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[int, list]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
         sampler, skip = self.batches.sampler, self.skip
         if isinstance(sampler, InfiniteSampler):
             # Its iterators go on where the last one stopped; only a new one begins at the beginning.
@@ -109,19 +110,21 @@ class NumberedBatches:
         yield from enumerate(islice(self.batches, skip, None), self.number)
 
 
-def number_batches(loader: DataLoader, *key: int) -> DataLoader | None:
+def number_batches(loader: DataLoader[Any], *key: int) -> DataLoader[Any] | None:
     """A loader like ``loader`` that gives the same batches, numbered and seeded by a key of integers >= 0.
 
     Returns:
         None for a loader whose batches cannot be numbered: one of a class of its own, without batches, or of an
         iterable data set.
     """
-    if (type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset)
-            or getattr(loader.batch_sampler, 'sampler', None) is None):
+    batches: Any = getattr(loader, 'batch_sampler', None)
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or not hasattr(batches, 'sampler'):
         return None
     options = ('num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context',
                'generator', 'prefetch_factor', 'persistent_workers', 'pin_memory_device', 'in_order')
-    numbered = DataLoader(SeededDataset(loader.dataset, *key), batch_sampler=NumberedBatches(loader.batch_sampler),
+    # torch says that batches are lists; it hands them to the data set as they are.
+    numbers: Any = NumberedBatches(batches)
+    numbered = DataLoader(SeededDataset(loader.dataset, *key), batch_sampler=numbers,
                           **{name: getattr(loader, name) for name in options})
     # torch forgets them where there is a batch sampler, but hooks of the frameworks read them.
     vars(numbered).update(batch_size=loader.batch_size, drop_last=loader.drop_last)
@@ -136,17 +139,18 @@ class EndlessBatches:
         passed: batches that the training did in an earlier run and asks for again to get there: they are not loaded.
     """
 
-    def __init__(self, loader: DataLoader, passed: int):
-        self.loader, self.passed, self._iterator = loader, passed, None
+    def __init__(self, loader: DataLoader[Any], passed: int) -> None:
+        self.loader, self.passed = loader, passed
+        self._iterator: Iterator[Any] | None = None
 
-    def __iter__(self):
+    def __iter__(self) -> 'EndlessBatches':
         return self
 
     def skip_iter(self, count: int) -> None:
         """How newer versions of mmengine ask for them."""
         self.passed -= count
 
-    def __next__(self):
+    def __next__(self) -> Any:
         if self.passed > 0:
             self.passed -= 1
             return None

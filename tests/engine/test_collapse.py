@@ -6,7 +6,7 @@ import torch
 from mmengine.logging import MessageHub
 
 from mmdyn.engine import BudgetHook
-from mmdyn.engine.collapse import CollapseWatch, look, shares_of_choices
+from mmdyn.engine.collapse import CollapseWatch, count_choices, look
 from mmdyn.models import PVT
 
 ARCH = dict(embed_dims=(16, 32), depths=(2, 1), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1))
@@ -22,8 +22,8 @@ def backbone(encoders):
     return model
 
 
-def test_shares_of_choices():
-    assert shares_of_choices(torch.tensor([[[0, 2], [2, 2]], [[1, 0], [2, 0]]]), 4).tolist() == [3, 1, 4, 0]
+def test_count_choices():
+    assert count_choices(torch.tensor([[[0, 2], [2, 2]], [[1, 0], [2, 0]]]), 4).tolist() == [3, 1, 4, 0]
 
 
 def test_look(backbone, encoders):
@@ -98,10 +98,10 @@ def test_the_hook_tells_the_log_the_visualizer_and_the_next_run(backbone, caplog
     assert 'chose granularity 4 in stages.0.blocks.0 (since iteration 10)' in warning and 'blocks.1' not in warning
 
 
-@pytest.mark.parametrize('options', [dict(log_interval=0), dict(patience=-1), dict(patience=1.5)])
-def test_intervals_that_are_none(options):
-    with pytest.raises(ValueError, match=f'{[*options][0]}={[*options.values()][0]}: give a number of iterations'):
-        BudgetHook(**options)
+@pytest.mark.parametrize('name, value', [('log_interval', 0), ('patience', -1), ('patience', 1.5)])
+def test_intervals_that_are_none(name, value):
+    with pytest.raises(ValueError, match=f'{name}={value}: give a number of iterations'):
+        BudgetHook(**{name: value})
 
 
 def _worker(rank, world):

@@ -3,8 +3,8 @@ from typing import Any
 import torch
 from mmengine.runner import Runner
 
-from ...models.cost import CostMeter
 from ...models.backbones.base import find_backbones
+from ...models.cost import CostMeter
 from ...models.dge.budget import budget_loss, mean_over_processes
 from ...registry import HOOKS
 from ..collapse import CollapseWatch, look
@@ -48,8 +48,8 @@ class BudgetHook(LossHook):
         """Check the budget against the model."""
         backbones = [backbone for backbone in find_backbones(model) if backbone.has_dge]
         if not backbones:
-            raise ValueError('BudgetHook found no DGE in the model: give its backbone dge=dict(granularities=(1, 2, 4)), '
-                             'or leave out the hook.')
+            raise ValueError('BudgetHook found no DGE in the model: give its backbone '
+                             'dge=dict(granularities=(1, 2, 4)), or leave out the hook.')
         for backbone in backbones:
             least, most = backbone.ratio_bounds()
             if not least <= self.budget <= most:

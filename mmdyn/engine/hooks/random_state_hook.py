@@ -40,16 +40,21 @@ def pass_over_broken_checkpoint(work_dir: str) -> None:
         print_log(f'{said}, and there is no other checkpoint in {folder}.', 'current', logging.WARNING)
 
 
+def begin_iteration(batches: NumberedBatches, iteration: int) -> None:
+    """Let an iteration-based training, whose epochs follow one another in its iterations, begin with one of them."""
+    batches.begin(iteration, *divmod(iteration, max(len(batches), 1)))
+
+
 @HOOKS.register_module()
 class RandomStateHook(Hook):
     """Let a training that was killed and resumed go on exactly as if it had not been.
 
     All random numbers of an iteration follow from the run's seed and the number of the iteration: gates, drop path,
     mixing and whatever else draws from the generators of Python, numpy or torch, on the CPU or a device. Those of a
-    batch's crops and augmentations follow from its number and the process as well, whichever worker loads it. So there
-    is no state that a process would have to save. Epoch-based trainings go on at the batch where they stopped, also inside
-    of an epoch; iteration-based ones pass over the batches that they did without loading them. The order of the data
-    goes on, whether the config sets a seed or not.
+    batch's crops and augmentations follow from its number and the process as well, whichever worker loads it. So no
+    process has a state to save. Epoch-based trainings go on at the batch where they stopped, also inside of an epoch;
+    iteration-based ones pass over the batches that they did without loading them. The order of the data goes on,
+    whether the config sets a seed or not.
 
     A checkpoint whose writing was cut off is passed over for the newest whole one.
 
@@ -62,10 +67,12 @@ class RandomStateHook(Hook):
     priority = 'VERY_HIGH'
 
     _batches: NumberedBatches | None = None
-    _done: int | None = None
+    _endless, _done = False, 0
 
     def before_run(self, runner: Runner) -> None:
         """Make sure that there is a whole checkpoint to resume from, now and after the next kill."""
+        if runner.optim_wrapper is None or isinstance(runner.optim_wrapper, dict):
+            return  # not a training: mmengine builds the optimizer before
         pass_over_broken_checkpoint(runner.work_dir)
         barrier()
         if any(isinstance(hook, CheckpointHook) and hook.max_keep_ckpts == 1 for hook in runner.hooks):
@@ -85,21 +92,21 @@ class RandomStateHook(Hook):
                     'training will see other data. Give it a data set with a length, and a sampler or batch_sampler.')
                 return
             loop.dataloader = loader
-        self._batches = loop.dataloader.batch_sampler
-        sampler = self._batches.sampler
+        batches = self._batches = loop.dataloader.batch_sampler
+        sampler = batches.sampler
         if hasattr(sampler, 'seed'):
             if runner.iter > 0:
                 sampler.seed = hub.get_info(SAMPLER_SEED, sampler.seed)
             hub.update_info(SAMPLER_SEED, sampler.seed)
         self._endless = hasattr(loop, 'dataloader_iterator')
         if self._endless:
-            self._begin(runner.iter)
+            begin_iteration(batches, runner.iter)
             loop.dataloader_iterator = EndlessBatches(loop.dataloader, runner.iter)
         else:
             self._done = hub.get_info(DONE_OF_EPOCH, 0) if runner.iter > 0 else 0
-            if self._done > len(self._batches):
+            if self._done > len(batches):
                 runner.logger.warning(
-                    f'The checkpoint is of a training with more batches in an epoch than the {len(self._batches)} of '
+                    f'The checkpoint is of a training with more batches in an epoch than the {len(batches)} of '
                     'this one: the epoch begins anew.')
                 self._done = 0
 
@@ -120,7 +127,7 @@ class RandomStateHook(Hook):
         if self._batches is None:
             return
         if self._endless:
-            self._begin(runner.iter + 1)
+            begin_iteration(self._batches, runner.iter + 1)
         else:
             self._done += 1
             runner.message_hub.update_info(DONE_OF_EPOCH, self._done)
@@ -130,6 +137,3 @@ class RandomStateHook(Hook):
         if self._batches is not None and not self._endless:
             self._done = 0
             runner.message_hub.update_info(DONE_OF_EPOCH, 0)
-
-    def _begin(self, iteration: int) -> None:
-        self._batches.begin(iteration, *divmod(iteration, len(self._batches)))

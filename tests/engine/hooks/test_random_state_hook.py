@@ -4,8 +4,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from mmengine.dataset import DefaultSampler, InfiniteSampler
-from mmengine.hooks import Hook
+from mmengine.dataset import DefaultSampler, InfiniteSampler, pseudo_collate
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -301,3 +301,54 @@ def test_work_dirs_without_a_checkpoint_or_with_a_remote_one(tmp_path):
     (tmp_path / 'last_checkpoint').write_text('s3://bucket/epoch_1.pth')
     pass_over_broken_checkpoint(str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ['last_checkpoint']
+
+
+def test_only_a_training_touches_what_it_would_resume_from(backbone_config, tmp_path):
+    checkpoint(tmp_path / 'epoch_1.pth')
+    checkpoint(tmp_path / 'epoch_2.pth', whole=False)  # another process is about to write it
+    note = tmp_path / 'last_checkpoint'
+    note.write_text(str(tmp_path / 'epoch_2.pth'))
+    runner, _ = make_runner(backbone_config, tmp_path)
+    runner.call_hook('before_run')
+    assert note.read_text() == str(tmp_path / 'epoch_2.pth')
+    runner.train()
+    assert note.read_text() == str(tmp_path / 'epoch_3.pth')
+
+
+@pytest.mark.parametrize('keep, warned', [(1, True), (2, False), (-1, False)])
+def test_warns_where_no_checkpoint_would_be_left(backbone_config, tmp_path, monkeypatch, keep, warned):
+    runner, _ = make_runner(backbone_config, tmp_path)
+    hook, = (hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
+    hook.max_keep_ckpts, said = keep, []
+    monkeypatch.setattr(runner.logger, 'warning', said.append)
+    runner.train()
+    assert any('max_keep_ckpts=1 removes the last checkpoint' in text for text in said) == warned
+
+
+def test_a_data_loader_that_cannot_be_numbered_trains_and_warns(backbone_config, tmp_path, monkeypatch):
+    class Loader(DataLoader):
+        pass
+
+    runner, watch = make_runner(backbone_config, tmp_path)
+    data = Images(32)
+    runner._train_dataloader = Loader(data, batch_size=5, collate_fn=pseudo_collate)
+    said = []
+    monkeypatch.setattr(runner.logger, 'warning', said.append)
+    runner.train()
+    assert len(watch.losses) == 6 and any('cannot be numbered' in text for text in said)
+
+
+def test_a_checkpoint_of_longer_epochs(backbone_config, tmp_path, monkeypatch):
+    runner, _ = make_runner(backbone_config, tmp_path, save='iter', kill_before=6)
+    with pytest.raises(Killed):
+        runner.train()
+    path = tmp_path / 'iter_6.pth'
+    saved = torch.load(path)
+    saved['message_hub']['runtime_info']['done_of_epoch'] = 5  # of more than the four batches of an epoch now
+    torch.save(saved, path)
+    runner, watch = make_runner(backbone_config, tmp_path, save='iter', resume=True)
+    said = []
+    monkeypatch.setattr(runner.logger, 'warning', said.append)
+    runner.train()
+    assert any('more batches in an epoch than the 4 of this one' in text for text in said)
+    assert list(watch.losses) == list(range(6, 14))  # the second epoch anew, and the third
