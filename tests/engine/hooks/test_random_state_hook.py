@@ -352,3 +352,38 @@ def test_a_checkpoint_of_longer_epochs(backbone_config, tmp_path, monkeypatch):
     runner.train()
     assert any('more batches in an epoch than the 4 of this one' in text for text in said)
     assert list(watch.losses) == list(range(6, 14))  # the second epoch anew, and the third
+
+
+def repeated():
+    from mmpretrain.datasets import RepeatAugSampler
+    return BatchSampler(RepeatAugSampler(range(30), seed=4), 4, False)
+
+
+def by_aspect_ratio():
+    pytest.importorskip('mmdet')
+    from mmdet.datasets import AspectRatioBatchSampler
+
+    class Sides(torch.utils.data.Dataset):
+
+        def __len__(self):
+            return 30
+
+        def get_data_info(self, index):
+            return dict(width=1 + index % 3, height=2)
+
+    return AspectRatioBatchSampler(DefaultSampler(Sides(), seed=4), 4)
+
+
+@pytest.mark.parametrize('make', [repeated, by_aspect_ratio])
+def test_samplers_of_the_frameworks(make):
+    def draw(*begin):
+        numbered = number_batches(DataLoader(range(30), batch_sampler=make(), collate_fn=list), 0)
+        numbered.batch_sampler.begin(*begin)
+        return [*numbered]
+
+    first, second = draw(0, 0, 0), draw(9, 1, 0)
+    assert first != second and len(first) > 4
+    assert draw(3, 0, 3) == first[3:] and draw(11, 1, 2) == second[2:]
+    alone = make()
+    alone.sampler.set_epoch(1)
+    assert [*alone] == second
