@@ -9,7 +9,7 @@ T = TypeVar('T')
 class ThreadLocal(Generic[T]):
     """An attribute of modules whose value is the thread's own, so that passes in several threads do not mix.
 
-    It is None until the thread has set it. Copies of a module start without a value.
+    It is None until the thread has set it, and as an attribute of the class. Copies of a module start without a value.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class ThreadLocal(Generic[T]):
         return self._of_thread.values
 
     def __get__(self, module: Any, owner: type | None = None) -> T | None:
-        return self._values().get(module)
+        return None if module is None else self._values().get(module)
 
     def __set__(self, module: Any, value: T) -> None:
         self._values()[module] = value

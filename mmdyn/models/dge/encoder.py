@@ -127,7 +127,7 @@ class DynamicGrainedEncoder(nn.Module):
         queries = routing.compress(tokens)
         residual = block(queries, tokens, shape, num_extra, routing.lengths, points) - queries
         if gates is None:
-            self.decision = Decision(choice, torch.tensor(routing.lengths, device='cpu'))
+            self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
         else:
             gates = gates * F.one_hot(choice, len(self.granularities))
             self.decision = Decision(choice, self._count(gates, shape, num_extra))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdyn.analysis.complexity import BackboneCost, CostMeter, LayerCost
+from mmdyn.models.cost import BackboneCost, CostMeter, LayerCost
 from mmdyn.models import PVT, DeiT
 
 # Sides of the maps of the blocks of the small backbones, for images of 52 x 36.
