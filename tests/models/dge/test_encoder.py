@@ -121,7 +121,7 @@ def test_a_forced_choice_counts_in_place_of_the_routers(mode, options, sr_ratio,
 @pytest.mark.parametrize('train_mode', ['sparse', 'dense'])
 @pytest.mark.parametrize('granularities', [(1, 2, 4), (0, 1, 2)])
 def test_queries_of_a_decision_have_the_gradient_of_the_gates(train_mode, granularities):
-    """Of the sum of eq. 7 for a layer: patches of a granularity times its soft score; of the chosen one if it alone ran."""
+    """Of eq. 7's sum for a layer: patches of a granularity times its soft score; of the chosen one if it alone ran."""
     encoder, block = make(train_mode, granularities=granularities)
     tokens, shape = torch.randn(2, 1 + 8 * 8, DIM), (8, 8)
     torch.manual_seed(3)
@@ -341,7 +341,7 @@ def test_with_cp_recomputes_the_block_and_changes_nothing(mode):
     for with_cp in (False, True):
         torch.manual_seed(0)
         encoder, block = make(mode, sr_ratio=2, drop_path_rate=0.3, with_cp=with_cp)
-        block.norm1.register_forward_pre_hook(lambda *_: calls.append(with_cp))
+        block.norm1.register_forward_pre_hook(lambda *_, with_cp=with_cp: calls.append(with_cp))
         tokens = torch.randn(3, 1 + 35, DIM, requires_grad=True)
         output = encoder(block, tokens, (5, 7), 1)
         output.square().sum().backward()
@@ -402,7 +402,7 @@ def test_synchronises_once(mode):
     encoder(block, tokens, (5, 7), 1)  # fills the caches
     torch.cuda.set_sync_debug_mode('warn')
     try:
-        with pytest.warns(UserWarning, match='synchronizing') as warnings:
+        with pytest.warns(UserWarning, match='synchronizing') as warnings:  # noqa: PT031
             encoder(block, tokens, (5, 7), 1)
             torch.ones(1, device='cuda').item()  # dense training may have none of its own
     finally:

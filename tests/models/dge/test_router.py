@@ -40,7 +40,8 @@ def test_router_computes_in_float32(dtype):
 
 
 @pytest.mark.parametrize('num_extra', [0, 2])
-@pytest.mark.parametrize('side, shape', [(1, (5, 7)), (4, (8, 8)), (4, (9, 3)), (8, (1, 17)), (17, (1, 17)), (3, (20, 20))])
+@pytest.mark.parametrize('side, shape', [(1, (5, 7)), (4, (8, 8)), (4, (9, 3)), (8, (1, 17)), (17, (1, 17)),
+                                         (3, (20, 20))])
 @pytest.mark.parametrize('grad', [False, True])
 def test_choice_is_that_of_the_greatest_logit(grad, side, shape, num_extra):
     """Eq. 1 and 2, one region after the other."""

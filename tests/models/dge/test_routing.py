@@ -24,8 +24,9 @@ def slow_routing(slow_areas):
     """The tokens of each query of each image, by the loops of the paper."""
 
     def areas(choice, shape, phis, region, num_extra):
-        return [[area for area, _ in slow_areas(lambda row, column, image=image: phis[image[row][column]], shape, region,
-                                                num_extra)] for image in choice.tolist()]
+        images = [slow_areas(lambda row, column, image=image: phis[image[row][column]], shape, region, num_extra)
+                  for image in choice.tolist()]
+        return [[area for area, _ in queries] for queries in images]
 
     return areas
 
@@ -37,7 +38,8 @@ def test_both_directions_equal_the_loops_of_the_paper(seed, slow_routing):
     phis, region = draw.choice(GRANULARITIES)
     shape, num_extra, batch = (draw.randint(1, 17), draw.randint(1, 17)), draw.randint(0, 2), draw.randint(1, 4)
     choice, size = random_choice(shape, phis, region, batch), num_extra + math.prod(shape)
-    images, routing = slow_routing(choice, shape, phis, region, num_extra), route(choice, shape, phis, region, num_extra)
+    arguments = choice, shape, phis, region, num_extra
+    images, routing = slow_routing(*arguments), route(*arguments)
     assert routing.lengths == [len(areas) for areas in images]
 
     total = sum(routing.lengths)

@@ -35,8 +35,10 @@ def test_projected_patches_are_those_of_a_convolution(of_tokens, kind, side, sha
     """Of images, of tokens in the form of maps, and of what is neither, with all gradients; also without them."""
     embed = PatchEmbed(3, 5, side, of_tokens=of_tokens)
     proj, norm, positions = embed.proj, embed.norm, Positions(torch.randn(1, 6, 5), (2, 3), 'bilinear')
-    maps = dict(image=lambda: torch.randn(2, 3, *shape), crop=lambda: torch.randn(2, 4, *shape[:1], 2 * shape[1])[:, 1:, :, ::2],
-                tokens=lambda: torch.randn(2, shape[0] * shape[1], 3).mT.unflatten(2, shape))[kind]()
+    height, width = shape
+    maps = dict(image=lambda: torch.randn(2, 3, *shape),
+                tokens=lambda: torch.randn(2, height * width, 3).mT.unflatten(2, shape),
+                crop=lambda: torch.randn(2, 4, height, 2 * width)[:, 1:, :, ::2])[kind]()
     maps.requires_grad_()
     projected = project_patches(maps, proj, norm, positions)
     convolved = F.conv2d(maps, proj.weight, proj.bias, stride=side)
@@ -46,7 +48,8 @@ def test_projected_patches_are_those_of_a_convolution(of_tokens, kind, side, sha
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(project_patches(maps, proj, norm, positions), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(project_patches(maps, proj, nn.Identity()), convolved.flatten(2).mT, rtol=1e-5, atol=1e-5)
+        bare = project_patches(maps, proj, nn.Identity())
+        torch.testing.assert_close(bare, convolved.flatten(2).mT, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('of_tokens', [False, True])
