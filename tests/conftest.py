@@ -12,7 +12,7 @@ from torch import nn
 from mmdyn.models.dge import DynamicGrainedEncoder
 
 sys.path.append(str(Path(__file__).parent))
-from oracles import cfvit, dge, layers, vit  # noqa: E402
+from oracles import cfvit, dge, layers, vit
 
 # The tensors are small: threads that wait for each other would take longer than one.
 torch.set_num_threads(1)

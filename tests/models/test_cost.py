@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdyn.models.cost import BackboneCost, CostMeter, LayerCost
 from mmdyn.models import PVT, DeiT
+from mmdyn.models.cost import BackboneCost, CostMeter, LayerCost
 
 # Sides of the maps of the blocks of the small backbones, for images of 52 x 36.
 SHAPES = {'pvt': [(13, 9), (13, 9), (6, 4)], 'deit': [(13, 9)] * 3}

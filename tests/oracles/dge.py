@@ -59,8 +59,9 @@ def slow_dge(encoder, block, tokens, shape, num_extra):
         # Extra tokens are queries of their own. In dense training the patches of all granularities are.
         queries = [(area, 1) for area, _ in slow_areas(lambda *_: 0, shape, side, num_extra)]
         for k, phi in enumerate(phis):
-            queries += [(area, gates[place][k]) for area, place in slow_areas(
-                lambda *place, k=k, phi=phi: phi if k in gates[place] else 0, shape, side, num_extra) if place]
+            ran = {place: phi if k in gates_of else 0 for place, gates_of in gates.items()}
+            areas = slow_areas(lambda *place, ran=ran: ran[place], shape, side, num_extra)
+            queries += [(area, gates[place][k]) for area, place in areas if place]
         output = list(image)
         if queries:
             points = tokens.new_tensor([slow_centre(area, width) for area, _ in queries]) if block.uses_points else None

@@ -6,7 +6,6 @@ phi x phi patches, one query each; granularity 0 turns it into no query at all.
 On maps whose sides are not multiples of S, regions and patches hang over the bottom right edge: they consist of their
 valid cells only. A patch without valid cells is none.
 """
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -201,7 +201,7 @@ def test_counts_are_those_of_the_loops(shape, phis, region, _, slow_areas):
     expected = torch.zeros(*grid(region, shape), len(phis), dtype=torch.long)
     for k, phi in enumerate(phis):
         for _, place in slow_areas(lambda *_, phi=phi: phi, shape, region, 0):
-            expected[*place, k] += 1
+            expected[place][k] += 1
     assert torch.equal(counts, expected)
 
 

@@ -113,7 +113,7 @@ def test_with_cp_recomputes_the_block_and_changes_nothing(lengths, mode, kind):
     for with_cp in (False, True):
         torch.manual_seed(0)
         block = EncoderBlock(12, ATTENTIONS[kind](), 2, drop_path_rate=0.3, with_cp=with_cp).train(mode == 'train')
-        block.ffn.register_forward_pre_hook(lambda *_: calls.append(with_cp))
+        block.ffn.register_forward_pre_hook(lambda *_, with_cp=with_cp: calls.append(with_cp))
         output = block(queries, tokens, SHAPE, 0, lengths, points)
         leaves = [tokens, queries, *block.parameters()]
         results.append([output, *torch.autograd.grad(output.square().sum(), leaves, materialize_grads=True)])
