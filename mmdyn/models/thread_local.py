@@ -3,6 +3,8 @@ import threading
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
+
 T = TypeVar('T')
 
 
@@ -20,8 +22,11 @@ class ThreadLocal(Generic[T]):
             self._of_thread.values = WeakKeyDictionary()
         return self._of_thread.values
 
+    # Compilers would bind what they make to the modules that have a value in the meantime.
+    @torch.compiler.disable
     def __get__(self, module: Any, owner: type | None = None) -> T | None:
         return None if module is None else self._values().get(module)
 
+    @torch.compiler.disable
     def __set__(self, module: Any, value: T) -> None:
         self._values()[module] = value

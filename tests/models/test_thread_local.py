@@ -4,6 +4,7 @@ import pickle
 import threading
 import weakref
 
+import torch
 from torch import nn
 
 from mmdyn.models.thread_local import ThreadLocal
@@ -15,6 +16,10 @@ class Module(nn.Linear):
 
     def __init__(self):
         super().__init__(2, 2)
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return 2 * self.last
 
 
 def test_a_value_is_that_of_a_module_and_an_attribute():
@@ -63,3 +68,16 @@ def test_a_value_lives_no_longer_than_its_module():
     del module
     gc.collect()
     assert kept() is None
+
+
+def test_compiled_code_depends_on_no_value():
+    """Of other modules, either, which come and go in the meantime."""
+    module, others, graphs, x = Module(), [Module() for _ in range(3)], [], torch.randn(3, 2)
+    compiled = torch.compile(module, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for _ in range(2):  # the first call makes the value
+        compiled(x)
+    count = len(graphs)
+    for other in others:
+        other.last = 1
+        assert torch.equal(compiled(x), 2 * module.last)
+    assert len(graphs) == count > 0

@@ -399,7 +399,7 @@ def test_compiles(mode):
 def test_synchronises_once(mode):
     encoder, block = (module.cuda() for module in make(mode, sr_ratio=2))
     tokens = torch.randn(3, 1 + 35, DIM, device='cuda')
-    encoder(block, tokens, (5, 7), 1)  # fills the caches
+    encoder(block, tokens, (5, 7), 1)  # the first call sets up the libraries
     torch.cuda.set_sync_debug_mode('warn')
     try:
         with pytest.warns(UserWarning, match='synchronizing') as warnings:  # noqa: PT031
