@@ -16,13 +16,14 @@ PACKAGE = Path(mmdyn.__file__).parent
 TOOLS = PACKAGE.parent / 'tools'
 # Which rooms each room may import beside itself.
 SEAMS = ['kernels', 'engine', 'evaluation', 'visualization', 'datasets']
+BELOW = ['registry', 'version']
 ROOMS = {
+    'version': [],
     'registry': [],
     'compat': [],
-    'version': [],
-    'models': ['registry'],
-    **{room: ['registry', 'models'] for room in SEAMS},
-    'analysis': ['registry', 'models', *SEAMS],
+    'models': BELOW,
+    **{room: [*BELOW, 'models'] for room in SEAMS},
+    'analysis': [*BELOW, 'models', *SEAMS],
 }
 # Words of how to run, in the names of what models/ is made of; they say what is computed. The seam speaks of kernels.
 FOREIGN = {'kernels', 'job', 'jobs', 'address', 'addresses', 'inplace', 'into', 'piece', 'pieces', 'data_ptr', 'ctypes'}
