@@ -7,7 +7,7 @@ from mmengine.registry import MODELS, init_default_scope
 import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import build_model
 from mmdyn.engine import BudgetHook, LossGuardHook
-from mmdyn.engine.checks import check_channels
+from mmdyn.models.checks import check_channels
 
 ARCH = dict(embed_dims=(16, 24), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1))
 
