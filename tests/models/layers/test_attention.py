@@ -158,7 +158,7 @@ def test_varlen_attention_equals_one_image_after_the_other(lengths, varlen_attn)
     torch.testing.assert_close(varlen_attention(query, key, value, lengths), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.cuda
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('lengths', [[40, 1, 23], [0, 50, 0], [30, 30, 30], [0, 0, 0]])
 def test_packed_attention_on_a_gpu(lengths, dtype):

@@ -187,7 +187,7 @@ def test_sampling_is_compiled_in_inference_only(compiled, monkeypatch):
         assert not is_compiled(value)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='mmcv compares its operator on a GPU only')
+@pytest.mark.cuda
 @pytest.mark.parametrize('shape, lengths, heads, num_points', LAYOUTS)
 def test_mmcvs_operator_on_cuda(shape, lengths, heads, num_points):
     arguments = [x.detach().float().cuda().requires_grad_() for x in inputs(shape, lengths, heads, num_points, dim=4)]
