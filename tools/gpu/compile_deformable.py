@@ -13,18 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 NAME = 'deformable_attention'
-EXT = f'''\
-"""mmcv's operators: deformable attention, compiled by mmdyn's compile_deformable.py. The others are missing."""
-from mmcv._{NAME}.{NAME} import ms_deform_attn_backward, ms_deform_attn_forward  # noqa: F401
-
+OPERATOR = f'from mmcv._{NAME}.{NAME} import ms_deform_attn_backward, ms_deform_attn_forward  # noqa: F401\n'
+OTHERS = '''
 
 def __getattr__(name):
     if name.startswith('__'):
         raise AttributeError(name)
 
     def missing(*args, **kwargs):
-        raise RuntimeError(f"mmcv's operator {{name}} is not compiled here, only deformable attention is: install mmcv "
-                           'with its operators.')
+        raise RuntimeError(f"mmcv's operator {name} is not compiled here: install mmcv with its operators.")
 
     return missing
 '''
@@ -55,6 +52,7 @@ def compile_operator(mmcv: Path) -> None:
 
     Raises:
         ValueError: if it has operators already, or no sources of them.
+        RuntimeError: if they do not compile. The package can be imported even then.
     """
     csrc = mmcv / 'ops/csrc'
     sources = [Path(__file__).with_name('deformable_attention.cpp'), csrc / 'pytorch/ms_deform_attn.cpp',
@@ -67,19 +65,22 @@ def compile_operator(mmcv: Path) -> None:
     folder.mkdir(exist_ok=True)
     find_toolkit()
     from torch.utils import cpp_extension  # looks for the toolkit when it is imported
+    (mmcv / '_ext.py').write_text(OTHERS)
     cpp_extension.load(NAME, [*map(str, sources)], extra_cflags=['-DMMCV_WITH_CUDA'],
-                       extra_cuda_cflags=['-DMMCV_WITH_CUDA', *(f'-D__CUDA_NO_HALF{kind}__' for kind in (
-                           '_OPERATORS', '_CONVERSIONS', '2_OPERATORS'))],
+                       extra_cuda_cflags=['-DMMCV_WITH_CUDA'],
                        extra_include_paths=[str(csrc / 'common'), str(csrc / 'common/cuda')],
                        build_directory=str(folder), is_python_module=False, verbose=True)
-    (mmcv / '_ext.py').write_text(EXT)
+    (mmcv / '_ext.py').write_text(OPERATOR + OTHERS)
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    spec = find_spec('mmcv')
+    if spec is None:
+        sys.exit('compile_deformable.py: there is no mmcv: install mmcv-lite==2.1.0.')
     try:
-        compile_operator(Path(find_spec('mmcv').origin).parent)
-    except (ValueError, OSError) as error:
+        compile_operator(Path(spec.origin).parent)
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f'compile_deformable.py: {error}')
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
     print(f'{MultiScaleDeformableAttnFunction.__name__} is there.')
