@@ -38,6 +38,10 @@ all() {
 	# 1. The wheels into a folder of their own, so that the machine's packages stay as they are; mmdyn from this tree.
 	step install 60 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
 		--target "$WORK/site" "$KIT"/*.whl
+	# Beside transformers 5, which such a machine may have, mmpretrain 1.2 cannot be imported; nobody needs it here.
+	mkdir -p "$WORK/site/transformers-0.dist-info"
+	printf 'Metadata-Version: 2.1\nName: transformers\nVersion: 0\n' > "$WORK/site/transformers-0.dist-info/METADATA"
+	echo 'raise ImportError("gpu_check.sh hides transformers from mmpretrain")' > "$WORK/site/transformers.py"
 	step kernels 60 "$PYTHON" setup.py -q build_ext --inplace
 	step machine 60 "$PYTHON" tools/gpu/machine.py "$RESULTS"
 	# 2. Compiled on this machine: for its torch, whatever that is, and its card.

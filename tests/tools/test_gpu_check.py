@@ -46,6 +46,13 @@ def test_a_step_that_takes_too_long_is_ended_and_the_end_is_kept(check):
     assert all(f'== {name}: no time is left' in log for name in STEPS[3:])
 
 
+def test_mmpretrain_finds_no_transformers(check):
+    """It cannot be imported beside those of version 5."""
+    code = 'import importlib.metadata as m; print("version", m.version("transformers")); import transformers'
+    log, _ = check(f"case \"$*\" in *gpu/machine.py*) exec {sys.executable} -c '{code}';; esac")
+    assert '\nversion 0\n' in log and 'ImportError: gpu_check.sh hides transformers from mmpretrain' in log
+
+
 def test_what_it_runs_is_there():
     subprocess.run(['bash', '-n', SCRIPT], check=True)
     text = SCRIPT.read_text()
