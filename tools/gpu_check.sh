@@ -8,6 +8,10 @@ cd "$(dirname "$0")/.." || exit 2
 
 PYTHON=${PYTHON:-python3}
 KIT=${KIT:-.gpu-kit}
+ls "$KIT"/*.whl > /dev/null 2>&1 || {
+	echo "There are no wheels in $KIT: run 'make gpu-kit' where there is a package index." >&2
+	exit 2
+}
 END=$((SECONDS + ${GPU_CHECK_SECONDS:-470}))
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT

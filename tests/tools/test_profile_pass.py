@@ -22,7 +22,8 @@ def test_counts_by_hand():
     """Microseconds: the host's pass lasts from 100 to 1100; the device works from 200 to 1500 and idles 50 and 400."""
     events = [
         dict(ph='M', name='process_name'),
-        event(profile_pass.PASS, 'user_annotation', 100, 1000), event(profile_pass.PASS, 'gpu_user_annotation', 200, 1300),
+        event(profile_pass.PASS, 'user_annotation', 100, 1000),
+        event(profile_pass.PASS, 'gpu_user_annotation', 200, 1300),
         event('before', 'kernel', 50, 20),
         event('product', 'kernel', 200, 100), event('copy', 'gpu_memcpy', 350, 50), event('norm', 'kernel', 380, 120),
         event('product', 'kernel', 900, 600), event('small', 'kernel', 950, 10),
@@ -33,8 +34,8 @@ def test_counts_by_hand():
     ]
     found = profile_pass.count(events)
     assert found == dict(
-        kernels=4, copies=1, launches=3, milliseconds=1., device_milliseconds=1.3, busy_milliseconds=pytest.approx(0.85),
-        gap_milliseconds=0.45, gaps=2, largest_gap_milliseconds=0.4, synchronisations={'cudaStreamSynchronize': 2},
+        kernels=4, copies=1, launches=3, milliseconds=1., device_milliseconds=1.3,
+        busy_milliseconds=pytest.approx(0.85), gap_milliseconds=0.45, gaps=2, largest_gap_milliseconds=0.4, synchronisations={'cudaStreamSynchronize': 2},
         top_kernels=[['product', 2, 0.7], ['norm', 1, 0.12], ['small', 1, 0.01]])
 
 

@@ -150,7 +150,7 @@ def main(argv=None) -> None:
         except ValueError as error:
             raise SystemExit(f'profile_pass.py: {error}')
         (args.out / 'profile.json').write_text(json.dumps(found, indent=1) + '\n')
-        print(*(f'{key}: {value}' for key, value in found[-1].items() if key != 'top_kernels'), '', sep='\n', flush=True)
+        print(*(f'{key}: {value}' for key, value in found[-1].items() if key != 'top_kernels'), '', sep='\n')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,8 @@ import mmdyn
 ROOT = Path(mmdyn.__file__).parents[1]
 JUNIT = '''<?xml version="1.0"?><testsuites><testsuite name="pytest">
 <testcase classname="tests.a" name="test_good" time="0.1"/>
-<testcase classname="tests.a" name="test_bad"><failure message="AssertionError: {root}/mmdyn/a.py&#10;more">x</failure></testcase>
+<testcase classname="tests.a" name="test_bad">
+<failure message="AssertionError: {root}/mmdyn/a.py&#10;more">x</failure></testcase>
 <testcase classname="tests.a" name="test_broken"><error message="failed on setup">x</error></testcase>
 <testcase classname="tests.a" name="test_absent"><skipped message="no device"/></testcase>
 </testsuite></testsuites>'''.replace('{root}', str(ROOT))
@@ -28,7 +29,8 @@ def test_sections_and_their_entries_are_added(results, tmp_path):
                  f'traces {tmp_path}'):
         results.main([str(file), *args.split()])
     assert json.loads(file.read_text()) == dict(
-        machine=dict(gpu='Some GPU'), step={'install': dict(seconds=3, code=0), 'tests-cuda': dict(seconds=61, code=124)},
+        machine=dict(gpu='Some GPU'),
+        step={'install': dict(seconds=3, code=0), 'tests-cuda': dict(seconds=61, code=124)},
         tests=dict(cuda=dict(passed=1, failed=2, skipped=1, failures={
             'tests.a::test_bad': 'AssertionError: mmdyn/a.py', 'tests.a::test_broken': 'failed on setup'})),
         traces={'PVT [1, 3] float16': dict(model='PVT', shape=[1, 3], dtype='float16', kernels=7)})
