@@ -31,6 +31,21 @@ BACKBONES = {
 }
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('cuda') and not torch.cuda.is_available():
+        pytest.skip('no device: torch finds no CUDA device')
+
+
+@pytest.fixture(scope='session')
+def mmcv_operators():
+    """For detectors: mmcv may be one that has no operators, or deformable attention alone (tools/gpu)."""
+    try:
+        from mmcv.ops import nms
+        nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f'needs mmcv with all operators: {error}')
+
+
 @pytest.fixture(autouse=True)
 def same_start():
     """Each test begins with the same random numbers and the same registry scope, whatever ran before."""

@@ -394,7 +394,7 @@ def test_compiles(mode):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.cuda
 @pytest.mark.parametrize('mode', MODES)
 def test_synchronises_once(mode):
     encoder, block = (module.cuda() for module in make(mode, sr_ratio=2))

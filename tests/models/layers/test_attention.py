@@ -56,7 +56,7 @@ def test_packed_attention_of_no_images():
     assert packed_attention(torch.randn(0, 2, 4), *torch.randn(2, 0, 2, 6, 4), []).shape == (0, 2, 4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.cuda
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('lengths', [[40, 1, 23], [0, 50, 0], [30, 30, 30], [0, 0, 0]])
 def test_packed_attention_on_a_gpu(lengths, dtype):
