@@ -6,6 +6,7 @@ from ...analysis.complexity import CostMeter
 from ...models.backbones.base import find_backbones
 from ...models.dge.budget import budget_loss, mean_over_processes
 from ...registry import HOOKS
+from ..checks import has_backbone
 from .loss_hook import LossHook
 
 
@@ -34,6 +35,9 @@ class BudgetHook(LossHook):
 
     def prepare(self, runner, model: torch.nn.Module) -> None:
         """Check the budget against the model."""
+        self._meter = None
+        if not has_backbone(model, 'BudgetHook'):
+            return
         backbones = [backbone for backbone in find_backbones(model) if backbone.has_dge]
         if not backbones:
             raise ValueError('BudgetHook found no DGE in the model: give its backbone dge=dict(granularities=(1, 2, 4)), '
@@ -49,7 +53,7 @@ class BudgetHook(LossHook):
 
     def on_forward(self, model: torch.nn.Module, losses: Optional[dict], inputs: dict) -> None:
         """Add ``loss_budget`` and ``query_ratio``."""
-        costs = self._meter.take()
+        costs = self._meter.take() if self._meter else []
         if costs and losses is not None:
             ratio = mean_over_processes(torch.cat([cost.query_ratio for cost in costs]))
             losses['loss_budget'] = self.weight * budget_loss(ratio, self.budget)

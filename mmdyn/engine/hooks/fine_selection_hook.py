@@ -3,6 +3,7 @@ from mmengine.hooks import Hook
 from ...models.backbones.base import find_backbones
 from ...models.backbones.cfvit import CFViT
 from ...registry import HOOKS
+from ..checks import has_backbone
 from .loss_hook import unwrapped
 
 
@@ -27,8 +28,11 @@ class FineSelectionHook(Hook):
 
     def before_train(self, runner) -> None:
         """Find the backbones, and check that the training reaches ``begin``."""
-        backbones = find_backbones(unwrapped(runner.model))
-        self._backbones = [backbone for backbone in backbones if isinstance(backbone, CFViT)]
+        model = unwrapped(runner.model)
+        self._backbones = []
+        if not has_backbone(model, 'FineSelectionHook'):
+            return
+        self._backbones = [backbone for backbone in find_backbones(model) if isinstance(backbone, CFViT)]
         if not self._backbones:
             raise ValueError('FineSelectionHook found no CFViT in the model: give it the backbone mmdyn.CFViT, or '
                              'leave out the hook.')

@@ -1,14 +1,29 @@
+from functools import partial
 from typing import Optional
 
 import torch
 
+from ...models.backbones.base import find_backbones
 from ...registry import HOOKS
-from .loss_hook import LossHook
+from ..checks import check_sides
+from .loss_hook import LossHook, unwrapped
+
+
+def image_files(samples) -> list[str]:
+    """The files of a batch's data samples, as far as they are known."""
+    return [path for path in (getattr(sample, 'img_path', None) for sample in samples or []) if path]
+
+
+def check_inputs(images: list[str], backbone: torch.nn.Module, inputs: tuple) -> None:
+    """A forward pre-hook of a backbone."""
+    check_sides(backbone, inputs[0].shape, images)
 
 
 @HOOKS.register_module()
 class LossGuardHook(LossHook):
     """Stop a training whose loss is NaN or infinite, before the step that would spoil the weights, and say where.
+
+    Images that are too small for the backbone are named, too.
 
     Args:
         interval: look at the losses of each ``interval``-th iteration; a look synchronises an accelerator.
@@ -16,6 +31,22 @@ class LossGuardHook(LossHook):
 
     def __init__(self, interval: int = 1):
         self.interval = interval
+        self._images, self._handles = [], []
+
+    def before_run(self, runner) -> None:
+        """Check that the parts of the model fit, and look at the sizes of what the backbone gets."""
+        super().before_run(runner)
+        self._handles = [backbone.register_forward_pre_hook(partial(check_inputs, self._images))
+                         for backbone in find_backbones(unwrapped(runner.model))]
+
+    def after_run(self, runner) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_iter(self, runner, batch_idx: int, data_batch=None, mode: str = 'train') -> None:
+        """Note the images."""
+        self._images[:] = image_files(data_batch.get('data_samples') if isinstance(data_batch, dict) else None)
 
     def prepare(self, runner, model: torch.nn.Module) -> None:
         """Keep the runner, which knows the iteration."""
@@ -30,8 +61,7 @@ class LossGuardHook(LossHook):
         wrong = {name: value.item() for name, value in values.items() if not torch.isfinite(value)}
         if not wrong:
             return
-        samples = inputs.get('data_samples') or []
-        images = [path for path in (getattr(sample, 'img_path', None) for sample in samples) if path]
+        images = image_files(inputs.get('data_samples'))
         spoilt = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
         raise ValueError(
             f'Training stopped in epoch {self._runner.epoch + 1}, iteration {self._runner.iter + 1}: '
