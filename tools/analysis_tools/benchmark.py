@@ -36,6 +36,7 @@ from mmdyn.analysis.latency import (environment, interleaved_times, largest_diff
                                     supports_bfloat16)
 from mmdyn.analysis.synthetic import (PATTERNS, Recording, force_routing, record_routing, recorded_granularities,
                                       replay_routing)
+from mmdyn.engine.command import command, output_folder
 from mmdyn.models import DPVT, PVT, DeiT
 from mmdyn.models.layers.deformable import SAMPLERS, DeformableAttention
 from mmengine.config import Config
@@ -359,15 +360,13 @@ def run(args: argparse.Namespace) -> dict:
     return result
 
 
+@command
 def main() -> None:
     args = parse()
     # Libraries print what they load.
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        try:
-            result = run(args)
-        except ValueError as error:
-            raise SystemExit(f'benchmark.py: {error}')
-        args.out.mkdir(parents=True, exist_ok=True)
+        output_folder(args.out)
+        result = run(args)
         files = [args.out / 'benchmark.json', args.out / 'benchmark-cuda.json']
         files[args.device == 'cuda'].write_text(json.dumps(result, indent=1) + '\n')
         write_report(read(file for file in files if file.exists()), args.out)

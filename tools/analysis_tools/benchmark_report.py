@@ -9,6 +9,7 @@ from typing import Dict, Iterable, List, Optional
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from mmdyn.engine.command import command
 
 COLUMNS = {  # title: entry of a row, its factor, format of its value
     'seconds': ('seconds', 1, '{:.3f}'),
@@ -194,15 +195,13 @@ def write_report(results: Dict[str, dict], out: Path) -> None:
     print(f'benchmark.md and benchmark.png are in {out}')
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('results', nargs='+', type=Path, help='e.g. docs/benchmark.json docs/benchmark-cuda.json')
     parser.add_argument('--out', type=Path, help="folder of the report; default: the first file's")
     args = parser.parse_args()
-    try:
-        write_report(read(args.results), args.out or args.results[0].parent)
-    except ValueError as error:
-        raise SystemExit(f'benchmark_report.py: {error}')
+    write_report(read(args.results), args.out or args.results[0].parent)
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmdyn.engine.command import command
 from sklearn.datasets import load_digits
 
 LAYOUTS = ('imagenet', 'coco', 'ade')
@@ -215,6 +216,7 @@ def make_demo_dataset(out: str | Path = 'data/demo', seed: int = 0, cls_train: i
     return out
 
 
+@command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=inspect.getdoc(make_demo_dataset),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

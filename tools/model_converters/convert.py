@@ -8,7 +8,6 @@ and lvvit starts a training of CF-ViT as well.
 """
 import argparse
 import re
-import sys
 from fractions import Fraction
 from math import isqrt
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Callable, Dict, List, Optional, Tuple, Union
 
 import mmdyn
 import torch
+from mmdyn.engine.command import command, read_config
 from mmdyn.models.dge import DynamicGrainedEncoder
-from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
@@ -282,7 +281,7 @@ def convert(kind: str, src: Union[str, Path], dst: Union[str, Path], config: Opt
         raise ValueError(f'There is no config {config}: give the path of a .py file, e.g. one below configs/.')
     weights = load_weights(src)
     state, sources, grains = translate(kind, weights)
-    cfg = Config.fromfile(config) if config else dict(model=infer_model(kind, state, grains))
+    cfg = read_config(config) if config else dict(model=infer_model(kind, state, grains))
     if 'model' not in cfg:
         raise ValueError(f'{config} has no model: give a whole config, e.g. one below configs/.')
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
@@ -335,6 +334,7 @@ def _differences(model, state, own, grains, resizes):
     return found
 
 
+@command
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('kind', metavar='KIND', choices=sorted(KINDS), help=', '.join(sorted(KINDS)))
@@ -342,10 +342,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('dst', metavar='DST', help='checkpoint to write')
     parser.add_argument('--config', help='config of the model that has to load DST')
     parser.add_argument('--allow-partial', action='store_true', help='go on without missing and unexpected tensors')
-    try:
-        convert(**vars(parser.parse_args(argv)))
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    convert(**vars(parser.parse_args(argv)))
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ import torch
 
 from ...models.backbones.base import find_backbones
 from ...registry import HOOKS
-from ..checks import check_sides
+from ..checks import check_classes, check_sides
 from .loss_hook import LossHook, unwrapped
 
 
@@ -23,7 +23,7 @@ def check_inputs(images: list[str], backbone: torch.nn.Module, inputs: tuple) ->
 class LossGuardHook(LossHook):
     """Stop a training whose loss is NaN or infinite, before the step that would spoil the weights, and say where.
 
-    Images that are too small for the backbone are named, too.
+    Before, it refuses data with more classes than the model's heads; images that are too small for the backbone are named.
 
     Args:
         interval: look at the losses of each ``interval``-th iteration; a look synchronises an accelerator.
@@ -38,6 +38,16 @@ class LossGuardHook(LossHook):
         super().before_run(runner)
         self._handles = [backbone.register_forward_pre_hook(partial(check_inputs, self._images))
                          for backbone in find_backbones(unwrapped(runner.model))]
+
+    def before_train(self, runner) -> None:
+        """Check the data, and watch the model's forward passes."""
+        super().before_train(runner)
+        for loop in filter(None, (runner.train_loop, runner.val_loop)):
+            check_classes(unwrapped(runner.model), loop.dataloader.dataset)
+
+    def before_test(self, runner) -> None:
+        """Check the data."""
+        check_classes(unwrapped(runner.model), runner.test_loop.dataloader.dataset)
 
     def after_run(self, runner) -> None:
         """Leave the model as it was."""

@@ -4,7 +4,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 
-from ..checks import check_channels, check_classes
+from ..checks import check_channels
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -17,8 +17,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 class LossHook(Hook):
     """Base of the hooks that look at, or add to, the dict of losses which a model in training returns.
 
-    Before any run, they refuse a model whose neck does not fit its backbone, or whose heads have fewer classes than the
-    data.
+    Before any run, they refuse a model whose neck does not fit its backbone.
     """
     _handle = None
 
@@ -27,17 +26,10 @@ class LossHook(Hook):
         check_channels(unwrapped(runner.model))
 
     def before_train(self, runner) -> None:
-        """Check the data, and watch the model's forward passes."""
+        """Watch the model's forward passes."""
         model = unwrapped(runner.model)
-        check_classes(model, runner.train_dataloader.dataset)
-        if runner.val_loop is not None:
-            check_classes(model, runner.val_dataloader.dataset)
         self.prepare(runner, model)
         self._handle = model.register_forward_hook(self._call, with_kwargs=True)
-
-    def before_test(self, runner) -> None:
-        """Check the data."""
-        check_classes(unwrapped(runner.model), runner.test_dataloader.dataset)
 
     def after_train(self, runner) -> None:
         """Leave the model as it was."""
