@@ -1,7 +1,11 @@
 """mmdyn: vision transformers for OpenMMLab that spend compute where an image needs it.
 
-Importing the package checks the versions of its foundations and registers every class under the scope ``mmdyn``.
+Importing the package checks the versions of its foundations, registers every class under the scope ``mmdyn``, and lets
+the kernels stand in for what they compute faster.
 """
+from importlib import import_module
+from importlib.util import find_spec
+
 from .compat import allow_mmengine_checkpoints, check_versions
 from .version import __version__
 
@@ -12,5 +16,7 @@ from . import datasets, engine, evaluation, models  # noqa: E402
 from .registry import expose_bare_names  # noqa: E402
 
 expose_bare_names()
+if find_spec('mmdyn.kernels'):  # everything but speed is the same without them
+    import_module('mmdyn.kernels')
 
 __all__ = ['__version__', 'datasets', 'engine', 'evaluation', 'models']

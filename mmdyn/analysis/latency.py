@@ -11,9 +11,13 @@ from typing import Callable, Dict, List, Sequence, Union
 
 import torch
 
-from ..models.layers.linear import ONEDNN, cpuinfo, linear, uses_onednn
-from ..models.native.encoder import release
+try:
+    from ..kernels.library import release
+except ImportError:  # without kernels none keeps memory
 
+    def release() -> None: ...
+
+ONEDNN = torch.backends.mkldnn.is_available()
 Outputs = Union[torch.Tensor, Sequence[torch.Tensor]]
 
 
@@ -91,7 +95,7 @@ def supports_bfloat16(device: Union[str, torch.device]) -> bool:
     """Whether the device computes in bfloat16 itself."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 in ONEDNN
+    return ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes: int = 256,
@@ -105,8 +109,8 @@ def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes
         rounds: runs of each, whose median counts.
 
     Returns:
-        ``float32`` and, where the device supports it, ``bfloat16`` by torch, and ``oneDNN float32``, which our models
-        use on a CPU where no compiled function runs, in GFLOP/s; ``copy`` in GB/s.
+        ``float32`` and, where the device supports it, ``bfloat16`` by torch, and ``oneDNN float32``, whose
+        products use instructions that torch's leave unused on some CPUs, in GFLOP/s; ``copy`` in GB/s.
     """
     source = torch.randn(megabytes * 10**6 // 4, device=device)
     target, cases, work = torch.empty_like(source), {}, {}
@@ -116,10 +120,18 @@ def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes
         cases[name], work[name] = lambda factor=factor: torch.mm(factor, factor), 2 * side**3
     with torch.inference_mode():
         factor = torch.randn(side, side, device=device)
-        if uses_onednn(factor, factor):
-            cases['oneDNN float32'], work['oneDNN float32'] = lambda: linear(factor, factor), 2 * side**3
+        if ONEDNN and torch.device(device).type == 'cpu':
+            cases['oneDNN float32'] = lambda: torch.ops.mkldnn._linear_pointwise(factor, factor, None, 'none', [], '')
+            work['oneDNN float32'] = 2 * side**3
         times = interleaved_times(cases, rounds, device=device)
     return {name: work[name] / statistics.median(seconds) / 1e9 for name, seconds in times.items()}
+
+
+def cpuinfo(field: str, file: Path = Path('/proc/cpuinfo')) -> str:
+    """What Linux tells of the first processor, e.g. its ``model name``; '' where it does not."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    values = (value.strip() for name, _, value in (line.partition(':') for line in lines) if name.strip() == field)
+    return next(values, '')
 
 
 def environment(device: Union[str, torch.device] = 'cpu') -> Dict[str, Union[str, int]]:

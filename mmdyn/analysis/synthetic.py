@@ -1,17 +1,18 @@
 """Routing that is made up or replayed, so that speed is measured at a chosen query ratio without trained weights."""
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.backbones.base import DynamicBackbone
-from ..models.dge.grains import grid
+from ..models.dge.routing import grid
 
 PATTERNS = ('clustered', 'random')
 
 
-def synthetic_choice(regions: Tuple[int, int], granularities: Sequence[int], query_ratio: float, pattern: str,
+def synthetic_choice(regions: tuple[int, int], granularities: Sequence[int], query_ratio: float, pattern: str,
                      seed: int = 0) -> Tensor:
     """Choose a granularity for each region so that about ``query_ratio`` of the dense queries are used.
 
@@ -49,39 +50,6 @@ def synthetic_choice(regions: Tuple[int, int], granularities: Sequence[int], que
     return torch.tensor(order)[place].view(regions)
 
 
-class SyntheticRouter(nn.Module):
-    """A router that decides and then does as it was told.
-
-    Args:
-        router: the real one, whose time is spent as well.
-        choice: (rows, columns) index of each region's granularity.
-    """
-
-    def __init__(self, router: nn.Module, choice: Tensor):
-        super().__init__()
-        self.router = router
-        self.register_buffer('choice', choice)
-        self.register_buffer('logits', F.one_hot(choice.flatten(), len(router.bias)) * 100.)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.router.weight
-
-    def forward(self, regions: Tensor) -> Tensor:
-        """(B, regions, C) means of regions -> (B, regions, K) logits."""
-        return self.router(regions) * 0 + self.logits
-
-    def choose(self, tokens: Tensor, *args) -> Tensor:
-        """(B, E + H*W, C) -> (B, rows, columns) indices of granularities."""
-        self.router.choose(tokens, *args)
-        return self.choice.expand(len(tokens), -1, -1)
-
-    def planned(self, images: int, regions: Tuple[int, int]) -> Optional[Tuple[Tensor, nn.Module, Tensor]]:
-        """The choice that counts, and where the real router, which chooses as well, writes its own."""
-        planned = self.router.planned(images, regions)
-        return planned and (self.choice.expand(images, -1, -1), *planned[1:])
-
-
 class LayerChoice(NamedTuple):
     """What a DGE layer chose for one image.
 
@@ -89,11 +57,11 @@ class LayerChoice(NamedTuple):
         granularities: sides of the patches in cells.
         choice: (rows, columns) indices into them.
     """
-    granularities: Tuple[int, ...]
+    granularities: tuple[int, ...]
     choice: Tensor
 
 
-Recording = List[List[LayerChoice]]
+Recording = list[list[LayerChoice]]
 """The layers of each stage."""
 
 
@@ -108,24 +76,27 @@ def proportional(items: Sequence, index: int, count: int):
     return items[index * len(items) // count]
 
 
-def recorded_granularities(recording: Recording, num_stages: int) -> List[Tuple[int, ...]]:
+def recorded_granularities(recording: Recording, num_stages: int) -> list[tuple[int, ...]]:
     """The granularities that each of ``num_stages`` stages needs to replay a recording."""
     return [proportional(recording, i, num_stages)[0].granularities for i in range(num_stages)]
 
 
-def replay_choice(choice: Tensor, regions: Tuple[int, int]) -> Tensor:
+def replay_choice(choice: Tensor, regions: tuple[int, int]) -> Tensor:
     """Resize a map of choices (rows, columns) to ``regions``: each takes the choice at its centre."""
     return F.interpolate(choice[None, None].double(), regions, mode='nearest-exact')[0, 0].long()
 
 
-def force_routing(backbone: DynamicBackbone, size: Tuple[int, int], query_ratio: float, pattern: str) -> None:
-    """Make every DGE layer of a backbone decide by :func:`synthetic_choice` on images of ``size`` (H, W) pixels."""
+def force_routing(backbone: DynamicBackbone, size: tuple[int, int], query_ratio: float, pattern: str) -> None:
+    """Make every DGE layer of a backbone decide by :func:`synthetic_choice` on images of ``size`` (H, W) pixels.
+
+    The routers decide as well, so that their time is spent.
+    """
     for stage, _, encoder, regions in _dge_layers(backbone, size):
         choice = synthetic_choice(regions, encoder.granularities, query_ratio, pattern, seed=stage)
-        encoder.router = SyntheticRouter(encoder.router, choice)
+        encoder.forced = choice.to(encoder.router.weight.device)
 
 
-def replay_routing(backbone: DynamicBackbone, size: Tuple[int, int], recording: Recording) -> None:
+def replay_routing(backbone: DynamicBackbone, size: tuple[int, int], recording: Recording) -> None:
     """Make every DGE layer decide on images of ``size`` as another model did.
 
     A layer takes the choice of the one that lies as far along the recorded stages, and along the layers of its stage.
@@ -140,13 +111,13 @@ def replay_routing(backbone: DynamicBackbone, size: Tuple[int, int], recording: 
             needed = recorded_granularities(recording, len(stages))
             raise ValueError(f'Layer {j} of stage {i} has granularities {encoder.granularities}, but the recorded one '
                              f'{recorded.granularities}: build the backbone with dge=dict(granularities={needed}).')
-        encoder.router = SyntheticRouter(encoder.router, replay_choice(recorded.choice, regions))
+        encoder.forced = replay_choice(recorded.choice, regions).to(encoder.router.weight.device)
 
 
-def _dge_layers(backbone: DynamicBackbone, size: Tuple[int, int]) -> Iterator[tuple]:
+def _dge_layers(backbone: DynamicBackbone, size: tuple[int, int]) -> Iterator[tuple]:
     """Stage, index, encoder, and rows and columns of regions of each DGE layer on images of ``size`` pixels."""
     stride = 1
     for i, (stage, _) in enumerate(backbone.named_stages()):
-        stride *= stage.patch_embed.proj.kernel_size[0]
+        stride *= stage.patch_embed.patch_size
         for j, encoder in enumerate(stage.dge):
             yield i, j, encoder, grid(encoder.region, (size[0] // stride, size[1] // stride))

@@ -6,8 +6,9 @@ import linecache
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader, load_checkpoint
@@ -18,7 +19,7 @@ PACKAGE = f'{Path(__file__).parents[1]}/'
 OF_CONFIGS = ('mmengine.config', 'mmengine.registry', 'mmengine.runner')
 
 
-def message_for_user(error: BaseException, tool: dict) -> str | None:
+def message_for_user(error: BaseException, tool: dict[str, Any]) -> str | None:
     """What to tell the user of an error, or None if it is no mistake of theirs and its traceback is needed.
 
     Theirs is what our code and mmengine's runner raise on purpose, whatever its registries and configs raise, and what
@@ -43,13 +44,13 @@ def message_for_user(error: BaseException, tool: dict) -> str | None:
     return text if ours and on_purpose or of_configs else None
 
 
-def command(main: Callable) -> Callable:
+def command(main: Callable[..., Any]) -> Callable[..., Any]:
     """Let a tool's ``main`` end with exit code 2 and a message for a mistake of the user, and quietly at Ctrl-C."""
 
     tool = inspect.unwrap(main).__globals__
 
     @functools.wraps(main)
-    def run(*args):
+    def run(*args: Any) -> Any:
         try:
             return main(*args)
         except KeyboardInterrupt:
@@ -64,11 +65,11 @@ def command(main: Callable) -> Callable:
     return run
 
 
-def only_results(main: Callable) -> Callable:
+def only_results(main: Callable[..., str]) -> Callable[..., None]:
     """Print what ``main`` returns on stdout, and whatever is logged or printed meanwhile on stderr."""
 
     @functools.wraps(main)
-    def run(*args):
+    def run(*args: Any) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             results = main(*args)
         print(results)
@@ -82,7 +83,7 @@ def first_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
-def read_config(path: str | Path, options: dict | None = None) -> Config:
+def read_config(path: str | Path, options: dict[str, Any] | None = None) -> Config:
     """Read a config and change some of its options.
 
     Raises:
@@ -103,7 +104,7 @@ def read_config(path: str | Path, options: dict | None = None) -> Config:
     return cfg
 
 
-def check_checkpoint(path: str | Path) -> dict:
+def check_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint.
 
     Raises:
@@ -117,7 +118,7 @@ def check_checkpoint(path: str | Path) -> dict:
         raise ValueError(f'Cannot read the checkpoint {path}: {first_line(error)}.') from error
 
 
-def load_weights(model: nn.Module, path: str | Path) -> dict:
+def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """Load a checkpoint into a model, as mmengine does, and return it.
 
     Raises:

@@ -10,8 +10,8 @@ __all__ = ['CFViT', 'DPVT', 'DeiT', 'LVViT', 'PVT']
 LAZY = dict(
     CoarseToFineClassifier='.classifiers.coarse_to_fine',
     LVViTHead='.heads.lvvit_head',
-    MaskTTAModel='.tta',
-    MixTokenPreprocessor='.mix_token')
+    MaskTTAModel='.tta.mask_tta',
+    MixTokenPreprocessor='.data_preprocessors.mix_token')
 
 
 def __getattr__(name: str) -> type:

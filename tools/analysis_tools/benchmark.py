@@ -22,7 +22,6 @@ import contextlib
 import copy
 import json
 import os
-import runpy
 import shlex
 import statistics
 import sys
@@ -38,7 +37,8 @@ from mmdyn.analysis.synthetic import (PATTERNS, Recording, force_routing, record
                                       replay_routing)
 from mmdyn.engine.command import command, output_folder
 from mmdyn.models import DPVT, PVT, DeiT
-from mmdyn.models.layers.deformable import SAMPLERS, DeformableAttention
+from mmdyn.analysis.conversion import translate
+from mmdyn.models.layers import DeformableAttention, deformable_sampling
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
@@ -83,11 +83,24 @@ def sample_by_mmcv_fallback(value, points, weights, shape, lengths):
     return multi_scale_deformable_attn_pytorch(value, sides, where, weights).flatten(0, 1)
 
 
+class FallbackAttention(DeformableAttention):
+    """Deformable attention that samples by mmcv's function."""
+
+    def forward(self, *args, **options):
+        kernels = deformable_sampling.kernels
+        kernels.insert(0, sample_by_mmcv_fallback)
+        try:
+            return super().forward(*args, **options)
+        finally:
+            kernels.remove(sample_by_mmcv_fallback)
+
+
 def build(name: str, img_size, **dge) -> torch.nn.Module:
     """A backbone such as PVT-small in evaluation mode, with DGE if options of it are given."""
     family, arch = name.split('-')
     torch.manual_seed(0)
-    model = FAMILIES[family](arch, img_size=img_size, dge=dge or None).eval()
+    options = {} if family == 'DeiT' else dict(embed_norm_eps=1e-6)  # as mmdet's PVT has it
+    model = FAMILIES[family](arch, img_size=img_size, dge=dge or None, **options).eval()
     for module in model.modules():
         if isinstance(module, DeformableAttention):  # a fresh one samples at centres of cells, a trained one anywhere
             torch.nn.init.normal_(module.offsets.weight, std=0.05)
@@ -100,10 +113,10 @@ def peer_of(name: str, img_size, dense: torch.nn.Module) -> tuple:
     family, arch = name.split('-')
     torch.manual_seed(0)
     if family == 'DPVT':
-        SAMPLERS['mmcv fallback'], theirs = sample_by_mmcv_fallback, copy.deepcopy(dense)
+        theirs = copy.deepcopy(dense)
         for module in theirs.modules():
             if isinstance(module, DeformableAttention):
-                module.sampler = 'mmcv fallback'
+                module.__class__ = FallbackAttention  # the weights stay
         return theirs, 'mmcv fallback'
     if family == 'PVT':
         from mmdet.models.backbones import PyramidVisionTransformer
@@ -114,7 +127,6 @@ def peer_of(name: str, img_size, dense: torch.nn.Module) -> tuple:
         import timm
         theirs, package, kind = timm.create_model(
             f'deit_{arch}_patch16_224', img_size=img_size, num_classes=0), 'timm', 'deit'
-    translate = runpy.run_path(str(ROOT / 'tools/model_converters/convert.py'))['translate']
     state, *_ = translate(kind, theirs.state_dict())
     dense.load_state_dict({name.removeprefix('backbone.'): value for name, value in state.items()})
     return theirs.eval(), package

@@ -25,7 +25,7 @@ def macs(text: str) -> int:
     try:
         return round(float(text[:-1]) * UNITS[text[-1]])
     except (ValueError, KeyError, IndexError):
-        raise argparse.ArgumentTypeError(f'{text!r}: give a number and K, M or G, e.g. 2.0G')
+        raise argparse.ArgumentTypeError(f'{text!r}: give a number and K, M or G, e.g. 2.0G') from None
 
 
 def run_both_stages(cfg: Config, checkpoint: str, work_dir: Path) -> dict:

@@ -1,9 +1,10 @@
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from ...models.backbones.base import find_backbones
 from ...models.backbones.cfvit import CFViT
+from ...models.checks import has_backbone
 from ...registry import HOOKS
-from ..checks import has_backbone
 from .loss_hook import unwrapped
 
 
@@ -20,16 +21,16 @@ class FineSelectionHook(Hook):
             training does not reach.
     """
 
-    def __init__(self, begin: int = 200):
+    def __init__(self, begin: int = 200) -> None:
         if begin < 0:
             raise ValueError(f'FineSelectionHook: begin={begin} must not be negative; 0 splits the informative patches '
                              'from the first epoch.')
         self.begin = begin
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Find the backbones, and check that the training reaches ``begin``."""
         model = unwrapped(runner.model)
-        self._backbones = []
+        self._backbones: list[CFViT] = []
         if not has_backbone(model, 'FineSelectionHook'):
             return
         self._backbones = [backbone for backbone in find_backbones(model) if isinstance(backbone, CFViT)]
@@ -41,12 +42,12 @@ class FineSelectionHook(Hook):
                              'no epoch would split only the informative patches, as the test does. Choose a begin less '
                              'than max_epochs; a training by iterations has one epoch.')
 
-    def before_train_epoch(self, runner) -> None:
+    def before_train_epoch(self, runner: Runner) -> None:
         """Choose by the epoch alone, so that a resumed training goes on as it was."""
         for backbone in self._backbones:
             backbone.split_all = runner.epoch < self.begin
 
-    def after_train(self, runner) -> None:
+    def after_train(self, runner: Runner) -> None:
         """Leave the model as it was."""
         for backbone in self._backbones:
             backbone.split_all = False

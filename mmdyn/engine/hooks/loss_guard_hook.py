@@ -1,20 +1,22 @@
 from functools import partial
-from typing import Optional
+from typing import Any
 
 import torch
+from mmengine.runner import Runner
+from torch.utils.hooks import RemovableHandle
 
 from ...models.backbones.base import find_backbones
+from ...models.checks import check_classes, check_sides
 from ...registry import HOOKS
-from ..checks import check_classes, check_sides
 from .loss_hook import LossHook, unwrapped
 
 
-def image_files(samples) -> list[str]:
+def image_files(samples: Any) -> list[str]:
     """The files of a batch's data samples, as far as they are known."""
     return [path for path in (getattr(sample, 'img_path', None) for sample in samples or []) if path]
 
 
-def check_inputs(images: list[str], backbone: torch.nn.Module, inputs: tuple) -> None:
+def check_inputs(images: list[str], backbone: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
     """A forward pre-hook of a backbone."""
     check_sides(backbone, inputs[0].shape, images)
 
@@ -29,40 +31,41 @@ class LossGuardHook(LossHook):
         interval: look at the losses of each ``interval``-th iteration; a look synchronises an accelerator.
     """
 
-    def __init__(self, interval: int = 1):
+    def __init__(self, interval: int = 1) -> None:
         self.interval = interval
-        self._images, self._handles = [], []
+        self._images: list[str] = []
+        self._handles: list[RemovableHandle] = []
 
-    def before_run(self, runner) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Check that the parts of the model fit, and look at the sizes of what the backbone gets."""
         super().before_run(runner)
         self._handles = [backbone.register_forward_pre_hook(partial(check_inputs, self._images))
                          for backbone in find_backbones(unwrapped(runner.model))]
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Check the data, and watch the model's forward passes."""
         super().before_train(runner)
         for loop in filter(None, (runner.train_loop, runner.val_loop)):
             check_classes(unwrapped(runner.model), loop.dataloader.dataset)
 
-    def before_test(self, runner) -> None:
+    def before_test(self, runner: Runner) -> None:
         """Check the data."""
         check_classes(unwrapped(runner.model), runner.test_loop.dataloader.dataset)
 
-    def after_run(self, runner) -> None:
+    def after_run(self, runner: Runner) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
 
-    def _before_iter(self, runner, batch_idx: int, data_batch=None, mode: str = 'train') -> None:
+    def _before_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = 'train') -> None:
         """Note the images."""
         self._images[:] = image_files(data_batch.get('data_samples') if isinstance(data_batch, dict) else None)
 
-    def prepare(self, runner, model: torch.nn.Module) -> None:
+    def prepare(self, runner: Runner, model: torch.nn.Module) -> None:
         """Keep the runner, which knows the iteration."""
         self._runner = runner
 
-    def on_forward(self, model: torch.nn.Module, losses: Optional[dict], inputs: dict) -> None:
+    def on_forward(self, model: torch.nn.Module, losses: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
         """Raise ValueError if a loss is not finite."""
         if losses is None or not self.every_n_train_iters(self._runner, self.interval):
             return

@@ -1,16 +1,18 @@
 """CF-ViT: a plain vision transformer that looks at an image coarsely, and again more finely where it matters."""
-from typing import List, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ...analysis.complexity import BackboneCost, CostMeter, LayerCost
 from ...registry import MODELS
 from ..cfvit import FeatureReuse, fine_sequence, num_informative, select, update_score
+from ..cost import BackboneCost, CostMeter, LayerCost
 from ..layers import position_embedding, resize_position_embedding
-from .base import choose_arch
+from ..stage import run_blocks
+from ..thread_local import ThreadLocal
+from .options import choose_arch
 from .vit import PlainViT
 
 SCORES = ('global', 'last', 'random', 'negative')
@@ -62,26 +64,28 @@ class CFViT(PlainViT):
     Attributes:
         split_all: in training, split all patches, whatever their score; see
             :class:`~mmdyn.engine.FineSelectionHook`.
+        last_cost: what the stage that the thread ran last spent.
     """
+    last_cost: ThreadLocal[BackboneCost] = ThreadLocal()
 
     def __init__(self,
-                 arch: Union[str, dict] = 'deit-small',
+                 arch: str | dict = 'deit-small',
                  coarse_size: int = 7,
-                 img_size: Optional[int] = None,
+                 img_size: int | None = None,
                  alpha: float = 0.5,
                  ema_decay: float = 0.99,
                  ema_start: int = 4,
                  score: str = 'global',
-                 reuse: Optional[str] = 'mlp',
+                 reuse: str | None = 'mlp',
                  in_channels: int = 3,
                  patch_size: int = 16,
-                 out_type: Optional[str] = None,
+                 out_type: str | None = None,
                  drop_path_rate: float = 0.,
                  frozen_stages: int = -1,
                  with_cp: bool = False,
                  interpolate_mode: str = 'bilinear',
-                 norm_eps: Optional[float] = None,
-                 init_cfg: Union[dict, List[dict], None] = None):
+                 norm_eps: float | None = None,
+                 init_cfg: dict | list[dict] | None = None):
         family, numbers = self._family_of(arch)
         side = 2 * patch_size * coarse_size
         if img_size not in (None, side):
@@ -109,7 +113,6 @@ class CFViT(PlainViT):
         if reuse:
             ratio = choose_arch(numbers, self.families[family]['archs'])['mlp_ratio']
             self.reuse = FeatureReuse(dim, ratio, 'linear' if reuse == 'linear' else 'mlp', self.norm.eps)
-        self._cost: Optional[BackboneCost] = None
         self._register_load_state_dict_pre_hook(start_from_plain, with_module=True)
         self.freeze()
 
@@ -138,20 +141,19 @@ class CFViT(PlainViT):
         patches, _ = self.patch_embed(half)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1).type_as(patches), patches], dim=1)
         tokens = tokens + self.coarse_pos_embed
-        embedded = tokens[:, 1:]
+        embedded, shape = tokens[:, 1:], (1, tokens.shape[1] - 1)
         score = torch.zeros(embedded.shape[:2], device=images.device)
-        for number, block in enumerate(self.blocks, start=1):
-            block.attn.keeps_class_attention = self._watches(number)
-            tokens = self.run_block(self, number - 1, tokens, (1, tokens.shape[1] - 1))
-            if block.attn.keeps_class_attention:
-                score = update_score(score, block.attn.class_attention[:, 1:], self.ema_decay)
-                block.attn.keeps_class_attention, block.attn.class_attention = False, None
+        tokens = run_blocks(self, tokens.clone(), shape, stop=self._first_watched)
+        for block in self.blocks[self._first_watched:]:
+            rows = []
+            tokens = block(tokens, tokens, shape, self.num_extra, class_rows=rows)
+            score = update_score(score, rows[0][:, 1:], self.ema_decay)
         if self.score == 'random':
             score = torch.rand_like(score)
         self._spent(len(images), tokens.shape[1], (self.coarse_size, ) * 2, fine=False)
         return CoarseStage(self.norm(tokens), embedded, -score if self.score == 'negative' else score)
 
-    def fine(self, images: Tensor, coarse: CoarseStage) -> Tuple[Tensor, Tensor]:
+    def fine(self, images: Tensor, coarse: CoarseStage) -> tuple[Tensor, Tensor]:
         """The fine stage: images and their coarse stage -> (B, n, C) normed output, (B, k) split patches."""
         every = self.training and self.split_all
         num = coarse.score.shape[1]
@@ -169,7 +171,7 @@ class CFViT(PlainViT):
                 others = others + reused
         tokens = fine_sequence(class_token + self.pos_embed[:, :1], patches + self.pos_embed[:, 1:], others, chosen,
                                rest, self.coarse_size)
-        tokens = self.run_blocks(self, tokens, (1, tokens.shape[1] - 1))
+        tokens = run_blocks(self, tokens, (1, tokens.shape[1] - 1))
         self._spent(len(images), tokens.shape[1], self.shape, fine=True)
         return self.norm(tokens), chosen
 
@@ -177,50 +179,49 @@ class CFViT(PlainViT):
         """What ``out_type`` names of a stage's (B, n, C) tokens."""
         return tokens[:, 0] if self.out_type == 'cls_token' else tokens
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) images -> the outputs of the coarse and of the fine stage, without early exit."""
         coarse = self.coarse(x)
         return self.output(coarse.tokens), self.output(self.fine(x, coarse)[0])
 
-    def _watches(self, number: int) -> bool:
-        """Whether the class attention of the block of this number, counted from 1, enters the score."""
-        if self.score in ('global', 'negative'):
-            return number >= self.ema_start
-        return self.score == 'last' and number == len(self.blocks)
+    @property
+    def _first_watched(self) -> int:
+        """The block from which on class attention enters the score."""
+        return dict(last=len(self.blocks) - 1, random=len(self.blocks)).get(self.score, self.ema_start - 1)
 
     def _upsample(self, tokens: Tensor) -> Tensor:
         """(B, N, C) tokens of the coarse grid -> (B, 4 * N, C), each four times."""
         grid = tokens.transpose(1, 2).unflatten(2, (self.coarse_size, ) * 2)
         return F.interpolate(grid, scale_factor=2, mode='nearest').flatten(2).transpose(1, 2)
 
-    def stage_macs(self) -> Tuple[int, int]:
+    def stage_macs(self) -> tuple[int, int]:
         """Multiply-adds that the coarse stage spends on an image, and those that the fine stage adds."""
         num = self.coarse_size**2
         fine = 1 + num + 3 * num_informative(self.alpha, num)
         return (self._stage_cost(1, 1 + num, (self.coarse_size, ) * 2, fine=False).dense,
                 self._stage_cost(1, fine, self.shape, fine=True).dense)
 
-    def _stage_cost(self, batch: int, tokens: int, grid: Tuple[int, int], fine: bool) -> BackboneCost:
+    def _stage_cost(self, batch: int, tokens: int, grid: tuple[int, int], fine: bool) -> BackboneCost:
         layers, queries = [], torch.full((batch, ), tokens)
-        for number, block in enumerate(self.blocks, start=1):
+        for index, block in enumerate(self.blocks):
             query, static = block.macs((1, tokens - 1), 1)
-            if self._watches(number) and not fine:
+            if index >= self._first_watched and not fine:
                 static += tokens * self.norm.weight.numel()  # one row of attention scores for each head
-            layers.append(LayerCost(f'blocks.{number - 1}', query, static, 0, queries, tokens, False))
+            layers.append(LayerCost(f'blocks.{index}', query, static, 0, queries, tokens, False))
         reused = self.coarse_size**2 + (self.reuse_kind == 'class_token')
         stem = self.patch_embed.macs(grid) + (reused * self.reuse.macs() if fine and self.reuse_kind else 0)
         return BackboneCost(layers, stem)
 
     def _spent(self, *stage, fine: bool) -> None:
-        self._cost = self._stage_cost(*stage, fine)
+        self.last_cost = self._stage_cost(*stage, fine)
         CostMeter.publish(self)
 
     @property
     def cost(self) -> BackboneCost:
         """What the stage that ran last spent; each stage is an account of its own."""
-        if self._cost is None:
+        if self.last_cost is None:
             raise ValueError(f'{type(self).__name__} has not run yet: call it on images before you ask for its cost.')
-        return self._cost
+        return self.last_cost
 
     def frozen_modules(self):
         yield from super().frozen_modules()

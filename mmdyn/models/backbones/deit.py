@@ -1,5 +1,5 @@
 """DeiT, a plain vision transformer, with and without DGE."""
-from typing import Sequence, Union
+from collections.abc import Sequence
 
 from ...registry import MODELS
 from .vit import PlainViT
@@ -30,5 +30,5 @@ class DeiT(PlainViT):
         init_cfg: initialisation; a ``Pretrained`` checkpoint may be of the dense or the dynamic model.
     """
 
-    def __init__(self, arch: Union[str, dict] = 'small', img_size: Union[int, Sequence[int]] = 256, **options):
+    def __init__(self, arch: str | dict = 'small', img_size: int | Sequence[int] = 256, **options):
         super().__init__('deit', arch, img_size, **options)

@@ -1,12 +1,12 @@
 """PVT with deformable attention, with and without DGE (section 4 of the DGE paper)."""
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
 
 from torch import nn
 
 from ...registry import MODELS
 from ..layers import DeformableAttention
 from . import pvt
-from .base import OUT_TYPES
+from .options import OUT_TYPES
 
 
 def _with_points(arch: dict) -> dict:
@@ -30,18 +30,20 @@ class DPVT(pvt.PVT):
             (B, h*w, C).
     """
     archs = ARCHS
-    class_token_types = ()
 
     def __init__(self,
-                 arch: Union[str, dict] = 'small',
-                 img_size: Union[int, Sequence[int]] = 256,
+                 arch: str | dict = 'small',
+                 img_size: int | Sequence[int] = 256,
                  out_type: str = 'featmap',
-                 dge: Optional[dict] = None,
+                 dge: dict | None = None,
                  **options):
         allowed = tuple(kind for kind in OUT_TYPES if kind != 'cls_token')
         if out_type not in allowed:
             raise ValueError(f'out_type={out_type!r}: choose from {allowed}. DPVT has no class token.')
-        super().__init__(arch, img_size, out_type=out_type, dge=dge, **options)
+        if options.pop('with_cls_token', False):
+            raise ValueError('with_cls_token=True: DPVT has no class token, which would have no place on the map. Leave it '
+                             'out.')
+        super().__init__(arch, img_size, out_type=out_type, dge=dge, with_cls_token=False, **options)
 
     def make_attention(self, stage: dict, norm_eps: float) -> nn.Module:
         return DeformableAttention(stage['embed_dims'], stage['num_heads'], stage['num_points'])

@@ -1,5 +1,5 @@
 """LV-ViT, a plain vision transformer whose patch tokens learn labels of their own."""
-from typing import Sequence, Union
+from collections.abc import Sequence
 
 from ...registry import MODELS
 from .vit import PlainViT
@@ -18,7 +18,7 @@ class LVViT(PlainViT):
         options: the other options of :class:`DeiT`, without ``distilled``; ``norm_eps`` defaults to 1e-5.
     """
 
-    def __init__(self, arch: Union[str, dict] = 'small', img_size: Union[int, Sequence[int]] = 224,
+    def __init__(self, arch: str | dict = 'small', img_size: int | Sequence[int] = 224,
                  out_type: str = 'raw', **options):
         if options.get('distilled'):
             raise ValueError('LVViT has no distillation token: leave distilled out.')

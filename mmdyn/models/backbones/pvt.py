@@ -1,15 +1,15 @@
 """Pyramid Vision Transformer, with and without DGE."""
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...registry import MODELS
 from ..layers import (Attention, EncoderBlock, PatchEmbed, Positions, position_embedding, resize_position_embedding,
                       to_maps)
-from ..layers.linear import add_into
-from .base import (OUT_TYPES, DynamicBackbone, choose_arch, choose_out_indices, dge_of_stages, image_sides, make_blocks)
+from ..stage import run_blocks
+from .base import DynamicBackbone, make_blocks
+from .options import OUT_TYPES, choose_arch, choose_out_indices, dge_of_stages, image_sides
 
 _COMMON = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
 ARCHS = {
@@ -29,24 +29,32 @@ class PVTStage(nn.Module):
         shape: (h, w) that the position embedding is made for.
         blocks: the encoder blocks.
         num_extra: 1 if a class token is put in front of the tokens.
+        dge: options of a DGE wrapper for each block, or None.
+        norm_eps: epsilon of the norm behind the patch embedding.
         of_tokens: whether another stage is before this one, and not the image.
+        mode: how the position embedding is resized.
     """
 
-    def __init__(self, in_channels: int, dim: int, patch_size: int, shape: Tuple[int, int], blocks: List[EncoderBlock],
-                 num_extra: int, dge: Optional[dict], with_cp: bool, norm_eps: float, of_tokens: bool):
+    def __init__(self, in_channels: int, dim: int, patch_size: int, shape: tuple[int, int], blocks: list[EncoderBlock],
+                 num_extra: int, dge: dict | None, norm_eps: float, of_tokens: bool, mode: str):
         super().__init__()
-        self.num_extra, self.shape = num_extra, shape
+        self.num_extra, self.shape, self.mode = num_extra, shape, mode
         self.patch_embed = PatchEmbed(in_channels, dim, patch_size, norm_eps=norm_eps, of_tokens=of_tokens)
         self.pos_embed = position_embedding(num_extra, shape, dim)
-        make_blocks(self, blocks, dim, dge, with_cp)
+        make_blocks(self, blocks, dim, dge)
 
-    def embed(self, x: Tensor, cls_token: Optional[Tensor], mode: str) -> Tuple[Tensor, Tuple[int, int]]:
+    def embed(self, x: Tensor, cls_token: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         """(B, C_in, H, W) -> (B, E + h*w, C) tokens with their position embedding, and (h, w)."""
         if not self.num_extra:
-            return self.patch_embed(x, Positions(self.pos_embed, self.shape, mode))
+            return self.patch_embed(x, Positions(self.pos_embed, self.shape, self.mode))
         tokens, shape = self.patch_embed(x)
         tokens = torch.cat([cls_token.expand(len(tokens), -1, -1).type_as(tokens), tokens], dim=1)
-        return add_into(tokens, resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra, mode)), shape
+        return tokens + resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra, self.mode), shape
+
+    def forward(self, x: Tensor, cls_token: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """(B, C_in, H, W) -> (B, E + h*w, C) tokens behind the last block, and (h, w)."""
+        tokens, shape = self.embed(x, cls_token)
+        return run_blocks(self, tokens, shape), shape
 
 
 @MODELS.register_module()
@@ -64,40 +72,42 @@ class PVT(DynamicBackbone):
             :class:`~mmdyn.models.dge.DynamicGrainedEncoder`, e.g. ``dict(granularities=(1, 2, 4))``.
         out_type: ``'featmap'`` returns the (B, C, h, w) maps of the stages ``out_indices``. The others add a final
             norm and return the last stage's class token (B, C) for ``'cls_token'``, mean (B, C) of all its tokens for
-            ``'avg_featmap'``, or tokens (B, 1 + h*w, C) for ``'raw'``. A class token exists for ``'cls_token'`` and
-            ``'raw'``, in the last stage only.
+            ``'avg_featmap'``, or tokens (B, E + h*w, C) for ``'raw'``.
+        with_cls_token: whether the last stage has a class token, which maps leave out. Defaults to having one for
+            ``'cls_token'`` and ``'raw'``. For ``'featmap'`` the authors of DGE keep it, those of PVT do not.
         out_indices: stages to return. Defaults to all for ``'featmap'``, otherwise to the last, the only one allowed.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         frozen_stages: -1 freezes nothing, 0 the first patch and position embedding, n > 0 also the first n stages.
         with_cp: recompute the blocks in the backward pass.
         interpolate_mode: how position embeddings are resized.
-        norm_eps: epsilon of all norms.
+        norm_eps: epsilon of the blocks' norms and of the final one.
+        embed_norm_eps: epsilon of the norms behind the patch embeddings and the spatial reductions: 1e-5 as the authors of
+            PVT and of DGE have it, 1e-6 in mmdet's PVT.
         init_cfg: initialisation; a ``Pretrained`` checkpoint may be of the dense or the dynamic model, of other sizes of
             images, and have a class token or not.
     """
 
-    archs: Dict[str, dict] = ARCHS
-    class_token_types = ('cls_token', 'raw')
+    archs: dict[str, dict] = ARCHS
 
     def __init__(self,
-                 arch: Union[str, dict] = 'small',
-                 img_size: Union[int, Sequence[int]] = 256,
+                 arch: str | dict = 'small',
+                 img_size: int | Sequence[int] = 256,
                  in_channels: int = 3,
                  patch_size: int = 4,
-                 dge: Optional[dict] = None,
+                 dge: dict | None = None,
                  out_type: str = 'featmap',
-                 out_indices: Union[int, Sequence[int], None] = None,
+                 out_indices: int | Sequence[int] | None = None,
+                 with_cls_token: bool | None = None,
                  drop_path_rate: float = 0.,
                  frozen_stages: int = -1,
                  with_cp: bool = False,
                  interpolate_mode: str = 'bilinear',
                  norm_eps: float = 1e-6,
-                 init_cfg: Union[dict, List[dict], None] = None):
-        super().__init__(frozen_stages, with_cp, interpolate_mode, init_cfg)
+                 embed_norm_eps: float = 1e-5,
+                 init_cfg: dict | list[dict] | None = None):
+        super().__init__(frozen_stages, interpolate_mode, init_cfg)
         arch = choose_arch(arch, self.archs)
         num_stages = len(arch['depths'])
-        if any(len(numbers) != num_stages for numbers in arch.values()):
-            raise ValueError(f'arch={arch} must have as many numbers for each key: one for each stage.')
         if out_type not in OUT_TYPES:
             raise ValueError(f'out_type={out_type!r}: choose from {OUT_TYPES}.')
         last = num_stages - 1
@@ -107,6 +117,9 @@ class PVT(DynamicBackbone):
         if out_type != 'featmap' and self.out_indices != [last]:
             raise ValueError(f'out_type={out_type!r} returns the last stage only, but out_indices={out_indices}: leave '
                              "it out, or use out_type='featmap'.")
+        with_cls_token = out_type in ('cls_token', 'raw') if with_cls_token is None else with_cls_token
+        if out_type == 'cls_token' and not with_cls_token:
+            raise ValueError("out_type='cls_token' returns the class token, but with_cls_token=False: leave one of them out.")
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages={frozen_stages}: choose from -1 (none) to {num_stages}.')
 
@@ -116,13 +129,14 @@ class PVT(DynamicBackbone):
         self.stages = nn.ModuleList()
         for i, depth in enumerate(arch['depths']):
             dim, stride = dims[i + 1], patch_size * 2**i
+            of_stage = {name: numbers[i] for name, numbers in arch.items()}
             blocks = [
-                EncoderBlock(dim, self.make_attention({name: numbers[i] for name, numbers in arch.items()}, norm_eps),
-                             arch['mlp_ratios'][i], rates.pop(0), norm_eps) for _ in range(depth)
+                EncoderBlock(dim, self.make_attention(of_stage, embed_norm_eps), arch['mlp_ratios'][i], rates.pop(0), norm_eps,
+                             with_cp=with_cp) for _ in range(depth)
             ]
             self.stages.append(
                 PVTStage(dims[i], dim, 2 if i else patch_size, (height // stride, width // stride), blocks,
-                         int(i == last and out_type in self.class_token_types), dges[i], with_cp, norm_eps, i > 0))
+                         int(i == last and with_cls_token), dges[i], embed_norm_eps, i > 0, interpolate_mode))
         if self.stages[-1].num_extra:
             self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dims[-1]), std=0.02))
         if out_type != 'featmap':
@@ -134,12 +148,12 @@ class PVT(DynamicBackbone):
         return Attention(stage['embed_dims'], stage['num_heads'], stage['sr_ratios'], norm_eps)
 
     @property
-    def stage_shapes(self) -> List[Tuple[int, int]]:
+    def stage_shapes(self) -> list[tuple[int, int]]:
         """(h, w) of each stage's map on images of ``img_size``."""
         return [stage.shape for stage in self.stages]
 
     @property
-    def out_channels(self) -> List[int]:
+    def out_channels(self) -> list[int]:
         return [self.stages[i].pos_embed.shape[2] for i in self.out_indices]
 
     def named_stages(self):
@@ -155,17 +169,16 @@ class PVT(DynamicBackbone):
             if self.stages[-1].num_extra:
                 yield self.cls_token
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) images -> the outputs that ``out_type`` and ``out_indices`` name."""
         outs, shapes = [], []
         for i, stage in enumerate(self.stages):
-            tokens, shape = stage.embed(x, getattr(self, 'cls_token', None), self.interpolate_mode)
+            tokens, shape = stage(x, getattr(self, 'cls_token', None))
             shapes.append(shape)
-            tokens = self.run_blocks(stage, tokens, shape)
-            if self.out_type == 'featmap' or i < len(self.stages) - 1:
-                x = tokens.transpose(1, 2).unflatten(2, shape)
-                if i in self.out_indices:
-                    outs.append(to_maps(tokens, shape))
+            cells = tokens[:, stage.num_extra:]
+            if self.out_type == 'featmap' and i in self.out_indices:
+                outs.append(to_maps(cells, shape))
+            x = cells.transpose(1, 2).unflatten(2, shape)
         self.account(len(x), shapes)
         if self.out_type == 'featmap':
             return tuple(outs)

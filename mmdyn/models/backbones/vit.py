@@ -1,13 +1,14 @@
 """Plain vision transformers: the class token and all patches of an image through one stack of blocks."""
-from typing import List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import (Attention, ConvStem, EncoderBlock, PatchEmbed, position_embedding, resize_position_embedding,
                       to_maps)
-from .base import (OUT_TYPES, DynamicBackbone, choose_arch, choose_out_indices, dge_of_stages, image_sides, make_blocks)
+from ..stage import run_blocks
+from .base import DynamicBackbone, make_blocks
+from .options import OUT_TYPES, choose_arch, choose_out_indices, dge_of_stages, image_sides
 
 DEIT = {
     'tiny': dict(embed_dim=192, depth=12, num_heads=3, mlp_ratio=4),
@@ -35,21 +36,21 @@ class PlainViT(DynamicBackbone):
 
     def __init__(self,
                  family: str,
-                 arch: Union[str, dict],
-                 img_size: Union[int, Sequence[int]],
+                 arch: str | dict,
+                 img_size: int | Sequence[int],
                  in_channels: int = 3,
                  patch_size: int = 16,
                  distilled: bool = False,
-                 dge: Optional[dict] = None,
+                 dge: dict | None = None,
                  out_type: str = 'cls_token',
-                 out_indices: Union[int, Sequence[int], None] = None,
+                 out_indices: int | Sequence[int] | None = None,
                  drop_path_rate: float = 0.,
                  frozen_stages: int = -1,
                  with_cp: bool = False,
                  interpolate_mode: str = 'bilinear',
-                 norm_eps: Optional[float] = None,
-                 init_cfg: Union[dict, List[dict], None] = None):
-        super().__init__(frozen_stages, with_cp, interpolate_mode, init_cfg)
+                 norm_eps: float | None = None,
+                 init_cfg: dict | list[dict] | None = None):
+        super().__init__(frozen_stages, interpolate_mode, init_cfg)
         kind = self.families[family]
         arch, norm_eps = choose_arch(arch, kind['archs']), norm_eps or kind['norm_eps']
         dim, depth = arch['embed_dim'], arch['depth']
@@ -72,20 +73,20 @@ class PlainViT(DynamicBackbone):
         self.pos_embed = position_embedding(self.num_extra, self.shape, dim)
         blocks = [
             EncoderBlock(dim, Attention(dim, arch['num_heads'], qkv_bias=kind['qkv_bias']), arch['mlp_ratio'], rate,
-                         norm_eps, kind['residual_scale'])
+                         norm_eps, kind['residual_scale'], with_cp)
             for rate in torch.linspace(0, drop_path_rate, depth).tolist()
         ]
-        make_blocks(self, blocks, dim, dge_of_stages(dge, 1)[0], with_cp)
+        make_blocks(self, blocks, dim, dge_of_stages(dge, 1)[0])
         self.norm = nn.LayerNorm(dim, norm_eps)
         self.freeze()
 
     @property
-    def stage_shapes(self) -> List[Tuple[int, int]]:
+    def stage_shapes(self) -> list[tuple[int, int]]:
         """(h, w) of the map on images of ``img_size``."""
         return [self.shape]
 
     @property
-    def out_channels(self) -> List[int]:
+    def out_channels(self) -> list[int]:
         return [self.pos_embed.shape[2]] * len(self.out_indices)
 
     def named_stages(self):
@@ -101,7 +102,7 @@ class PlainViT(DynamicBackbone):
         if self.frozen_stages == len(self.blocks):
             yield self.norm
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) images -> the outputs that ``out_type`` and ``out_indices`` name."""
         tokens, shape = self.patch_embed(x)
         extra = [self.cls_token, self.dist_token] if self.num_extra > 1 else [self.cls_token]
@@ -110,14 +111,14 @@ class PlainViT(DynamicBackbone):
                                                     self.interpolate_mode)
         outs, start, last = [], 0, len(self.blocks) - 1
         for i in sorted({*self.out_indices, last}):
-            # Outputs share the memory of tokens.
-            tokens, start = self.run_blocks(self, tokens, shape, not outs, start, i + 1), i + 1
+            # Outputs may share the memory of tokens, which run_blocks may overwrite.
+            tokens, start = run_blocks(self, tokens.clone() if outs else tokens, shape, start, i + 1), i + 1
             if i in self.out_indices:
                 outs.append(self._format(self.norm(tokens) if i == last else tokens, shape))
         self.account(len(x), [shape])
         return tuple(outs)
 
-    def _format(self, tokens: Tensor, shape: Tuple[int, int]):
+    def _format(self, tokens: Tensor, shape: tuple[int, int]):
         cells = tokens[:, self.num_extra:]
         if self.out_type == 'cls_token':
             return (tokens[:, 0], tokens[:, 1]) if self.num_extra > 1 else tokens[:, 0]

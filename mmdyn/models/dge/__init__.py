@@ -1,3 +1,4 @@
-from .encoder import DynamicGrainedEncoder, check_granularities
+from .encoder import Decision, DynamicGrainedEncoder, check_granularities
+from .routing import Routing, route
 
-__all__ = ['DynamicGrainedEncoder', 'check_granularities']
+__all__ = ['Decision', 'DynamicGrainedEncoder', 'Routing', 'check_granularities', 'route']

@@ -1,22 +1,40 @@
 """Deformable attention: a query attends to a few points of the map, which it chooses itself (DPVT)."""
 import math
-from typing import Dict, List, Optional, Tuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import native
-from ..native import encoder as compiled
-from ..native.sampling import sample
-from .base import AttentionBase
-from .linear import Linear, StartLinear, by_pieces_of_rows
+from ..dge.routing import centres
+from ..replaceable import replaceable
+from .attention import pack
 
 
-def sample_by_embedding_bag(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[int, int],
-                            lengths: List[int]) -> Tensor:
-    """:func:`deformable_sampling` as sums of weighted rows: each point is the mean of its four neighbouring cells."""
+@replaceable
+def deformable_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int],
+                        lengths: list[int]) -> Tensor:
+    """Weighted sums of values at points of a map, interpolated bilinearly; outside of the map they are 0.
+
+    Args:
+        value: (B, H*W, heads, D).
+        points: (N, heads, P, 2), x and y in cells; (0, 0) is the centre of the first cell.
+        weights: (N, heads, P).
+        shape: (H, W).
+        lengths: queries of each of the B images; they sum to N.
+
+    Returns:
+        (N, heads * D).
+
+    Raises:
+        ValueError: if the values are not those of maps of ``shape``, or ``lengths`` not those of the queries.
+    """
+    if value.shape[:2] != (len(lengths), math.prod(shape)) or sum(lengths) != len(points):
+        raise ValueError(f'Values of {value.shape[0]} images with {value.shape[1]} cells and points of {len(points)} '
+                         f'queries do not fit lengths={lengths} and shape={tuple(shape)}: give the queries of each '
+                         'image, and the (height, width) of the map.')
+    if value.dtype in (torch.float16, torch.bfloat16):  # whose places on a map of some hundred cells are rough
+        return deformable_sampling.plain(value.float(), points.float(), weights.float(), shape, lengths).to(value.dtype)
+    # Each point is the weighted sum of its four neighbouring cells.
     (height, width), heads = shape, value.shape[2]
     image = torch.arange(len(lengths), device=value.device, dtype=torch.int32).repeat_interleave(
         torch.tensor(lengths, device=value.device, dtype=torch.long), output_size=len(points))
@@ -37,141 +55,71 @@ def sample_by_embedding_bag(value: Tensor, points: Tensor, weights: Tensor, shap
     return sums.view(len(points), heads * value.shape[-1])
 
 
-def sample_by_mmcv(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[int, int],
-                   lengths: List[int]) -> Tensor:
-    """:func:`deformable_sampling` with mmcv's operator for accelerators.
-
-    Raises:
-        ImportError: if mmcv lacks the operator for the device of ``value``; it says how to install it.
-    """
-    try:
-        from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
-    except ImportError as error:
-        raise ImportError(_needs_operators(value.device)) from error
-    # The operator takes as many queries of each image: shorter images are filled up with points of weight 0.
-    images, most = len(lengths), max([1, *lengths])
-    ragged = set(lengths) != {most}
-    if ragged:
-        starts = range(0, images * most, most)
-        slots = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths)]).to(value.device)
-        points, weights = (
-            x.new_zeros(images * most, *x.shape[1:]).index_copy(0, slots, x) for x in (points, weights))
-    sides = torch.tensor([shape], device=value.device)
-    where = ((points + 0.5) / sides.flip(1)).unflatten(0, (images, most))[:, :, :, None]
-    try:
-        sums = MultiScaleDeformableAttnFunction.apply(value.contiguous(), sides, sides.new_zeros(1), where.contiguous(),
-                                                      weights.unflatten(0, (images, most))[:, :, :, None].contiguous(),
-                                                      images)
-    except RuntimeError as error:
-        if 'implementation for device' not in str(error):
-            raise
-        raise ImportError(_needs_operators(value.device)) from error
-    sums = sums.flatten(0, 1)
-    return sums[slots] if ragged else sums
-
-
-def _needs_operators(device: torch.device) -> str:
-    return (f"Deformable attention on {device} needs mmcv's operators, but the installed mmcv has none for this "
-            'device: use the CPU, or compile them with the CUDA toolkit of your torch in place: MMCV_WITH_OPS=1 '
-            'FORCE_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation mmcv==2.1.0')
-
-
-SAMPLERS = {'embedding_bag': sample_by_embedding_bag, 'mmcv': sample_by_mmcv}
-
-
-def deformable_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: Tuple[int, int], lengths: List[int],
-                        sampler: Optional[str] = None) -> Tensor:
-    """Weighted sums of values at points of a map, interpolated bilinearly; outside of the map they are 0.
-
-    Args:
-        value: (B, H*W, heads, D).
-        points: (N, heads, P, 2), x and y in cells; (0, 0) is the centre of the first cell.
-        weights: (N, heads, P).
-        shape: (H, W).
-        lengths: queries of each of the B images; they sum to N.
-        sampler: a key of ``SAMPLERS``. Defaults to mmcv's operator on accelerators, which it is written for, and to a
-            compiled function in inference on a CPU.
-
-    Returns:
-        (N, heads * D).
-
-    Raises:
-        ValueError: if the values are not those of maps of ``shape``, or ``lengths`` not those of the queries.
-    """
-    if value.shape[:2] != (len(lengths), math.prod(shape)) or sum(lengths) != len(points):
-        raise ValueError(f'Values of {value.shape[0]} images with {value.shape[1]} cells and points of {len(points)} '
-                         f'queries do not fit lengths={lengths} and shape={tuple(shape)}: give the queries of each '
-                         'image, and the (height, width) of the map.')
-    # A position on a map of some hundred cells does not fit into half precision.
-    with torch.autocast(value.device.type, enabled=False):
-        full = torch.promote_types(value.dtype, torch.float32)
-        inputs = value.to(full), points.to(full), weights.to(full), shape, lengths
-        if sampler is None and native.is_used(inputs[0]):
-            return sample(*inputs).to(value.dtype)
-        sampler = sampler or ('embedding_bag' if value.device.type == 'cpu' else 'mmcv')
-        return SAMPLERS[sampler](*inputs).to(value.dtype)
-
-
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
     """``x``, whose gradient is multiplied by ``scale``."""
     return x.detach() + scale * (x - x.detach()) if x.requires_grad else x
 
 
-class DeformableAttention(AttentionBase):
+class DeformableAttention(nn.Module):
     """Each head of a query takes the values at a few points around the query's reference point.
 
-    Offsets and weights of the points are linear in the query. In the beginning head k looks in the direction
-    2 * pi * k / heads, with point i at a distance of i + 1 cells and all weights alike. Offsets learn at a tenth of the
-    gradient.
+    Offsets and weights of the points are linear in the query. Offsets learn at a tenth of the gradient.
 
     Args:
         dim: channels.
         num_heads: heads; they divide ``dim``.
         num_points: points of each head.
-        sampler: forces a path of :func:`deformable_sampling`.
     """
     uses_points = True
 
-    def __init__(self, dim: int, num_heads: int, num_points: int = 4, sampler: Optional[str] = None):
+    def __init__(self, dim: int, num_heads: int, num_points: int = 4):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide '
-                             f'{dim}.')
-        self.num_heads, self.num_points, self.sampler = num_heads, num_points, sampler
-        angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
-        direction = torch.stack([angle.cos(), angle.sin()], -1)[:, None]
-        self.offsets = StartLinear(dim, (direction * torch.arange(1, num_points + 1)[:, None]).flatten())
-        self.attn_weight = StartLinear(dim, torch.zeros(num_heads * num_points))
-        self.v = Linear(dim, dim)
-        self.proj = Linear(dim, dim)
+            raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.')
+        self.num_heads, self.num_points = num_heads, num_points
+        self.offsets = nn.Linear(dim, num_heads * num_points * 2)
+        self.attn_weight = nn.Linear(dim, num_heads * num_points)
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+        self.start()
 
-    def keys_values(self, tokens: Tensor, shape: Tuple[int, int], num_extra: int = 0,
-                    norm: Optional[nn.Module] = None) -> Tuple[Tensor]:
-        """(B, H*W, heads, D) values. There are no extra tokens: they have no place on the map."""
+    @torch.no_grad()
+    def start(self) -> None:
+        """In the beginning head k looks in the direction 2*pi*k / heads, at points in distances of 1, 2, ... cells."""
+        for layer in (self.offsets, self.attn_weight):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)[:, None]
+        self.offsets.bias.copy_((direction * torch.arange(1, self.num_points + 1)[:, None]).flatten())
+
+    def forward(self, queries: Tensor, tokens: Tensor, shape: tuple[int, int], num_extra: int = 0,
+                lengths: list[int] | None = None, points: Tensor | None = None) -> Tensor:
+        """Attend from the queries to points of the map.
+
+        Args:
+            queries: (B, n, C), or packed (N, C) with the ``lengths`` of the images.
+            tokens: (B, H*W, C).
+            shape: (H, W).
+            num_extra: 0; extra tokens have no place on the map.
+            lengths: queries of each image, where they are packed.
+            points: (N, 2) places of the queries, x and y in cells. Default to the cells' own.
+
+        Returns:
+            as ``queries``.
+        """
         if num_extra:
             raise ValueError(f'Deformable attention samples a map, but there are {num_extra} extra tokens, which have '
                              'no place on it: use a model without class token.')
-        values = by_pieces_of_rows(lambda rows: self.v(rows if norm is None else norm(rows)), tokens, tokens.shape[2])
-        return (values.unflatten(-1, (self.num_heads, -1)), )
-
-    def compiled_layers(self, shape: Tuple[int, int], num_extra: int) -> Optional[Dict[str, nn.Module]]:
-        if num_extra or self.sampler is not None or not compiled.is_plain(self, DeformableAttention):
-            return None
-        own = self._modules
-        return dict(query=own['offsets'], weights=own['attn_weight'], proj=own['proj'], reduce=None, norm_keys=None,
-                    memory=own['v'])
-
-    def attend(self, queries: Tensor, memory: Tuple[Tensor], shape: Tuple[int, int], lengths: List[int],
-               points: Optional[Tensor] = None) -> Tensor:
-        """From packed queries (N, C) with reference points (N, 2) to the values around them."""
-        heads = (self.num_heads, self.num_points)
-        offsets = scale_gradient(self.offsets(queries), 0.1).unflatten(-1, (*heads, 2))
+        packed, lengths = pack(queries, lengths)
+        if points is None:
+            points = centres(shape, tokens.device).expand(len(tokens), -1, -1).flatten(0, 1)
+        value = self.v(tokens).unflatten(-1, (self.num_heads, -1))
+        offsets = scale_gradient(self.offsets(packed), 0.1).unflatten(-1, (self.num_heads, self.num_points, 2))
         points = points[:, None, None] + offsets.to(torch.promote_types(offsets.dtype, torch.float32))
-        weights = self.attn_weight(queries).unflatten(-1, heads).softmax(-1)
-        return self.proj(deformable_sampling(*memory, points, weights, shape, lengths, self.sampler))
+        weights = self.attn_weight(packed).unflatten(-1, (self.num_heads, self.num_points)).softmax(-1)
+        return self.proj(deformable_sampling(value, points, weights, shape, lengths)).view_as(queries)
 
-    def macs(self, shape: Tuple[int, int], num_extra: int) -> Tuple[int, int]:
+    def macs(self, shape: tuple[int, int], num_extra: int) -> tuple[int, int]:
         """Multiply-adds of one query, with 4 of each channel for each sampled point, and of the values of one image."""
-        dim = self.v.in_features
         query = self.offsets.weight.numel() + self.attn_weight.weight.numel() + self.proj.weight.numel()
-        return query + 4 * self.num_points * dim, math.prod(shape) * self.v.weight.numel()
+        return query + 4 * self.num_points * self.v.out_features, math.prod(shape) * self.v.weight.numel()

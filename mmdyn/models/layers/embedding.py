@@ -1,12 +1,10 @@
-"""From images to tokens."""
+"""From images to tokens, and from tokens to maps."""
 import math
-from typing import Optional, Tuple
 
-import torch.nn as nn
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..native import encoder as compiled
-from .patches import PatchProjection
+from ..replaceable import replaceable
 from .position import Positions
 
 
@@ -17,8 +15,25 @@ def check_side(x: Tensor, patch: int) -> None:
                          'use larger images.')
 
 
+@replaceable
+def project_patches(maps: Tensor, proj: nn.Module, norm: nn.Module, positions: Positions | None = None) -> Tensor:
+    """A convolution of patches, a norm, and position embeddings: (B, C_in, H, W) -> (B, h*w, C).
+
+    Args:
+        maps: images, or tokens in the form of a map.
+        proj: the convolution, whose stride is its kernel's side.
+        norm: of the last dimension.
+        positions: what is added in the end.
+    """
+    maps = proj(maps)
+    tokens = norm(maps.flatten(2).transpose(1, 2))
+    return tokens if positions is None else tokens + positions.resized(tuple(maps.shape[-2:]))
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches, projected linearly: (B, C_in, H, W) -> (B, h*w, C) and (h, w) = (H//patch, W//patch).
+
+    What remains of a side that is no multiple of the patch's is left out.
 
     Args:
         in_channels: channels of the input map.
@@ -26,21 +41,25 @@ class PatchEmbed(nn.Module):
         patch_size: side of a patch.
         norm: whether a LayerNorm follows.
         norm_eps: its epsilon.
-        of_tokens: whether the input is tokens in the form of a map, and no image.
+        of_tokens: whether the input is tokens in the form of a map, whose channels lie side by side, and no image.
     """
 
-    def __init__(self, in_channels: int, dim: int, patch_size: int, norm: bool = True, norm_eps: float = 1e-6,
+    def __init__(self, in_channels: int, dim: int, patch_size: int, norm: bool = True, norm_eps: float = 1e-5,
                  of_tokens: bool = False):
         super().__init__()
-        self.proj = PatchProjection(in_channels, dim, patch_size, of_tokens)
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
+        if of_tokens:
+            self.proj.to(memory_format=torch.channels_last)
         self.norm = nn.LayerNorm(dim, norm_eps) if norm else nn.Identity()
 
-    def forward(self, x: Tensor, positions: Optional[Positions] = None) -> Tuple[Tensor, Tuple[int, int]]:
+    def forward(self, x: Tensor, positions: Positions | None = None) -> tuple[Tensor, tuple[int, int]]:
         """``positions`` are added to the tokens."""
-        check_side(x, self.proj.kernel_size[0])
-        return self.proj(x, after=self.norm, positions=positions)
+        check_side(x, self.patch_size)
+        tokens = project_patches(x, self.proj, self.norm, positions)
+        return tokens, (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
 
-    def macs(self, shape: Tuple[int, int]) -> int:
+    def macs(self, shape: tuple[int, int]) -> int:
         """Multiply-adds of an image whose tokens form a map of ``shape``."""
         return math.prod(shape) * self.proj.weight.numel()
 
@@ -69,25 +88,23 @@ class ConvStem(nn.Module):
                 nn.ReLU(inplace=True)
             ])
             in_channels = width
-        self.proj = PatchProjection(width, dim, patch_size // 2, of_tokens=False)
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(width, dim, patch_size // 2, patch_size // 2)
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
-        side = self.proj.kernel_size[0]
-        check_side(x, 2 * side)
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        check_side(x, self.patch_size)
+        shape = tuple(pixels // self.patch_size for pixels in x.shape[-2:])
         # Half of an odd number is rounded up, and may hold one patch more.
-        height, width = (pixels // (2 * side) * side for pixels in x.shape[-2:])
-        return self.proj(self.convs(x)[..., :height, :width])
+        height, width = (side * self.patch_size // 2 for side in shape)
+        return project_patches(self.convs(x)[..., :height, :width], self.proj, nn.Identity()), shape
 
-    def macs(self, shape: Tuple[int, int]) -> int:
+    def macs(self, shape: tuple[int, int]) -> int:
         """Multiply-adds of an image whose tokens form a map of ``shape``."""
         convs = sum(module.weight.numel() for module in self.convs if isinstance(module, nn.Conv2d))
-        return math.prod(shape) * (self.proj.kernel_size[0]**2 * convs + self.proj.weight.numel())
+        return math.prod(shape) * ((self.patch_size // 2)**2 * convs + self.proj.weight.numel())
 
 
-def to_maps(tokens: Tensor, shape: Tuple[int, int]) -> Tensor:
+@replaceable
+def to_maps(tokens: Tensor, shape: tuple[int, int]) -> Tensor:
     """(B, h*w, C) -> (B, C, h, w), contiguous, because mmcv's RoIAlign reads the memory of what necks make of it."""
-    maps = compiled.transpose_tokens(tokens)
-    if maps is None:
-        # torch transposes a matrix faster than a batch of one.
-        maps = tokens[0].t().contiguous()[None] if len(tokens) == 1 else tokens.transpose(1, 2).contiguous()
-    return maps.unflatten(2, shape)
+    return tokens.transpose(1, 2).contiguous().unflatten(2, shape)

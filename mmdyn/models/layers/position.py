@@ -1,23 +1,22 @@
 """Position embeddings, and how they fit maps of other shapes."""
 import math
-from typing import NamedTuple, Tuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def position_embedding(num_extra: int, shape: Tuple[int, int], dim: int) -> nn.Parameter:
+def position_embedding(num_extra: int, shape: tuple[int, int], dim: int) -> nn.Parameter:
     """(1, E + h*w, C), truncated normal with std 0.02."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_extra + math.prod(shape), dim), std=0.02))
 
 
-def resize_position_embedding(embedding: Tensor, source: Tuple[int, int], target: Tuple[int, int],
+def resize_position_embedding(embedding: Tensor, source: tuple[int, int], target: tuple[int, int],
                               num_extra: int = 0, mode: str = 'bilinear') -> Tensor:
     """Interpolate the map of (1, E + h*w, C) position embeddings to another shape; the extra rows stay."""
     if source == target:
         return embedding
-    # A map whose channels lie side by side, which torch interpolates by vectors of channels.
     maps = embedding[:, num_extra:].unflatten(1, source).permute(0, 3, 1, 2)
     maps = F.interpolate(maps, target, mode=mode).permute(0, 2, 3, 1).flatten(1, 2)
     return torch.cat([embedding[:, :num_extra], maps], dim=1) if num_extra else maps
@@ -32,15 +31,15 @@ class Positions(NamedTuple):
         mode: how it is resized, as in ``F.interpolate``.
     """
     embedding: Tensor
-    shape: Tuple[int, int]
+    shape: tuple[int, int]
     mode: str
 
-    def resized(self, shape: Tuple[int, int]) -> Tensor:
+    def resized(self, shape: tuple[int, int]) -> Tensor:
         """(1, H*W, C) for a map of ``shape`` (H, W)."""
         return resize_position_embedding(self.embedding, self.shape, shape, 0, self.mode)
 
 
-def fit_position_embedding(saved: Tensor, current: Tensor, shape: Tuple[int, int], num_extra: int,
+def fit_position_embedding(saved: Tensor, current: Tensor, shape: tuple[int, int], num_extra: int,
                            mode: str = 'bilinear') -> Tensor:
     """Make a checkpoint's position embedding fit a model: resize its map, drop or add the rows of extra tokens.
 

@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdyn.models import native
 from mmdyn.models.dge import DynamicGrainedEncoder
 from mmdyn.models.dge.grains import Grains
 from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock, Positions
+from mmdyn.models.layers.linear import Linear
 from mmdyn.models.layers.patches import PatchProjection
 from mmdyn.models.native import encoder as compiled
 
@@ -88,9 +89,11 @@ def test_odd_channels_stay_in_float32_under_autocast():
     """There are no pairs of them."""
     block, tokens = make('full', 5, 1, 3), torch.randn(2, math.prod(SHAPE), 5)
     expected = block(tokens, SHAPE)
+    if not compiled._runs(half=True):
+        pytest.skip('the processor computes in bfloat16 otherwise, or not at all')
     with torch.autocast('cpu', torch.bfloat16):
-        if block.job(tokens, SHAPE):
-            assert torch.equal(block(tokens, SHAPE), expected)
+        assert block.job(tokens, SHAPE)
+        assert torch.equal(block(tokens, SHAPE), expected)
 
 
 @pytest.mark.parametrize('kind, num_extra', [('full', 0), ('full', 2), ('reduced', 0), ('reduced', 1), ('deformable', 0)])
@@ -377,3 +380,93 @@ def test_transposed_tokens(batch, cells, channels, threads):
     maps = compiled.transpose_tokens(tokens)
     assert maps is None if cells % 16 else torch.equal(maps, tokens.mT) and maps.is_contiguous()
     assert compiled.transpose_tokens(tokens.double()) is None
+
+
+def prune_heads(block):
+    """One of three, with layers that fit: legal in PyTorch."""
+    attn = block.attn
+    attn.num_heads, attn.q, attn.kv, attn.proj = 2, Linear(12, 8), Linear(12, 16), Linear(8, 12)
+
+
+def prune_hidden(block):
+    for parameter, value in ((block.ffn.fc1.weight, block.ffn.fc1.weight[:7]), (block.ffn.fc1.bias, block.ffn.fc1.bias[:7]),
+                             (block.ffn.fc2.weight, block.ffn.fc2.weight[:, :7])):
+        parameter.data = value.detach().clone()
+
+
+@pytest.mark.parametrize('change', [prune_heads, prune_hidden])
+@torch.no_grad()
+def test_layers_of_other_shapes_that_fit_are_run(change):
+    block, tokens = make('full'), torch.randn(2, math.prod(SHAPE), 12)
+    change(block)
+    assert block.job(tokens, SHAPE) is None
+    torch.testing.assert_close(block(tokens, SHAPE), by_double(block, tokens, SHAPE).float(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_no_hidden_channels():
+    block, tokens = make('full', ratio=0), torch.randn(2, math.prod(SHAPE), 12)
+    torch.testing.assert_close(block(tokens, SHAPE), by_double(block, tokens, SHAPE).float(), rtol=1e-4, atol=1e-4)
+
+
+class Wrapped(Tensor):
+    """A tensor whose numbers may lie elsewhere, as those of quantised or sharded weights."""
+
+
+@pytest.mark.parametrize('kind', ['full', 'deformable', 'reduced'])
+@pytest.mark.parametrize('parameter', ['weight', 'bias'])
+@torch.no_grad()
+def test_weights_of_another_shape_type_or_order_are_not_read(kind, parameter):
+    """Of any layer: a row less, one channel alone, float64, a subclass, on another device, or with gaps."""
+    tokens, names = torch.randn(2, math.prod(SHAPE), 12), [
+        name for name, layer in make(kind).named_modules() if hasattr(layer, parameter)]
+    assert len(names) >= 7
+    changes = (lambda x: x[:-1].clone(), lambda x: x[:1].clone(), lambda x: x.double(), lambda x: x.as_subclass(Wrapped),
+               lambda x: x.to('meta'), lambda x: x.to_sparse(), lambda x: torch.stack([x, x], -1)[..., 0])
+    for name in names:
+        for change in changes:
+            block = make(kind)
+            layer = block.get_submodule(name)
+            layer._parameters[parameter] = change(getattr(layer, parameter).detach())
+            assert block.job(tokens, SHAPE) is None, (name, change(torch.ones(2, 2)).shape)
+
+
+@torch.no_grad()
+def test_routers_and_positions_of_other_shapes_are_not_read():
+    block, encoder, tokens = make('full'), DynamicGrainedEncoder(12).eval(), torch.randn(2, math.prod(SHAPE), 12)
+    assert encoder.job(block, tokens, SHAPE)
+    for name, value in (('weight', torch.zeros(3, 5)), ('weight', torch.zeros(2, 12)), ('bias', torch.zeros(2))):
+        encoder = DynamicGrainedEncoder(12).eval()
+        setattr(encoder.router, name, nn.Parameter(value))
+        assert encoder.job(block, tokens, SHAPE) is None
+    cells, conv, norm = torch.randn(1, 6, 8, 16), nn.Conv2d(16, 4, 2, 2), nn.LayerNorm(5)
+    weight = conv.weight.permute(0, 2, 3, 1).contiguous()
+    for positions in (Positions(torch.zeros(1, 5, 4), (2, 3), 'bilinear'), Positions(torch.zeros(1, 6, 5), (2, 3), 'bilinear')):
+        assert compiled.project(cells, weight, conv.bias, positions=positions) is None
+    assert compiled.project(cells, weight, conv.bias, norm) is None and compiled.project(cells, weight, conv.bias, None, norm) is None
+    assert compiled.project(cells, weight, conv.bias[:3]) is None and compiled.project(cells[..., :8], weight, conv.bias) is None
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4])
+@torch.no_grad()
+def test_images_with_other_channels_raise_what_torch_raises(channels):
+    """And read nothing behind the weights."""
+    proj = PatchProjection(3, 5, 4, of_tokens=False)
+    with pytest.raises(RuntimeError, match='could not create a primitive|cannot be multiplied'):
+        proj(torch.ones(1, channels, 16, 16))
+
+
+@torch.no_grad()
+def test_transforms_of_functions_see_all_operators():
+    """Forward derivatives, and vectorised calls."""
+    block, tokens, direction = make('full'), torch.randn(2, 2, math.prod(SHAPE), 12), torch.randn(2, math.prod(SHAPE), 12)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the fused one has no forward derivative
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(tokens[0], direction)
+            tangent = torch.autograd.forward_ad.unpack_dual(block(dual, SHAPE)).tangent
+        step = 1e-3
+        expected = (by_double(block, tokens[0] + step * direction, SHAPE)
+                    - by_double(block, tokens[0] - step * direction, SHAPE)) / (2 * step)
+        torch.testing.assert_close(tangent, expected.float(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(torch.func.vmap(lambda x: block(x, SHAPE))(tokens),
+                                   torch.stack([block(x, SHAPE) for x in tokens]), rtol=1e-5, atol=1e-5)

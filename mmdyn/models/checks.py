@@ -5,8 +5,8 @@ import re
 from mmengine.logging import print_log
 from torch import nn
 
-from ..models.backbones.base import DynamicBackbone, find_backbones
-from ..models.layers import ConvStem
+from .backbones.base import DynamicBackbone, find_backbones
+from .layers import ConvStem
 
 
 def check_channels(model: nn.Module) -> None:

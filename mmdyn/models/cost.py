@@ -4,12 +4,15 @@ Counted are linear layers, convolutions and both matrix products of attention; n
 additions are not. A *layer* is an encoder block. Its cost is split into what an image costs in any case (keys and
 values, the router) and what each query costs (C^l of eq. 7: its projections, its share of attention, its FFN).
 """
+import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import List, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .stage import Stage
 
 
 @dataclass
@@ -62,7 +65,7 @@ class BackboneCost:
         layers: the encoder blocks.
         stem: multiply-adds of an image outside of them (patch embeddings).
     """
-    layers: List[LayerCost]
+    layers: list[LayerCost]
     stem: int
 
     @property
@@ -89,6 +92,25 @@ class BackboneCost:
         return self.stem + sum(layer.spent_at(query_ratio) for layer in self.layers)
 
 
+def stage_cost(stage: Stage, prefix: str, shape: tuple[int, int],
+               queries_of: Callable[[nn.Module | None], Tensor]) -> BackboneCost:
+    """What the blocks of a stage, and the embedding before them, spend.
+
+    Args:
+        stage: see :class:`~mmdyn.models.stage.Stage`.
+        prefix: of the blocks' names.
+        shape: (H, W) of its map.
+        queries_of: (B) queries of a block, from its encoder; None for a block without DGE.
+    """
+    layers, dense = [], stage.num_extra + math.prod(shape)
+    for i, block in enumerate(stage.blocks):
+        encoder = stage.dge[i] if len(stage.dge) else None
+        layers.append(
+            LayerCost(f'{prefix}blocks.{i}', *block.macs(shape, stage.num_extra), encoder.macs(shape) if encoder else 0,
+                      queries_of(encoder), dense, encoder is not None))
+    return BackboneCost(layers, stage.patch_embed.macs(shape))
+
+
 class CostMeter:
     """Collects the costs of the forward passes of dynamic backbones for as long as it is referenced.
 
@@ -98,9 +120,9 @@ class CostMeter:
     """
     _meters: 'weakref.WeakSet[CostMeter]' = weakref.WeakSet()
 
-    def __init__(self, training: bool, backbones: Optional[list] = None):
+    def __init__(self, training: bool, backbones: list | None = None):
         self.training, self.backbones = training, backbones
-        self.costs: List[BackboneCost] = []
+        self.costs: list[BackboneCost] = []
         self._meters.add(self)
 
     @classmethod
@@ -111,7 +133,7 @@ class CostMeter:
                     backbone is other for other in meter.backbones)):
                 meter.costs.append(backbone.cost)
 
-    def take(self) -> List[BackboneCost]:
+    def take(self) -> list[BackboneCost]:
         """The costs since the last call."""
         costs, self.costs = self.costs, []
         return costs

@@ -3,7 +3,7 @@
  * A table has extra + H * W rows of C numbers for each image. Regions of side x side cells are numbered row by row;
  * choice[image * regions + region] is an index into the granularities, of which 0 skips the region.
  */
-#include "native.h"
+#include "cpu.h"
 #include <math.h>
 #include <omp.h>
 

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import build_model
 from mmdyn.engine import BudgetHook, FineSelectionHook, LossGuardHook
-from mmdyn.engine.checks import check_channels, check_classes, check_sides, least_side
+from mmdyn.models.checks import check_channels, check_classes, check_sides, least_side
 
 ARCH = dict(embed_dims=(16, 24), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1))
 
@@ -130,7 +130,7 @@ class Dummy(BaseModel):
 @pytest.mark.parametrize('hook', [BudgetHook(), FineSelectionHook(begin=1)])
 def test_tools_may_swap_the_model(hook, monkeypatch):
     said = []
-    monkeypatch.setattr('mmdyn.engine.checks.print_log', lambda message, **options: said.append(message))
+    monkeypatch.setattr('mmdyn.models.checks.print_log', lambda message, **options: said.append(message))
     runner = SimpleNamespace(model=Dummy(), max_epochs=3, epoch=0)
     hook.before_run(runner)
     hook.before_train(runner)

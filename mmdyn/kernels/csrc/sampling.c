@@ -1,5 +1,5 @@
 /* The sampling of deformable attention. */
-#include "native.h"
+#include "cpu.h"
 #include <math.h>
 #include <string.h>
 

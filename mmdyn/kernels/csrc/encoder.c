@@ -4,7 +4,7 @@
  * in vectors of 16. A linear layer is then a sum of rows with factors that are read as torch keeps them, without packing,
  * and all that lies between two layers stays in the cache of one core.
  */
-#include "native.h"
+#include "cpu.h"
 #include <math.h>
 #include <string.h>
 
@@ -856,3 +856,10 @@ int runs_half(void) {
 int runs(void) { return 0; }
 int runs_half(void) { return 0; }
 #endif
+
+/* The version of the interface, and the sizes of the structs, as the caller must have them. */
+void layout(int64_t *numbers) {
+    numbers[0] = 1;
+    numbers[1] = sizeof(Map), numbers[2] = sizeof(Sampling);
+    numbers[3] = sizeof(Block), numbers[4] = sizeof(Projection);
+}

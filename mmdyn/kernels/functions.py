@@ -1,0 +1,160 @@
+"""Functions in inference on a CPU by compiled code: the router's choice, patches, deformable sampling, maps."""
+import ctypes
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..models.dge.router import Router, choose
+from ..models.dge.routing import grid
+from ..models.layers import Positions, deformable_sampling, project_patches, to_maps
+from ..models.replaceable import Refused
+from .library import Map, Projection, Sampling, call, library
+from .prepared import Cache, Prepared, Refusal, first, refuse_context, refuse_rows, refuse_tensor
+from .stage import refuse_processor
+
+_cache = Cache()
+
+
+def refuse_library() -> str | None:
+    """Why there are no compiled functions; None if there are."""
+    functions = library()
+    if isinstance(functions, Refused):
+        return functions.reason
+    return None if torch._C._get_mkldnn_enabled() else 'torch.backends.mkldnn is switched off'
+
+
+class PreparedRouter(Prepared):
+    """A router.
+
+    Attributes:
+        addresses: of its weight and bias.
+        options: K.
+        channels: C.
+    """
+
+    def __init__(self, router: nn.Module):
+        super().__init__()
+        self.module(router, 'router', Router)
+        (self.options, self.channels), name = router.weight.shape, 'router'
+        self.addresses = self.weights(router, name, self.options, self.channels)
+        if self.addresses[1] is None:
+            raise Refusal('router has no bias')
+
+
+@choose.register
+def choose_by_means(router: Router, tokens: Tensor, shape: tuple[int, int], region: int,
+                    num_extra: int) -> Tensor | Refused:
+    """:func:`~mmdyn.models.dge.router.choose` without a table of means."""
+    reason = refuse_context() or refuse_library() or refuse_rows(tokens)
+    if reason is not None:
+        return Refused(reason)
+    try:
+        prepared = _cache.get(router, None, lambda: PreparedRouter(router))
+    except Refusal as refusal:
+        return Refused(str(refusal))
+    images, size, channels = tokens.shape
+    if size != num_extra + math.prod(shape) or channels != prepared.channels:
+        return Refused(f'tokens of shape {tuple(tokens.shape)} do not fit the map or the router')
+    choice = torch.empty(images, *grid(region, shape), dtype=torch.long, device='cpu')
+    regions = Map(images, num_extra, *shape, region, channels, choice.data_ptr())
+    library().choose(ctypes.byref(regions), tokens.data_ptr(), *prepared.addresses, prepared.options)
+    return choice
+
+
+class PreparedPatches(Prepared):
+    """A projection of patches.
+
+    Attributes:
+        side, channels, depth: of a patch, and channels of what comes out and goes in.
+        weight, norm: addresses of their weights and biases.
+        eps: the norm's epsilon.
+    """
+
+    def __init__(self, proj: nn.Module, norm: nn.Module, of_tokens: bool):
+        super().__init__()
+        self.module(proj, 'proj', nn.Conv2d)
+        self.module(norm, 'norm', nn.LayerNorm, nn.Identity)
+        self.channels, self.depth = proj.weight.shape[:2]
+        order = (0, 2, 3, 1) if of_tokens else (0, 1, 2, 3)
+        self.side, self.weight = self.patches(proj, 'proj', self.channels, self.depth, order)
+        self.eps, self.norm_weight = 0., (None, None)
+        if type(norm) is nn.LayerNorm:
+            self.eps, self.norm_weight = self.norm(norm, 'norm', self.channels)
+
+
+def _refuse_positions(positions: Positions, channels: int) -> str | None:
+    embedding = positions.embedding
+    if embedding.shape != (1, math.prod(positions.shape), channels):
+        return 'the position embedding has another shape than its map'
+    return refuse_rows(embedding, 'the position embedding') or (
+        None if positions.mode == 'bilinear' else f'position embeddings are resized by {positions.mode!r}')
+
+
+@project_patches.register
+def project_panels(maps: Tensor, proj: nn.Module, norm: nn.Module, positions: Positions | None = None) -> Tensor | Refused:
+    """:func:`~mmdyn.models.layers.embedding.project_patches` on panels of patches that stay in cache."""
+    if maps.ndim != 4:
+        return Refused(f'there are {maps.ndim} dimensions, not 4')
+    (images, depth, height, width), (image, channel, line, cell) = maps.shape, maps.stride()
+    of_tokens = channel == 1 and cell == depth
+    reason = refuse_context() or refuse_processor() or refuse_tensor(maps, 'the map')
+    if reason is None and not (of_tokens or cell == 1):
+        reason = 'neither the channels of a pixel nor the pixels of a line lie side by side'
+    if reason is not None:
+        return Refused(reason)
+    try:
+        prepared = _cache.get(proj, (norm, of_tokens), lambda: PreparedPatches(proj, norm, of_tokens))
+    except Refusal as refusal:
+        return Refused(str(refusal))
+    side, channels = prepared.side, prepared.channels
+    if depth != prepared.depth or min(height, width) < side:
+        return Refused(f'a map of {depth} x {height} x {width} holds no patch, or has not {prepared.depth} channels')
+    reason = _refuse_positions(positions, channels) if positions else None
+    if reason is not None:
+        return Refused(reason)
+    segments, strides = ((side, side, depth), (line, cell)) if of_tokens else ((depth, side, side), (channel, line))
+    rows, columns = height // side, width // side
+    out = torch.empty(images, rows * columns, channels, dtype=torch.float32, device='cpu')
+    call('project', ctypes.byref(Projection(
+        images, rows, columns, *segments, channels, 0, image, side * line, side * cell, *strides, 0., prepared.eps,
+        None, None, *prepared.weight, *prepared.norm_weight, None, None, maps.data_ptr(), out.data_ptr(),
+        positions.embedding.data_ptr() if positions else None, *(positions.shape if positions else (0, 0)))))
+    return out
+
+
+@deformable_sampling.register
+def sample_points(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int],
+                  lengths: list[int]) -> Tensor | Refused:
+    """:func:`~mmdyn.models.layers.deformable.deformable_sampling` point by point."""
+    names = dict(value='the values', points='the points', weights='the weights')
+    tensors = dict(value=value, points=points, weights=weights)
+    reason = refuse_context() or refuse_library() or first(refuse_tensor(x, names[key]) for key, x in tensors.items())
+    if reason is not None:
+        return Refused(reason)
+    images, cells, heads, channels = value.shape
+    num = sum(lengths)
+    if (images, cells) != (len(lengths), math.prod(shape)) or points.shape != (num, heads, points.shape[2], 2) or (
+            weights.shape != points.shape[:3]):
+        return Refused('values, points, weights and lengths do not fit each other')
+    value, points, weights = value.contiguous(), points.contiguous(), weights.contiguous()
+    counts, out = torch.tensor(lengths, device='cpu'), torch.empty(num, heads * channels, device='cpu')
+    library().sample(ctypes.byref(Sampling(*shape, heads, points.shape[2], channels)), value.data_ptr(),
+                     points.data_ptr(), weights.data_ptr(), counts.data_ptr(), images, out.data_ptr())
+    return out
+
+
+@to_maps.register
+def transpose_tokens(tokens: Tensor, shape: tuple[int, int]) -> Tensor | Refused:
+    """:func:`~mmdyn.models.layers.embedding.to_maps` by vectors of 16 cells."""
+    reason = refuse_context() or refuse_processor() or refuse_rows(tokens)
+    if reason is not None:
+        return Refused(reason)
+    images, cells, channels = tokens.shape
+    if cells != math.prod(shape) or cells % 16:
+        return Refused(f'{cells} cells do not fill vectors of 16')
+    maps = torch.empty(images, channels, *shape, dtype=torch.float32, device='cpu')
+    if maps.data_ptr() % 64:
+        return Refused('the allocator does not align tensors to 64 bytes')
+    library().transpose_tokens(tokens.data_ptr(), images, cells, channels, maps.data_ptr())
+    return maps

@@ -1,0 +1,122 @@
+"""The functions that were compiled when mmdyn was installed, and the memory that they work in."""
+import ctypes
+import platform
+import threading
+from functools import lru_cache
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+from ..models.replaceable import Refused
+
+# Of the functions' arguments and structs, in csrc and here; a change of either is another version.
+VERSION = 1
+
+Number, Address, Real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+
+def fields(kind: type, names: str) -> list[tuple[str, type]]:
+    """The fields of a struct that have a type."""
+    return [(name, kind) for name in names.split()]
+
+
+def parameters(names: str) -> list[tuple[str, type]]:
+    """The addresses of layers' weights and biases."""
+    return [(f'{name}_{kind}', Address) for name in names.split() for kind in ('weight', 'bias')]
+
+
+class Map(ctypes.Structure):
+    """As in cpu.h."""
+    _fields_ = [*fields(Number, 'images extra height width side channels'), ('choice', Address)]
+
+
+class Sampling(ctypes.Structure):
+    """As in cpu.h."""
+    _fields_ = fields(Number, 'height width heads points channels')
+
+
+class Block(ctypes.Structure):
+    """As in block.h."""
+    _fields_ = [
+        *fields(Number, 'dim hidden heads points side'), *fields(Real, 'eps1 eps2 eps_keys scale'),
+        *parameters('norm1 query weights proj norm2 fc1 fc2 reduce norm_keys memory'), ('is_half', Number),
+        ('tokens', Address), ('map', Map), ('sides', Address), *parameters('router'), ('options', Number),
+        *fields(Address, 'chosen lengths')
+    ]
+
+
+class Projection(ctypes.Structure):
+    """As in projection.h."""
+    _fields_ = [
+        *fields(Number, 'images height width outer inner length channels then_channels image_stride line_stride '
+                'patch_stride outer_stride inner_stride'),
+        *fields(Real, 'eps_before eps_after'), *parameters('before weights after then'),
+        *fields(Address, 'table out positions'), *fields(Number, 'lines columns'),
+        ('router', Address), ('options', Number), ('scores', Address)
+    ]
+
+
+STRUCTS = (Map, Sampling, Block, Projection)
+# The arguments of each function: addresses and numbers. Those for AVX-512 are missing where compilers do not know it.
+FUNCTIONS = dict(choose='aaaan', sample='aaaaana')
+AVX512 = dict(encode_blocks='ana', encode_blocks_memory='an', project='aa', project_memory='a', transpose_tokens='annna')
+
+# glibc keeps as much free memory as twice the largest block that it has seen freed, of up to 32 MiB, and gives the rest
+# back to the system, whose fresh pages take time. It sees one of this size when the functions are loaded.
+LARGEST = (32 << 20) - (16 << 10)
+
+
+@lru_cache(maxsize=None)
+def library() -> ctypes.CDLL | Refused:
+    """The compiled functions, or why there are none."""
+    spec = find_spec('mmdyn.kernels._cpu')
+    if spec is None or spec.origin is None:
+        return Refused('mmdyn was installed without a C compiler: install one (Debian: apt-get install gcc), then mmdyn '
+                       'again')
+    np.empty(LARGEST, np.uint8)
+    functions = ctypes.CDLL(spec.origin)
+    built = (Number * (1 + len(STRUCTS)))()
+    try:
+        functions.layout(built)
+    except AttributeError:
+        built[0] = 0
+    if [*built] != [VERSION, *map(ctypes.sizeof, STRUCTS)]:
+        return Refused(f'{spec.origin} was compiled for another version of mmdyn: install mmdyn again, by `make setup` or '
+                       '`pip install -e .`')
+    types = dict(a=Address, n=Number)
+    for name, arguments in {**FUNCTIONS, **(AVX512 if functions.runs() else {})}.items():
+        function = getattr(functions, name)
+        function.argtypes, function.restype = [types[kind] for kind in arguments], Number
+    return functions
+
+
+@lru_cache(maxsize=None)
+def runs(half: bool = False) -> None | Refused:
+    """None if this processor has the encoder's instructions, or those for bfloat16 if ``half``."""
+    functions = library()
+    if isinstance(functions, Refused):
+        return functions
+    if not functions.runs():
+        return Refused(f'the processor ({platform.machine()}) lacks AVX-512, or the compiler did not know it')
+    if half and torch.cpu._is_amx_tile_supported():
+        return Refused('the processor has matrix units, with which oneDNN computes faster in bfloat16')
+    return None if not half or functions.runs_half() else Refused("the processor lacks AVX-512's bfloat16")
+
+
+_kept = threading.local()
+
+
+def release() -> None:
+    """Give back the memory that the calling thread keeps for the functions; the next call takes it again."""
+    _kept.memory = ()
+
+
+def call(name: str, *job: object) -> None:
+    """Call a function with memory that the thread keeps."""
+    functions = library()
+    numbers = getattr(functions, f'{name}_memory')(*job) + 16
+    if numbers > len(getattr(_kept, 'memory', ())):
+        _kept.memory = torch.empty(numbers, dtype=torch.float32, device='cpu')
+    address = _kept.memory.data_ptr()
+    getattr(functions, name)(*job, address + -address % 64)

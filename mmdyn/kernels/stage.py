@@ -1,0 +1,175 @@
+"""The encoder blocks of a stage in inference on a CPU with AVX-512, by csrc/block.c: one call for all of them.
+
+Each thread works on panels of queries that stay in the cache of its core.
+"""
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from ..models.dge import Decision, DynamicGrainedEncoder
+from ..models.dge.router import Router
+from ..models.dge.routing import grid
+from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock
+from ..models.replaceable import Refused
+from ..models.stage import Stage, run_blocks
+from .library import Block, Map, Number, call, runs
+from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_rows, refuse_tensor
+
+_cache = Cache()
+
+
+def computes_in_half() -> bool:
+    """Whether autocast asks for bfloat16."""
+    return torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16
+
+
+def refuse_processor() -> str | None:
+    """Why the functions for AVX-512 do not run here and now; None if they do.
+
+    Under autocast to bfloat16 the linear layers of queries compute in it, all else in float32.
+    """
+    half = computes_in_half()
+    refused = runs(half)
+    if refused is not None:
+        return refused.reason
+    if torch.is_autocast_enabled('cpu') and not half:
+        return f'autocast to {str(torch.get_autocast_dtype("cpu")).removeprefix("torch.")} is on'
+    return None if torch._C._get_mkldnn_enabled() else 'torch.backends.mkldnn is switched off'
+
+
+@lru_cache(maxsize=None)
+def sides_of(granularities: tuple[int, ...]) -> ctypes.Array:
+    """The sides of patches, as C reads them."""
+    return (Number * len(granularities))(*granularities)
+
+
+class PreparedBlock(Prepared):
+    """An encoder block, and the encoder that wraps it or None.
+
+    Attributes:
+        struct: what C reads, without what depends on the call.
+        region: side of a region.
+        reduces: side of the patches that keys are made of, 1 if these are the tokens.
+        has_points: whether its attention is deformable.
+        sides: granularities.
+    """
+
+    def __init__(self, block: nn.Module, encoder: nn.Module | None, index: int):
+        super().__init__(f'blocks.{index}')
+        self.struct, self.region, self.reduces, self.sides = Block(), 0, 1, None
+        self.module(block, '', EncoderBlock)
+        if self.attribute(block, 'training'):
+            raise Refusal(f'blocks.{index} is in training mode')
+        self.prefix += '.'
+        struct, dim = self.struct, len(block.norm1.weight) if isinstance(block.norm1, nn.LayerNorm) else 0
+        struct.dim, struct.scale = dim, self.attribute(block, 'residual_scale')
+        for number in (1, 2):
+            norm = self.child(block, '', f'norm{number}', nn.LayerNorm)
+            eps, addresses = self.norm(norm, f'norm{number}', dim)
+            setattr(struct, f'eps{number}', eps)
+            self._set(f'norm{number}', addresses)
+        ffn = self.child(block, '', 'ffn', FFN)
+        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'approximate') != 'none':
+            raise Refusal(f'{self.prefix}ffn.act approximates the GELU')
+        struct.hidden = getattr(ffn.fc1, 'out_features', 0)
+        if not struct.hidden:
+            raise Refusal(f'{self.prefix}ffn has no hidden channels')
+        self._set('fc1', self.linear(ffn, 'ffn', 'fc1', struct.hidden, dim))
+        self._set('fc2', self.linear(ffn, 'ffn', 'fc2', dim, struct.hidden))
+        attn = self.child(block, '', 'attn', Attention, DeformableAttention)
+        struct.heads = self.attribute(attn, 'num_heads')
+        if struct.heads < 1 or dim % struct.heads:
+            raise Refusal(f'{self.prefix}attn has {struct.heads} heads for {dim} channels')
+        self._set('proj', self.linear(attn, 'attn', 'proj', dim, dim))
+        self.has_points = isinstance(attn, DeformableAttention)
+        self._deformable(attn, dim) if self.has_points else self._softmax(attn, dim)
+        if encoder is not None:
+            self.prefix = ''
+            self._encoder(encoder, f'dge.{index}', dim)
+
+    def _set(self, name: str, addresses: tuple[int, int | None]) -> None:
+        for kind, address in zip(('weight', 'bias'), addresses):
+            setattr(self.struct, f'{name}_{kind}', address)
+
+    def _softmax(self, attn: Attention, dim: int) -> None:
+        self._set('query', self.linear(attn, 'attn', 'q', dim, dim))
+        self._set('memory', self.linear(attn, 'attn', 'kv', 2 * dim, dim))
+        self.struct.side = 1
+        if self.attribute(attn, 'sr_ratio') > 1:
+            side, addresses = self.patches(self.child(attn, 'attn', 'sr', nn.Conv2d), 'attn.sr', dim, dim)
+            if side != attn.sr_ratio:
+                raise Refusal(f'{self.prefix}attn.sr makes patches of another side than sr_ratio={attn.sr_ratio}')
+            self.reduces = self.struct.side = side
+            self._set('reduce', addresses)
+            self.struct.eps_keys, addresses = self.norm(self.child(attn, 'attn', 'norm', nn.LayerNorm), 'attn.norm', dim)
+            self._set('norm_keys', addresses)
+
+    def _deformable(self, attn: DeformableAttention, dim: int) -> None:
+        self.struct.side, self.struct.points = 1, self.attribute(attn, 'num_points')
+        points = self.struct.heads * self.struct.points
+        if not points:
+            raise Refusal(f'{self.prefix}attn has no points')
+        self._set('query', self.linear(attn, 'attn', 'offsets', 2 * points, dim))
+        self._set('weights', self.linear(attn, 'attn', 'attn_weight', points, dim))
+        self._set('memory', self.linear(attn, 'attn', 'v', dim, dim))
+
+    def _encoder(self, encoder: DynamicGrainedEncoder, path: str, dim: int) -> None:
+        self.module(encoder, path, DynamicGrainedEncoder)
+        if self.attribute(encoder, 'training') or self.attribute(encoder, 'routing') != 'region':
+            raise Refusal(f'{path} is in training mode, or decides by layer')
+        granularities, self.region = self.attribute(encoder, 'granularities'), self.attribute(encoder, 'region')
+        router = self.child(encoder, path, 'router', Router)
+        self._set('router', self.weights(router, f'{path}.router', len(granularities), dim))
+        if self.struct.router_bias is None:
+            raise Refusal(f'{path}.router has no bias')
+        self.sides = sides_of(granularities)
+        self.struct.options, self.struct.sides = len(granularities), ctypes.addressof(self.sides)
+
+
+@run_blocks.register
+def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
+                  stop: int | None = None) -> Tensor | Refused:
+    """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
+    reason = refuse_context() or refuse_processor() or refuse_rows(tokens)
+    if reason is not None:
+        return Refused(reason)
+    (images, size, dim), (height, width), extra = tokens.shape, shape, stage.num_extra
+    if size != extra + height * width:
+        return Refused(f'{size} tokens are no {extra} extra tokens and map of {height} x {width} cells')
+    indices = range(len(stage.blocks))[start:stop]
+    blocks, decisions, kept = (Block * len(indices))(), [], []
+    half, address = computes_in_half(), tokens.data_ptr()
+    for place, index in enumerate(indices):
+        block, encoder = stage.blocks[index], stage.dge[index] if len(stage.dge) else None
+        try:
+            prepared = _cache.get(block, (encoder, index), lambda: PreparedBlock(block, encoder, index))
+        except Refusal as refusal:
+            return Refused(str(refusal))
+        if prepared.struct.dim != dim:
+            return Refused(f'the tokens have {dim} channels, not {prepared.struct.dim}')
+        if extra and (prepared.has_points or prepared.reduces > 1) or min(shape) < prepared.reduces:
+            return Refused(f'blocks.{index}.attn takes no extra tokens here, and no map of {height} x {width} cells')
+        blocks[place] = prepared.struct
+        call_of, queries = blocks[place], torch.empty(images, dtype=torch.long, device='cpu')
+        call_of.tokens, call_of.lengths = address, queries.data_ptr()
+        call_of.is_half = half and dim % 2 == prepared.struct.hidden % 2 == 0
+        choice = None
+        if encoder is not None:
+            regions, forced = grid(prepared.region, shape), encoder.forced
+            choice = torch.empty(images, *regions, dtype=torch.long, device='cpu')
+            call_of.chosen = choice.data_ptr()
+            if forced is not None:
+                if (refuse_tensor(forced, 'forced', torch.long) or forced.shape != regions or forced.min() < 0
+                        or forced.max() >= call_of.options):
+                    return Refused(f'dge.{index}.forced is no choice of {regions[0]} x {regions[1]} regions on the CPU')
+                kept.append(choice)
+                choice = forced.expand(images, -1, -1).contiguous()
+        call_of.map = Map(images, extra, height, width, prepared.region, 0, None if choice is None else choice.data_ptr())
+        decisions.append((encoder, choice, queries))
+    call('encode_blocks', blocks, len(indices))
+    for encoder, choice, queries in decisions:
+        if encoder is not None:
+            encoder.decision = Decision(choice, queries)
+    return tokens

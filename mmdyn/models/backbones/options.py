@@ -1,0 +1,59 @@
+"""Options that backbones have in common: what is allowed, and what is meant."""
+import inspect
+from collections.abc import Sequence
+
+from ..dge import DynamicGrainedEncoder
+
+OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
+
+
+def choose_arch(arch: str | dict, archs: dict) -> dict:
+    """The numbers of an architecture, given by name or as a dict of them."""
+    keys = set(next(iter(archs.values())))
+    if isinstance(arch, dict):
+        if set(arch) != keys:
+            raise ValueError(f'arch has the keys {sorted(arch)}, but needs exactly {sorted(keys)}.')
+        return arch
+    if arch not in archs:
+        raise ValueError(f'Unknown arch {arch!r}: choose from {sorted(archs)}, or give a dict of {sorted(keys)}.')
+    return archs[arch]
+
+
+def choose_out_indices(out_indices: int | Sequence[int] | None, num: int, default: Sequence[int]) -> list[int]:
+    """Non-negative indices of the stages or blocks to return."""
+    if out_indices is None:
+        return list(default)
+    indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    wrong = [i for i in indices if not -num <= i < num]
+    if wrong or not indices:
+        raise ValueError(f'out_indices={out_indices}: choose one or more of 0 to {num - 1} (negative ones count from '
+                         'the end).')
+    return [i % num for i in indices]
+
+
+def image_sides(img_size: int | Sequence[int], patch: int) -> tuple[int, int]:
+    """(H, W) of ``img_size``, which must hold a patch."""
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or min(sides) < patch:
+        raise ValueError(f'img_size={img_size}: give the side of a square, or (height, width), of at least {patch} '
+                         'pixels, which is the total stride.')
+    return sides
+
+
+def dge_of_stages(dge: dict | None, num_stages: int) -> list[dict | None]:
+    """Split the ``dge`` option: ``granularities`` may be one set for all stages or a sequence of one for each."""
+    if dge is None:
+        return [None] * num_stages
+    if not isinstance(dge, dict):
+        raise TypeError(f'dge={dge!r}: give None for the dense model, or a dict, e.g. dict(granularities=(1, 2, 4)).')
+    allowed = set(inspect.signature(DynamicGrainedEncoder).parameters) - {'dim'}
+    unknown = set(dge) - allowed
+    if unknown:
+        raise ValueError(f'dge has no option {sorted(unknown)}: it takes {sorted(allowed)}.')
+    sets = dge.get('granularities', (1, 2, 4))
+    if not isinstance(sets, (tuple, list)) or not sets or not isinstance(sets[0], (tuple, list)):
+        return [dge] * num_stages
+    if len(sets) != num_stages:
+        raise ValueError(f'granularities={sets} are {len(sets)} sets for {num_stages} stages: give one for each stage, '
+                         'or one for all.')
+    return [{**dge, 'granularities': tuple(phis)} for phis in sets]

@@ -1,0 +1,60 @@
+"""The router: which granularity each region gets (DGE paper, section 3.2.1)."""
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..replaceable import replaceable
+from .routing import pool
+
+
+class Router(nn.Module):
+    """Gating logits of eq. 1: the mean of a region, projected to K logits.
+
+    Its parameters are not an ``nn.Linear``, so that a model-wide initialisation of linear layers leaves the bias alone
+    with which the finest granularity starts at a probability of 0.95. It computes in float32, also under autocast.
+
+    Args:
+        dim: channels.
+        granularities: the K sides of patches.
+    """
+
+    def __init__(self, dim: int, granularities: Sequence[int]):
+        super().__init__()
+        num = len(granularities)
+        self.weight = nn.Parameter(torch.empty(num, dim))
+        self.bias = nn.Parameter(torch.empty(num))
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.constant_(self.bias, math.log(0.05 / max(num - 1, 1)))
+        finest = next(k for k, phi in enumerate(granularities) if phi)
+        nn.init.constant_(self.bias[finest:finest + 1], math.log(0.95))
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """(..., C) means of regions -> (..., K) logits."""
+        with torch.autocast(regions.device.type, enabled=False):
+            return F.linear(regions.float(), self.weight.float(), self.bias.float())
+
+
+@replaceable
+def choose(router: Router, tokens: Tensor, shape: tuple[int, int], region: int, num_extra: int) -> Tensor:
+    """The granularity of the greatest logit of each region: (B, E + H*W, C) -> (B, rows, columns) indices."""
+    return router(pool(tokens, shape, region, num_extra)).argmax(-1)
+
+
+def straight_through_gates(logits: Tensor, tau: float, choice: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sample hard gates with Gumbel noise (eq. 4) that have the gradient of the soft score (eq. 5).
+
+    Args:
+        logits: (..., K) gating logits.
+        tau: temperature of the softmax.
+        choice: (...) indices that are taken in place of the greatest noisy logits.
+
+    Returns:
+        (..., K) gates, exactly 0 or 1, and the (...) indices of the ones.
+    """
+    noise = -torch.empty_like(logits).exponential_().log()
+    soft = ((logits + noise) / tau).softmax(-1)
+    choice = soft.argmax(-1) if choice is None else choice
+    return F.one_hot(choice, logits.shape[-1]) + (soft - soft.detach()), choice

@@ -1,0 +1,106 @@
+"""Dynamic grained queries as pure tensor functions (DGE paper, section 3.2.2).
+
+A map of H x W cells is split into regions of S x S cells. A granularity phi turns a region into the means of its
+phi x phi patches, one query each; granularity 0 turns it into no query at all.
+
+On maps whose sides are not multiples of S, regions and patches hang over the bottom right edge: they consist of their
+valid cells only. A patch without valid cells is none.
+"""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grid(side: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the side x side patches that cover a map of ``shape`` (H, W) cells."""
+    return -(-shape[0] // side), -(-shape[1] // side)
+
+
+def pool(tokens: Tensor, shape: tuple[int, int], side: int, num_extra: int = 0) -> Tensor:
+    """Means of the valid cells of each side x side patch: (B, E + H*W, C) -> (B, rows, columns, C)."""
+    cells = tokens[:, num_extra:].unflatten(1, shape)
+    if side == 1:
+        return cells
+    means = F.avg_pool2d(cells.permute(0, 3, 1, 2), side, ceil_mode=True, count_include_pad=False)
+    return means.permute(0, 2, 3, 1)
+
+
+def unpool(patches: Tensor, side: int, shape: tuple[int, int]) -> Tensor:
+    """Hand each patch's value to its side x side cells: (B, rows, columns, C) -> (B, H, W, C)."""
+    batch, rows, columns, channels = patches.shape
+    cells = patches[:, :, None, :, None].expand(-1, -1, side, -1, side, -1)
+    return cells.reshape(batch, rows * side, columns * side, channels)[:, :shape[0], :shape[1]]
+
+
+def centres(shape: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """The places of a map's cells: (1, H*W, 2), x and y."""
+    y, x = torch.meshgrid(*(torch.arange(side, device=device, dtype=torch.float32) for side in shape), indexing='ij')
+    return torch.stack([x, y], -1).flatten(0, 1)[None]
+
+
+def count_patches(shape: tuple[int, int], granularities: Sequence[int], region: int,
+                  device: torch.device | None = None) -> Tensor:
+    """Queries that each granularity makes of each region: (rows, columns, K)."""
+    counts = torch.zeros(*grid(region, shape), len(granularities), dtype=torch.long, device=device)
+    for k, phi in enumerate(granularities):
+        if phi:  # along each axis, the patches that begin in a region
+            rows, columns = (torch.arange(0, side, phi, device=device).div(region, rounding_mode='floor').bincount()
+                             for side in shape)
+            counts[..., k] = rows[:, None] * columns
+    return counts
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One decision in both directions: which tokens make up each query, and which query serves each token.
+
+    Attributes:
+        query: (B, E + H*W) the query of each token, numbered through all images; N where no query serves it.
+        lengths: queries of each image, N in all.
+    """
+    query: Tensor
+    lengths: list[int]
+
+    def compress(self, tokens: Tensor) -> Tensor:
+        """Eq. 3: the packed queries, means of their tokens. (B or 1, E + H*W, C) -> (N, C)."""
+        num, index = sum(self.lengths), self.query.flatten()
+        tokens = tokens.expand(len(self.query), -1, -1).flatten(0, 1)
+        sums = tokens.new_zeros(num + 1, tokens.shape[1]).index_add(0, index, tokens)
+        return sums[:num] / index.bincount(minlength=num)[:num, None].to(sums.dtype)
+
+    def decompress(self, change: Tensor, tokens: Tensor) -> Tensor:
+        """Un-pooling plus the input: (N, C) changes of the queries, (B, E + H*W, C) -> (B, E + H*W, C)."""
+        spread = F.pad(change, (0, 0, 0, 1)).index_select(0, self.query.flatten())
+        return tokens + spread.view_as(tokens)
+
+
+def route(choice: Tensor, shape: tuple[int, int], granularities: Sequence[int], region: int,
+          num_extra: int = 0) -> Routing:
+    """Turn the choice of each region into queries; one synchronisation on an accelerator.
+
+    The queries of an image are its extra tokens, then its patches by their first cells.
+
+    Args:
+        choice: (B, rows, columns) indices into ``granularities``.
+        shape: (H, W).
+        granularities: sides of the patches in cells, 0 for none.
+        region: side of a region in cells, a multiple of them.
+        num_extra: E.
+    """
+    device = choice.device
+    side = torch.tensor(granularities, dtype=torch.int32, device=device)[choice]
+    side = unpool(side[..., None], region, shape)[..., 0]  # of the patch of each cell
+    row, column = (torch.arange(length, dtype=torch.int32, device=device) for length in shape)
+    step = side.clamp(min=1)
+    first = (row[:, None] - row[:, None] % step) * shape[1] + column - column % step  # cell of the patch
+    begins = (side > 0) & (first == row[:, None] * shape[1] + column)
+
+    begins = F.pad(begins.flatten(1), (num_extra, 0), value=True)
+    lengths = begins.sum(1).tolist()
+    first = torch.cat([torch.arange(num_extra, device=device).expand(len(choice), -1), num_extra + first.flatten(1)], 1)
+    query = (begins.flatten().cumsum(0) - 1).view_as(begins).gather(1, first)
+    return Routing(query.masked_fill(F.pad(side.flatten(1) == 0, (num_extra, 0)), sum(lengths)), lengths)

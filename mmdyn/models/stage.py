@@ -1,0 +1,45 @@
+"""The encoder blocks of a stage, one after another."""
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from .replaceable import replaceable
+
+
+class Stage(Protocol):
+    """What the blocks of one resolution need to run; a plain ViT is one such stage itself.
+
+    Attributes:
+        blocks: the encoder blocks.
+        dge: a :class:`~mmdyn.models.dge.DynamicGrainedEncoder` for each block, or none for the dense model.
+        num_extra: extra tokens, such as a class token, in front of the map's.
+        patch_embed: makes the tokens; its ``macs(shape)`` are its multiply-adds.
+    """
+    blocks: nn.ModuleList
+    dge: nn.ModuleList
+    num_extra: int
+    patch_embed: nn.Module
+
+
+@replaceable
+def run_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0, stop: int | None = None) -> Tensor:
+    """Run the blocks ``start`` to ``stop`` of a stage, each with its DGE if there is any.
+
+    The caller gives its tokens up: what stands in for this function may overwrite them.
+
+    Args:
+        stage: see :class:`Stage`.
+        tokens: (B, E + H*W, C), the E = ``stage.num_extra`` extra tokens first.
+        shape: (H, W) of the map.
+        start, stop: as in a slice of the blocks.
+
+    Returns:
+        (B, E + H*W, C).
+    """
+    for index in range(len(stage.blocks))[start:stop]:
+        block = stage.blocks[index]
+        if len(stage.dge):
+            tokens = stage.dge[index](block, tokens, shape, stage.num_extra)
+        else:
+            tokens = block(tokens, tokens, shape, stage.num_extra)
+    return tokens
