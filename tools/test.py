@@ -1,11 +1,12 @@
 """Test a checkpoint of a config's model, whatever its task."""
 from pathlib import Path
 
+from mmengine.config import ConfigDict
+from mmengine.evaluator import DumpResults
+
 import mmdyn  # noqa: F401
 from mmdyn.engine.command import check_checkpoint, command, output_folder
 from mmdyn.engine.launch import build_runner, config_parser, load_config
-from mmengine.config import ConfigDict
-from mmengine.evaluator import DumpResults
 
 
 @command

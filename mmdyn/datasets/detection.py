@@ -10,7 +10,6 @@ from mmengine.logging import print_log
 from ..registry import DATASETS
 from .checked import CheckedDataset, parent_class, some
 
-
 NUMBERS = {int, float}  # the types that JSON has
 
 

@@ -44,13 +44,13 @@ def test_classes_that_are_not_the_folders(build, classes, said, tmp_path):
 
 
 def test_a_thousand_classes_are_not_three_folders(build):
-    with pytest.raises(ValueError, match='mmdyn.ImageNet: .* has 3 folders of classes .*, but metainfo has 1000 classes'):
+    with pytest.raises(ValueError, match='mmdyn.ImageNet: .* has 3 folders of classes .*, but metainfo has 1000'):
         build(kind='ImageNet')
 
 
 @pytest.mark.parametrize('line', ['owl/a.png', 'owl/a.png owl', 'owl/a.png -1', 'owl/a.png 1.5', ''])
 def test_lines_that_are_no_image_and_label(build, line):
-    with pytest.raises(ValueError, match=f"mmdyn.CustomDataset: line 2 of .*list.txt is '{line}', but each line must be"):
+    with pytest.raises(ValueError, match=f"mmdyn.CustomDataset: line 2 of .*list.txt is '{line}', but each line"):
         build(['cat/a.png 0', line])
 
 
@@ -60,8 +60,7 @@ def test_a_label_that_is_no_class(build):
 
 
 def test_no_images(build, tmp_path):
+    for name in ('cat', 'dog', 'owl'):
+        (tmp_path / name / 'a.png').rename(tmp_path / name / 'a.txt')
     with pytest.raises(ValueError, match=r'found no images \(.png\) in'):
-        (tmp_path / 'cat/a.png').rename(tmp_path / 'cat/a.txt')
-        (tmp_path / 'dog/a.png').unlink()
-        (tmp_path / 'owl/a.png').unlink()
         build(extensions=['.png'])

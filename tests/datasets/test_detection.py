@@ -88,7 +88,7 @@ def test_files_that_are_no_coco(build, content, said):
     (dict(category_id=99), 'has category_id=99, which none of the categories has'),
     (dict(segmentation=DELETE), 'has no segmentation, which with_mask=True needs'),
     (dict(segmentation=[]), 'has no segmentation, which with_mask=True needs'),
-    (dict(segmentation='polygon'), 'has a segmentation, which must be a list of polygons, or a dict of size and counts'),
+    (dict(segmentation='polygon'), 'which must be a list of polygons, or a dict of size and counts'),
     (dict(segmentation=[1, 2, 3, 4, 5, 6]), 'has a segmentation, which is a list, but not of polygons'),
     (dict(segmentation=[['a'] * 6]), 'has a segmentation, which is a list, but not of polygons'),
     (dict(segmentation=[[1, 2, 3, 4]]), 'has a segmentation, which has polygons of 4 numbers'),
@@ -138,6 +138,6 @@ def test_a_part_of_the_classes(build, monkeypatch):
 
 
 def test_a_filter_that_leaves_nothing(build):
-    with pytest.raises(ValueError, match=r'has 2 images, of which filter_cfg=\{.*\} leaves none: of all images, 2 have a side '
-                       'of less than 32 pixels, and 0 have no object'):
+    with pytest.raises(ValueError, match=r'has 2 images, of which filter_cfg=\{.*\} leaves none: of all images, 2 have a '
+                       'side of less than 32 pixels, and 0 have no object'):
         build(CONTENT, filter_cfg=dict(filter_empty_gt=True, min_size=32))

@@ -1,4 +1,4 @@
-import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def test_mistakes_are_one_line(capsys):
         raise ValueError('no such thing')
 
     assert ends(own, capsys) == (2, 'test_command.py: no such thing\n')
-    assert ends(lambda: open('/nowhere/a'), capsys) == (2, 'test_command.py: /nowhere/a: No such file or directory\n')
+    assert ends(lambda: Path('/nowhere/a').read_text(), capsys) == (2, 'test_command.py: /nowhere/a: No such file or directory\n')
     code, said = ends(lambda: MODELS.build(dict(type='mmdyn.Nothing')), capsys)
     assert code == 2 and said.startswith('test_command.py: mmdyn.Nothing is not in the')
     code, said = ends(lambda: MODELS.build(dict(type='mmdyn.PVT', colour='red')), capsys)
@@ -56,10 +56,14 @@ def test_mistakes_in_processes_that_load_data(capsys, tmp_path):
         def __getitem__(self, index):
             return self.load(dict(img_path='nowhere.png'))
 
-    code, said = ends(lambda: next(iter(torch.utils.data.DataLoader(Files(load), num_workers=1))), capsys)
-    assert code == 2 and said.startswith('test_command.py: Cannot load the image nowhere.png: ') and said.count('\n') == 1
+    def first(load):
+        return next(iter(torch.utils.data.DataLoader(Files(load), num_workers=1)))
+
+    code, said = ends(lambda: first(load), capsys)
+    assert code == 2 and said.startswith('test_command.py: Cannot load the image nowhere.png: ')
+    assert said.count('\n') == 1
     with pytest.raises(KeyError):
-        command(lambda: next(iter(torch.utils.data.DataLoader(Files(lambda results: results['nothing']), num_workers=1))))()
+        command(lambda: first(lambda results: results['nothing']))()
 
 
 def test_results_are_alone_on_stdout(capsys):
@@ -75,10 +79,19 @@ def test_results_are_alone_on_stdout(capsys):
 
 def test_interruption_is_quiet(tmp_path):
     script = tmp_path / 'tool.py'
-    script.write_text('import time\nfrom mmdyn.engine.command import command\n\n\n@command\ndef main():\n'
-                      "    print('begun', flush=True)\n    time.sleep(60)\n\n\nmain()\n")
-    tool = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    script.write_text(f'''
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from mmdyn.engine.command import command
+
+@command
+def main():
+    print('begun', flush=True)
+    time.sleep(60)
+
+main()
+''')
+    tool = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert tool.stdout.readline() == 'begun\n'
     time.sleep(0.1)
     tool.send_signal(signal.SIGINT)
@@ -160,7 +173,6 @@ def test_each_tool_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / 'file').touch()
     tools = sorted(str(path.relative_to(ROOT / 'tools')) for path in (ROOT / 'tools').rglob('*.py'))
     assert tools == sorted(REFUSED)
-    import runpy
     for tool, args in REFUSED.items():
         path = ROOT / 'tools' / tool
         monkeypatch.setattr(sys, 'argv', [str(path), *(str(arg).format(file=tmp_path / 'file') for arg in args)])

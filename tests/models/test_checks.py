@@ -68,7 +68,8 @@ def test_models_without_such_a_neck_are_left_alone():
 class Data(BaseDataset):
 
     def __init__(self, *classes):
-        super().__init__('list.txt', metainfo=dict(classes=classes) if classes else {}, data_prefix=dict(img_path='images'))
+        metainfo = dict(classes=classes) if classes else {}
+        super().__init__('list.txt', metainfo=metainfo, data_prefix=dict(img_path='images'))
 
     def load_data_list(self):
         return [dict(img_path=f'{index}.png') for index in range(3)]
@@ -86,8 +87,8 @@ def test_data_of_more_classes_than_a_head(build, wrap):
     model = build([16, 24])  # of 4 classes
     for classes in ('abcd', 'ab'):
         check_classes(model, wrap(Data(*classes)))
-    with pytest.raises(ValueError, match="The data set Data of list.txt, images has 5 classes, the last of them 'e', but "
-                       'decode_head, a FPNHead, has num_classes=4: write num_classes=5 there'):
+    with pytest.raises(ValueError, match='The data set Data of list.txt, images has 5 classes, the last of them '
+                       "'e', but decode_head, a FPNHead, has num_classes=4: write num_classes=5 there"):
         check_classes(model, wrap(Data(*'abcde')))
 
 
@@ -114,10 +115,10 @@ def test_least_side(make_backbone, name, options, least):
     for shape in ((least, least), (least, 3 * least + 1)):
         check_sides(backbone, shape, [])
         backbone(torch.rand(1, 3, *shape))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match='small'):
         backbone(torch.rand(1, 3, 64, least - 1))
-    with pytest.raises(ValueError, match=f'Images of 64 x {least - 1} pixels are too small .*, which needs {least} x {least}'
-                       '.*Images: a.png'):
+    with pytest.raises(ValueError, match=f'Images of 64 x {least - 1} pixels are too small .*, which needs {least} x '
+                       f'{least}.*Images: a.png'):
         check_sides(backbone, (1, 3, 64, least - 1), ['a.png'])
 
 

@@ -7,10 +7,11 @@ that do not depend on the routing, the routers, and C^l of eq. 7 for each query 
 import argparse
 import json
 
+from mmengine.config import Config
+
 import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import report
 from mmdyn.engine.command import command, only_results, read_config
-from mmengine.config import Config
 
 
 def default_shape(cfg: Config) -> tuple:

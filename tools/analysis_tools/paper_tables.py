@@ -16,11 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Iterator
 
-import mmdyn  # noqa: F401
 import yaml
+from mmengine.config import Config
+
+import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import build_model, count_macs, report
 from mmdyn.engine.command import command, only_results
-from mmengine.config import Config
 
 HERE = Path(__file__).resolve()
 CONFIGS = HERE.parents[2] / 'configs'

@@ -9,13 +9,14 @@ import csv
 import json
 from pathlib import Path
 
-import mmdyn  # noqa: F401
 import torch
 from matplotlib.figure import Figure
+from mmengine.config import Config, DictAction
+
+import mmdyn  # noqa: F401
 from mmdyn.analysis.threshold import Curve, cheapest, curve, most_accurate, operating_points
 from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
 from mmdyn.engine.launch import build_runner
-from mmengine.config import Config, DictAction
 
 UNITS = dict(K=1e3, M=1e6, G=1e9)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from mmdyn.engine.command import command
 from sklearn.datasets import load_digits
+
+from mmdyn.engine.command import command
 
 LAYOUTS = ('imagenet', 'coco', 'ade')
 TOOL = 'mmdyn make_demo_dataset 1'  # raise the number when the pixels change, so that older data is made again

@@ -13,12 +13,13 @@ from math import isqrt
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple, Union
 
-import mmdyn
 import torch
-from mmdyn.engine.command import command, read_config
-from mmdyn.models.dge import DynamicGrainedEncoder
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
+
+import mmdyn
+from mmdyn.engine.command import command, read_config
+from mmdyn.models.dge import DynamicGrainedEncoder
 
 Rules = List[Tuple[str, Union[str, Callable]]]
 

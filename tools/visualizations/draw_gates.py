@@ -10,14 +10,20 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.flops import (build_model, dynamic_backbone, image_files, pipeline_without_annotations,
-                                  run_on_images)
+from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pipeline_without_annotations, run_on_images
 from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
-from mmdyn.visualization import (build_visualizer, describe_label, draw_gates, draw_outline, draw_prediction,
-                                 granularity_of_pixels, with_title)
-from mmengine.config import DictAction
+from mmdyn.visualization import (
+    build_visualizer,
+    describe_label,
+    draw_gates,
+    draw_outline,
+    draw_prediction,
+    granularity_of_pixels,
+    with_title,
+)
 
 
 def dge_layers(backbone, shapes):
@@ -103,7 +109,8 @@ def main() -> str:
                         cv2.cvtColor(np.concatenate(row, axis=1), cv2.COLOR_RGB2BGR))
     return '\n'.join([
         f'{len(drawn)} pictures in {out}',
-        *(f'{name:12} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the background'
+        *(f'{name:12} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the '
+          'background'
           for name, (on, objects, off, background) in finest.items())
     ])
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.flops import (build_model, dynamic_backbone, image_files, pipeline_without_annotations,
-                                  run_on_images)
+from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pipeline_without_annotations, run_on_images
 from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
 from mmdyn.models import CFViT
 from mmdyn.visualization import build_visualizer, describe_stages, draw_regions, split_pixels, with_title
-from mmengine.config import DictAction
 
 RED, BLACK = (200, 0, 0), (0, 0, 0)
 

@@ -36,7 +36,7 @@ class BudgetHook(LossHook):
 
     def prepare(self, runner: Runner, model: torch.nn.Module) -> None:
         """Check the budget against the model."""
-        self._meter = None
+        self._meter: CostMeter | None = None
         if not has_backbone(model, 'BudgetHook'):
             return
         backbones = [backbone for backbone in find_backbones(model) if backbone.has_dge]

@@ -5,7 +5,7 @@ import torch
 from mmengine.runner import Runner
 from torch.utils.hooks import RemovableHandle
 
-from ...models.backbones.base import find_backbones
+from ...models.backbones.base import DynamicBackbone, find_backbones
 from ...models.checks import check_classes, check_sides
 from ...registry import HOOKS
 from .loss_hook import LossHook, unwrapped
@@ -16,7 +16,7 @@ def image_files(samples: Any) -> list[str]:
     return [path for path in (getattr(sample, 'img_path', None) for sample in samples or []) if path]
 
 
-def check_inputs(images: list[str], backbone: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+def check_inputs(images: list[str], backbone: DynamicBackbone, inputs: tuple[Any, ...]) -> None:
     """A forward pre-hook of a backbone."""
     check_sides(backbone, inputs[0].shape, images)
 
@@ -25,7 +25,8 @@ def check_inputs(images: list[str], backbone: torch.nn.Module, inputs: tuple[Any
 class LossGuardHook(LossHook):
     """Stop a training whose loss is NaN or infinite, before the step that would spoil the weights, and say where.
 
-    Before, it refuses data with more classes than the model's heads; images that are too small for the backbone are named.
+    Before, it refuses data with more classes than the model's heads, and it names images that are too small for the
+    backbone.
 
     Args:
         interval: look at the losses of each ``interval``-th iteration; a look synchronises an accelerator.

@@ -77,8 +77,8 @@ def test_images_that_are_too_small(classifier):
     hook.before_run(runner)
     hook.before_val_iter(runner, 0, batch)
     classifier(torch.rand(2, 3, 8, 8))
-    with pytest.raises(ValueError, match='Images of 7 x 9 pixels are too small for the PVT, which needs 8 x 8: .* Images: '
-                       'a.png, b.png'):
+    with pytest.raises(ValueError, match='Images of 7 x 9 pixels are too small for the PVT, which needs 8 x 8: .* '
+                       'Images: a.png, b.png'):
         classifier(torch.rand(2, 3, 7, 9))
     hook.after_run(runner)
     with pytest.raises(ValueError, match='^((?!a.png).)*$'):
@@ -89,6 +89,7 @@ def test_data_of_more_classes(classifier):
     few, many = loop('cat', 'dog'), loop('cat', 'dog', 'owl')
     runner = SimpleNamespace(model=classifier, train_loop=few, val_loop=few, test_loop=many)
     LossGuardHook().before_train(runner)
-    for loops, check in ((dict(train_loop=many), 'before_train'), (dict(val_loop=many), 'before_train'), ({}, 'before_test')):
+    for check, loops in (('before_train', dict(train_loop=many)), ('before_train', dict(val_loop=many)),
+                         ('before_test', {})):
         with pytest.raises(ValueError, match="has 3 classes, the last of them 'owl'"):
             getattr(LossGuardHook(), check)(SimpleNamespace(**{**vars(runner), **loops}))
