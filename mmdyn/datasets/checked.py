@@ -1,4 +1,4 @@
-"""What the data sets of all frameworks share: whatever is wrong with the data, the error names the file and the entry."""
+"""What the data sets of all frameworks share: whatever is wrong with the data, errors name the file and the entry."""
 from importlib import import_module
 from pathlib import Path
 

@@ -7,7 +7,7 @@ from .checked import CheckedDataset, parent_class, some
 
 class CheckedLabels(CheckedDataset):
     """Check the labels of images, whether they come from folders or from a list."""
-    options = (*CheckedDataset.options, *(f'{split}_dataloader.dataset.data_prefix=FOLDER' for split in ('train', 'val')))
+    options = (*CheckedDataset.options, 'train_dataloader.dataset.data_prefix=FOLDER')
 
     def read_data_list(self) -> list[dict]:
         """mmpretrain's list of images, whose labels are checked."""

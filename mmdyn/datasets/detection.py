@@ -33,8 +33,8 @@ def what_is_wrong_with_segmentation(segmentation) -> str:
         if not all(map(are_numbers, segmentation)):
             return 'is a list, but not of polygons: lists of numbers x1, y1, x2, y2, ...'
         if not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation):
-            return (f'has polygons of {some(map(len, segmentation))} numbers, but needs one with an even number of them, '
-                    'and at least 6')
+            return (f'has polygons of {some(map(len, segmentation))} numbers, but needs one with an even number of '
+                    'them, and at least 6')
         return ''
     if not isinstance(segmentation, dict) or not {'size', 'counts'} <= set(segmentation):
         return 'must be a list of polygons, or a dict of size and counts'
@@ -121,11 +121,11 @@ class CocoDataset(CheckedDataset, parent_class('mmdet', 'CocoDataset', 'det')):
             needs_mask = any(getattr(transform, 'with_mask', False) for transform in self.pipeline.transforms)
             check_coco(content, not self.test_mode, needs_mask)
         except ValueError as error:  # of JSON and of Unicode, too
-            raise ValueError(f'{self.name}: {self.ann_file} is no COCO file, because {error}. Mend it there, or take it '
-                             'out.') from error
+            raise ValueError(f'{self.name}: {self.ann_file} is no COCO file, because {error}. Mend it there, or take '
+                             'it out.') from error
         if 'annotations' not in content:
-            print_log(f'{self.name}: {self.ann_file} has no annotations, so that no metric can use it.', logger='current',
-                      level=logging.WARNING)
+            print_log(f'{self.name}: {self.ann_file} has no annotations, so that no metric can use it.', 'current',
+                      logging.WARNING)
         self._check_names(content)
         coco = super().COCOAPI()
         coco.dataset = content
@@ -135,22 +135,25 @@ class CocoDataset(CheckedDataset, parent_class('mmdet', 'CocoDataset', 'det')):
 
     def _check_names(self, content: dict) -> None:
         """Compare the classes with the categories of the file."""
-        classes, names = self.metainfo['classes'], {entry['id']: entry.get('name') for entry in content['categories']}
-        unused = [name for name in names.values() if name not in classes]
-        if unused and not set(classes) & set(names.values()):
-            raise ValueError(f'{self.name}: metainfo has the classes {some(classes)}, of which {self.ann_file} has none: '
-                             f'its categories are {some(names.values())}. Give metainfo=dict(classes=...) with these '
-                             'names.')
-        dropped = Counter(names[entry['category_id']] for entry in content.get('annotations', ()))
-        dropped = {name: count for name, count in dropped.items() if name in unused}
-        if dropped and set(classes) - set(names.values()):
+        classes = self.metainfo['classes']
+        categories = {entry['id']: entry.get('name') for entry in content['categories']}
+        names = list(categories.values())
+        absent = [name for name in classes if name not in names]
+        fix = 'Give metainfo=dict(classes=...) with the names of the file.'
+        if len(absent) == len(classes):
+            raise ValueError(f'{self.name}: metainfo has the classes {some(classes)}, of which {self.ann_file} has '
+                             f'none: its categories are {some(names)}. {fix}')
+        counts = Counter(categories[entry['category_id']] for entry in content.get('annotations', ())
+                         if not entry.get('ignore'))
+        dropped = {name: count for name, count in counts.items() if name not in classes}
+        if dropped and absent:
             name = next(iter(dropped))
-            raise ValueError(f'{self.name}: {self.ann_file} has {dropped[name]} annotations of the category {name!r}, which '
-                             f'metainfo does not name; it names {some(set(classes) - set(names.values()))} instead, which '
-                             'the file does not have. Give metainfo=dict(classes=...) with the names of the file.')
+            raise ValueError(f'{self.name}: {self.ann_file} has {dropped[name]} annotations of the category {name!r}, '
+                             f'which metainfo does not name; it names {some(absent)} instead, which the file does not '
+                             f'have. {fix}')
         if dropped:
-            print_log(f'{self.name}: {sum(dropped.values())} annotations of {self.ann_file} are left out, because metainfo '
-                      f'does not name their categories {some(dropped)}.', logger='current', level=logging.WARNING)
+            print_log(f'{self.name}: {sum(dropped.values())} annotations of {self.ann_file} are left out, because '
+                      f'metainfo does not name their categories {some(dropped)}.', 'current', logging.WARNING)
 
     def why_filtered(self) -> str:
         """What the images lack that were filtered."""

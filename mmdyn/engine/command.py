@@ -40,8 +40,8 @@ def message_for_user(error: BaseException, tool: dict[str, Any]) -> str | None:
     module = frame.f_globals.get('__name__', '')
     on_purpose = linecache.getline(frame.f_code.co_filename, line).strip().startswith('raise ')
     ours = frame.f_globals is tool or frame.f_code.co_filename.startswith(PACKAGE)
-    of_configs = module.startswith(OF_CONFIGS[:2]) or on_purpose and module.startswith(OF_CONFIGS)
-    return text if ours and on_purpose or of_configs else None
+    of_configs = module.startswith(OF_CONFIGS[:2]) or (on_purpose and module.startswith(OF_CONFIGS))
+    return text if (ours and on_purpose) or of_configs else None
 
 
 def command(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +60,9 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             if message is None:
                 raise
             print(f'{Path(tool["__file__"]).name}: {message}', file=sys.stderr)
-            sys.exit(2)
+            end = SystemExit(message)
+            end.code = 2
+            raise end from error
 
     return run
 

@@ -58,14 +58,13 @@ def check_classes(model: nn.Module, dataset) -> None:
         while hasattr(inner, 'dataset') or hasattr(inner, 'datasets'):  # the usual wrappers
             inner = getattr(inner, 'dataset', None) or inner.datasets[0]
         places = [getattr(inner, 'ann_file', ''), *(getattr(inner, 'data_prefix', None) or {}).values()]
-        raise ValueError(f'The data set {type(inner).__name__} of {", ".join(filter(None, places))} has {count} classes, '
-                         f'{last}, but {name}, a {type(head).__name__}, has num_classes={head.num_classes}: write '
-                         f'num_classes={count} there, or leave out what does not belong to the data.')
+        raise ValueError(f'The data set {type(inner).__name__} of {", ".join(filter(None, places))} has {count} '
+                         f'classes, {last}, but {name}, a {type(head).__name__}, has num_classes={head.num_classes}: '
+                         f'write num_classes={count} there, or leave out what does not belong to the data.')
 
 
 def has_backbone(model: nn.Module, who: str) -> bool:
-    """Whether there is a backbone to look for; a tool that swaps the model for a dummy is told that ``who`` does nothing.
-    """
+    """Whether there is a backbone to look for; if a tool swapped the model, the log says that ``who`` does nothing."""
     found = hasattr(model, 'backbone') or bool(find_backbones(model))
     if not found:
         print_log(f'{who} does nothing, because the {type(model).__name__} has no backbone.', logger='current',
@@ -96,7 +95,7 @@ def check_sides(backbone: DynamicBackbone, shape: tuple, images: list[str]) -> N
     """
     least = least_side(backbone)
     if min(shape[-2:]) < least:
-        raise ValueError(f'Images of {shape[-2]} x {shape[-1]} pixels are too small for the {type(backbone).__name__}, which '
-                         f'needs {least} x {least}: resize or pad them in the pipeline, e.g. with data_preprocessor='
-                         f'dict(pad_size_divisor={least}), or leave them out.'
+        raise ValueError(f'Images of {shape[-2]} x {shape[-1]} pixels are too small for the {type(backbone).__name__}, '
+                         f'which needs {least} x {least}: resize or pad them in the pipeline, e.g. with '
+                         f'data_preprocessor=dict(pad_size_divisor={least}), or leave them out.'
                          + (f' Images: {", ".join(images)}' if images else ''))

@@ -154,8 +154,7 @@ def test_names_the_image_that_a_transform_fails_on():
 
 
 def test_a_transform_may_leave_an_image_out():
-    data = DATASETS.build(dict(ADE, pipeline=[lambda results: None if results['img_path'].endswith('0.jpg') else results],
-                               serialize_data=False))
+    data = DATASETS.build(dict(ADE, pipeline=[lambda image: None if image['img_path'].endswith('0.jpg') else image]))
     assert data[0]['img_path'].endswith('1.jpg')
 
 

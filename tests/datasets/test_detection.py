@@ -131,13 +131,13 @@ def test_other_classes_than_the_files(build, classes, said):
 
 def test_a_part_of_the_classes(build, monkeypatch):
     said = []
-    monkeypatch.setattr('mmdyn.datasets.detection.print_log', lambda message, **options: said.append(message))
+    monkeypatch.setattr('mmdyn.datasets.detection.print_log', lambda message, *options, **more: said.append(message))
     data = build(CONTENT, metainfo=dict(classes=('dog', )))
     assert [len(data.get_data_info(i)['instances']) for i in range(2)] == [1, 0]
     assert len(said) == 1 and "coco.json are left out, because metainfo does not name their categories 'cat'" in said[0]
 
 
 def test_a_filter_that_leaves_nothing(build):
-    with pytest.raises(ValueError, match=r'has 2 images, of which filter_cfg=\{.*\} leaves none: of all images, 2 have a '
-                       'side of less than 32 pixels, and 0 have no object'):
+    with pytest.raises(ValueError, match=r'has 2 images, of which filter_cfg=\{.*\} leaves none: of all images, 2 '
+                       'have a side of less than 32 pixels, and 0 have no object'):
         build(CONTENT, filter_cfg=dict(filter_empty_gt=True, min_size=32))

@@ -28,7 +28,7 @@ def test_mistakes_are_one_line(capsys):
         raise ValueError('no such thing')
 
     assert ends(own, capsys) == (2, 'test_command.py: no such thing\n')
-    assert ends(lambda: Path('/nowhere/a').read_text(), capsys) == (2, 'test_command.py: /nowhere/a: No such file or directory\n')
+    assert ends(Path('/nowhere/a').read_text, capsys) == (2, 'test_command.py: /nowhere/a: No such file or directory\n')
     code, said = ends(lambda: MODELS.build(dict(type='mmdyn.Nothing')), capsys)
     assert code == 2 and said.startswith('test_command.py: mmdyn.Nothing is not in the')
     code, said = ends(lambda: MODELS.build(dict(type='mmdyn.PVT', colour='red')), capsys)

@@ -131,7 +131,7 @@ class Dummy(BaseModel):
 @pytest.mark.parametrize('hook', [BudgetHook(), FineSelectionHook(begin=1)])
 def test_tools_may_swap_the_model(hook, monkeypatch):
     said = []
-    monkeypatch.setattr('mmdyn.models.checks.print_log', lambda message, **options: said.append(message))
+    monkeypatch.setattr('mmdyn.models.checks.print_log', lambda message, *options, **more: said.append(message))
     runner = SimpleNamespace(model=Dummy(), max_epochs=3, epoch=0)
     hook.before_run(runner)
     hook.before_train(runner)
