@@ -67,9 +67,7 @@ def test_other_names_are_no_attributes(module):
 
 
 @pytest.mark.parametrize('module, name, framework, others', [
-    ('models', 'CoarseToFineClassifier', 'mmpretrain', ['mmdet', 'mmseg']),
     ('models', 'MaskTTAModel', 'mmdet', ['mmseg']),
-    ('datasets', 'ImageNet', 'mmpretrain', ['mmdet', 'mmseg']),
     ('datasets', 'CocoDataset', 'mmdet', ['mmseg', 'mmpretrain']),
 ])
 def test_a_name_imports_its_framework_alone(module, name, framework, others):
@@ -82,12 +80,10 @@ assert {framework!r} in sys.modules and not set({others}) & set(sys.modules)
 '''], check=True)
 
 
-@pytest.mark.parametrize('name, framework, others', [('ImageNet', 'mmpretrain', ['mmdet', 'mmseg']),
-                                                     ('ADE20KDataset', 'mmseg', ['mmdet', 'mmpretrain'])])
-def test_a_data_set_imports_its_framework_alone(name, framework, others):
-    subprocess.run([sys.executable, '-c', f'''
+def test_a_data_set_imports_its_framework_alone():
+    subprocess.run([sys.executable, '-c', '''
 import sys
 from mmengine.registry import DATASETS
-assert DATASETS.get('mmdyn.{name}').METAINFO['classes']
-assert {framework!r} in sys.modules and not set({others}) & set(sys.modules)
+assert len(DATASETS.get('mmdyn.ImageNet').METAINFO['classes']) == 1000
+assert 'mmpretrain' in sys.modules and not {'mmdet', 'mmseg'} & set(sys.modules)
 '''], check=True)
