@@ -13,6 +13,7 @@ import mmdyn
 from mmdyn.engine.command import check_checkpoint, command, load_weights, only_results, output_folder, read_config
 
 ROOT = Path(mmdyn.__file__).parents[1]
+NAME = Path(__file__).name
 CONFIG = ROOT / 'configs/demo/pvt-mini-dge_digits.py'
 
 
@@ -28,7 +29,7 @@ def test_mistakes_are_one_line(capsys):
         raise ValueError('no such thing')
 
     assert ends(own, capsys) == (2, 'test_command.py: no such thing\n')
-    assert ends(Path('/nowhere/a').read_text, capsys) == (2, 'test_command.py: /nowhere/a: No such file or directory\n')
+    assert ends(lambda: Path('/nowhere/a').read_text(), capsys) == (2, f'{NAME}: /nowhere/a: No such file or directory\n')
     code, said = ends(lambda: MODELS.build(dict(type='mmdyn.Nothing')), capsys)
     assert code == 2 and said.startswith('test_command.py: mmdyn.Nothing is not in the')
     code, said = ends(lambda: MODELS.build(dict(type='mmdyn.PVT', colour='red')), capsys)

@@ -146,7 +146,7 @@ def test_images(tmp_path):
 
 
 @pytest.mark.parametrize('args, message', [(['--query-ratio', '1.5'], 'query_ratio=1.5 must be greater than 0 and at most 1'),
-                                           (['--images', 'nowhere'], 'No images in nowhere')])
+                                           (['--images', 'nowhere'], 'There is no folder of images nowhere')])
 def test_errors(args, message):
     result = get_flops(DGE, *args)
     assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
