@@ -35,7 +35,7 @@ MODELS.build(dict(type='mmdyn.PVT', arch='tiny', img_size=32))
 PUBLIC = {
     'models': ['CFViT', 'CoarseToFineClassifier', 'DPVT', 'DeiT', 'LVViT', 'LVViTHead', 'MaskTTAModel',
                'MixTokenPreprocessor', 'PVT'],
-    'engine': ['BudgetHook', 'FineSelectionHook', 'LossGuardHook'],
+    'engine': ['BudgetHook', 'FineSelectionHook', 'LossGuardHook', 'RandomStateHook'],
     'evaluation': ['CoarseToFineMetric', 'DynamicFLOPs'],
     'datasets': ['ADE20KDataset', 'BaseSegDataset', 'CocoDataset', 'CustomDataset', 'ImageNet', 'LoadImageFromFile',
                  'LoadTokenLabels', 'TokenLabelCrop', 'TokenLabelFlip'],
