@@ -6,12 +6,22 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
+
+class DatasetRegistry(Registry):
+    """Finds data sets that are not a part of `import mmdyn`, because they import a framework."""
+
+    def get(self, key: str):
+        """The class of a name, whose module is imported when it is first asked for."""
+        from . import datasets
+        getattr(datasets, key.split('.')[-1], None)
+        return super().get(key)
+
+
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmdyn', locations=['mmdyn.models'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmdyn', locations=['mmdyn.engine'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='mmdyn', locations=['mmdyn.evaluation'])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmdyn', locations=['mmdyn.datasets'])
-# Not a part of `import mmdyn`: it would import mmdet and mmseg, which are slow and need not be there.
-DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mmdyn', locations=['mmdyn.datasets.dense'])
+DATASETS = DatasetRegistry('dataset', parent=MMENGINE_DATASETS, scope='mmdyn', locations=['mmdyn.datasets'])
 
 
 def expose_bare_names() -> None:

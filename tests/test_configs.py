@@ -81,7 +81,9 @@ def test_config_builds(path, quick):
     pipelines = [innermost(loader.dataset).pipeline
                  for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader)]
     for pipeline in [*pipelines, *filter(None, [cfg.get('tta_pipeline')])]:
-        assert pipeline[0].type == 'mmdyn.LoadImageFromFile'
+        assert pipeline[0].type == 'LoadImageFromFile'  # the name that inferencers look for
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert innermost(loader.dataset).type.startswith('mmdyn.')  # names what is wrong with the data
     if 'neck' in cfg.model:
         widths = [stage.patch_embed.proj.out_channels for stage, _ in backbone.named_stages()]
         assert list(model.neck.in_channels) == widths

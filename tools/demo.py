@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from mmdyn.engine.command import command, output_folder, read_config
+
 MIM = Path(sys.executable).with_name('mim')
 COLUMNS = {  # title: metric, its factor, format of its value
     'top-1 %': ('accuracy/top1', 1, '{:.1f}'),
@@ -54,12 +56,20 @@ def table(results: dict) -> str:
     return '\n'.join(lines)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('configs', nargs='+', type=Path)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     args = parser.parse_args()
-    print('\n' + table({config.stem: run(config, args.work_dir / config.stem) for config in args.configs}))
+    for config in args.configs:
+        read_config(config)
+    output_folder(args.work_dir)
+    try:
+        results = {config.stem: run(config, args.work_dir / config.stem) for config in args.configs}
+    except subprocess.CalledProcessError as error:  # it has said why
+        sys.exit(error.returncode)
+    print('\n' + table(results))
     print('(MMACs: millions of multiply-adds of the backbone for one image, mean over the validation images)\n')
 
 

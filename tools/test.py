@@ -1,10 +1,15 @@
 """Test a checkpoint of a config's model, whatever its task."""
-import mmdyn  # noqa: F401
-from mmdyn.engine.launch import build_runner, config_parser, load_config
+from pathlib import Path
+
 from mmengine.config import ConfigDict
 from mmengine.evaluator import DumpResults
 
+import mmdyn  # noqa: F401
+from mmdyn.engine.command import check_checkpoint, command, output_folder
+from mmdyn.engine.launch import build_runner, config_parser, load_config
 
+
+@command
 def main() -> None:
     parser = config_parser(__doc__)
     parser.add_argument('checkpoint')
@@ -15,6 +20,11 @@ def main() -> None:
 
     cfg = load_config(args)
     cfg.load_from = args.checkpoint
+    check_checkpoint(args.checkpoint)
+    if args.out:
+        if not args.out.endswith(('.pkl', '.pickle')):
+            raise ValueError(f'--out {args.out}: give a file that ends in .pkl.')
+        output_folder(Path(args.out).parent)
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show_dir:
@@ -24,6 +34,7 @@ def main() -> None:
         # mmpretrain's hook calls its options otherwise than mmdet's and mmseg's.
         hook.update(dict(enable=True, out_dir=args.show_dir) if cfg.default_scope == 'mmpretrain' else dict(draw=True))
         cfg.visualizer.update(save_dir=args.show_dir)
+        output_folder(args.show_dir)
     if args.tta:
         if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
             raise ValueError(f'--tta needs tta_model and tta_pipeline in {args.config}.')
@@ -31,8 +42,6 @@ def main() -> None:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     runner = build_runner(cfg)
     if args.out:
-        if not args.out.endswith(('.pkl', '.pickle')):
-            raise ValueError(f'--out {args.out}: give a file that ends in .pkl.')
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     runner.test()
 

@@ -1,8 +1,10 @@
 """Train the model of a config, whatever its task."""
 import mmdyn  # noqa: F401
+from mmdyn.engine.command import check_checkpoint, command
 from mmdyn.engine.launch import build_runner, config_parser, load_config
 
 
+@command
 def main() -> None:
     parser = config_parser(__doc__)
     parser.add_argument('--resume', nargs='?', const='auto', help='resume from the checkpoint, or from the latest one')
@@ -15,6 +17,8 @@ def main() -> None:
         cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=cfg.optim_wrapper.get('loss_scale', 'dynamic'))
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume == 'auto' else args.resume
+    if cfg.get('load_from'):
+        check_checkpoint(cfg.load_from)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.auto_scale_lr:

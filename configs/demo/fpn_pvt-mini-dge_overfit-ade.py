@@ -8,13 +8,13 @@ model = dict(
     decode_head=dict(num_classes=150))
 
 train_pipeline = [
-    dict(type='mmdyn.LoadImageFromFile'),
+    dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='Resize', scale=side),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
-    dict(type='mmdyn.LoadImageFromFile'),
+    dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=side),
     dict(type='LoadAnnotations'),  # after the resizing: the prediction is brought to the size of the original
     dict(type='PackSegInputs'),

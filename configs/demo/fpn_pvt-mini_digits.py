@@ -18,7 +18,7 @@ model = dict(
     decode_head=dict(in_channels=[64] * 4, channels=64, num_classes=11, norm_cfg=norm_cfg, dropout_ratio=0.))
 
 dataset = dict(
-    type='BaseSegDataset',
+    type='mmdyn.BaseSegDataset',
     data_root='data/demo/ade',
     img_suffix='.png',
     reduce_zero_label=True,
@@ -27,13 +27,13 @@ dataset = dict(
         palette=[[230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48], [145, 30, 180],
                  [70, 240, 240], [240, 50, 230], [210, 245, 60], [250, 190, 212], [64, 64, 64]]))
 train_pipeline = [
-    dict(type='mmdyn.LoadImageFromFile'),
+    dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(128, 128), ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(128, 128)),
     dict(type='PackSegInputs'),
 ]
-test_pipeline = [dict(type='mmdyn.LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,

@@ -34,22 +34,23 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=32), rcnn=dict(max_per_img=20)))
 
 dataset = dict(
-    type='CocoDataset',
+    type='mmdyn.CocoDataset',
     data_root='data/demo/coco/',
     metainfo=dict(
         classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9'),
         palette=[(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180),
                  (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212)]))
 train_pipeline = [
-    dict(type='mmdyn.LoadImageFromFile'),
+    dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='RandomResize', scale=(128, 128), ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(128, 128), allow_negative_crop=True),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    dict(type='mmdyn.LoadImageFromFile'),
+    dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(128, 128), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs'),
 ]
 train_dataloader = dict(

@@ -6,7 +6,7 @@ model = dict(
     backbone=dict(img_size=32, patch_size=2))
 
 train_pipeline = [
-    dict(type='mmdyn.LoadImageFromFile'),
+    dict(type='LoadImageFromFile'),
     dict(type='RandomCrop', crop_size=32, padding=4),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(type='PackInputs'),

@@ -17,23 +17,23 @@ model = dict(
         loss=dict(type='CrossEntropyLoss')))
 
 train_pipeline = [
-    dict(type='mmdyn.LoadImageFromFile'),
+    dict(type='LoadImageFromFile'),
     dict(type='RandomCrop', crop_size=64, padding=4, padding_mode='edge'),
     dict(type='PackInputs'),
 ]
-test_pipeline = [dict(type='mmdyn.LoadImageFromFile'), dict(type='PackInputs')]
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 train_dataloader = dict(
     batch_size=32,
     num_workers=1,
     persistent_workers=True,
     dataset=dict(
-        type='CustomDataset', data_root='data/demo/imagenet', data_prefix='train', pipeline=train_pipeline),
+        type='mmdyn.CustomDataset', data_root='data/demo/imagenet', data_prefix='train', pipeline=train_pipeline),
     sampler=dict(type='DefaultSampler', shuffle=True))
 val_dataloader = dict(
     batch_size=100,
     num_workers=1,
     persistent_workers=True,
-    dataset=dict(type='CustomDataset', data_root='data/demo/imagenet', data_prefix='val', pipeline=test_pipeline),
+    dataset=dict(type='mmdyn.CustomDataset', data_root='data/demo/imagenet', data_prefix='val', pipeline=test_pipeline),
     sampler=dict(type='DefaultSampler', shuffle=False))
 test_dataloader = val_dataloader
 val_evaluator = [dict(type='Accuracy', topk=1), dict(type='mmdyn.DynamicFLOPs')]

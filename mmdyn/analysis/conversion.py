@@ -9,10 +9,10 @@ from math import isqrt
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
+from ..engine.command import read_config
 from ..models import DPVT, PVT
 from ..models.backbones.base import find_backbones
 from ..models.backbones.checkpoint import foreign_kind, load_from_safetensors
@@ -326,13 +326,9 @@ def convert(
         raise ValueError(
             f'{dst} will be a file of torch.save: give DST a name such as {Path(dst).with_suffix(".pth")}.'
         )
-    if config and not Path(config).is_file():
-        raise ValueError(f'There is no config {config}: give the path of a .py file, e.g. one below configs/.')
     weights = load_weights(src)
     state, sources, grains = translate(kind, weights)
-    cfg = Config.fromfile(config) if config else dict(model=infer_model(kind, state, grains))
-    if 'model' not in cfg:
-        raise ValueError(f'{config} has no model: give a whole config, e.g. one below configs/.')
+    cfg = read_config(config) if config else dict(model=infer_model(kind, state, grains))
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
     model = MODELS.build(cfg['model'])
 

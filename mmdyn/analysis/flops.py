@@ -12,8 +12,9 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.checks import check_channels
+from ..engine.command import load_weights
 from ..models.backbones.base import DynamicBackbone, find_backbones
+from ..models.checks import check_channels, check_sides
 from ..models.cost import BackboneCost, CostMeter
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
@@ -79,6 +80,8 @@ def image_files(folder: str) -> List[Path]:
     Raises:
         ValueError: if there are none.
     """
+    if not Path(folder).is_dir():
+        raise ValueError(f'There is no folder of images {folder}.')
     files = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in IMAGES)
     if not files:
         raise ValueError(f'No images in {folder}: give a folder that holds {", ".join(IMAGES)} files.')
@@ -102,7 +105,12 @@ class ImageRun(NamedTuple):
 
 def pipeline_without_annotations(cfg: Config) -> Compose:
     """The config's test pipeline for images that have no annotations."""
-    return Compose([t for t in cfg.test_dataloader.dataset.pipeline if 'LoadAnnotations' not in t['type']])
+    pipeline = [dict(transform) for transform in cfg.test_dataloader.dataset.pipeline
+                if 'LoadAnnotations' not in transform['type']]
+    for transform in pipeline:
+        if transform['type'] == 'LoadImageFromFile':
+            transform['type'] = 'mmdyn.LoadImageFromFile'  # which names the file
+    return Compose(pipeline)
 
 
 def run_on_images(model: nn.Module, cfg: Config, files: Iterable[Path]) -> Iterator[ImageRun]:
@@ -136,6 +144,8 @@ def report(cfg: Config, shape: Tuple[int, int], query_ratio: Optional[float] = N
     if query_ratio is not None and not 0 < query_ratio <= 1:
         raise ValueError(f'query_ratio={query_ratio} must be greater than 0 and at most 1.')
     model, dense = build_model(cfg), build_model(cfg, dense=True)
+    for own in find_backbones(model):
+        check_sides(own, shape, [])
     params, params_dense = (sum(weight.numel() for weight in of.parameters()) for of in (model, dense))
     result = dict(params=params, params_dense=params_dense, flops_dense=count_macs(dense, shape, detections=detections))
     backbone = dynamic_backbone(dense)
@@ -156,8 +166,7 @@ def report(cfg: Config, shape: Tuple[int, int], query_ratio: Optional[float] = N
         return dict(result, flops=rest + cost.spent_at(ratio), query_ratio=ratio, layers=layers)
 
     if checkpoint:
-        from mmengine.runner import load_checkpoint
-        load_checkpoint(model, checkpoint, map_location='cpu')
+        load_weights(model, checkpoint)
     costs = [run.cost for run in run_on_images(model, cfg, image_files(images))]
     rest = result['flops_dense'] - backbone.cost.dense
 

@@ -1,4 +1,4 @@
-"""What the command lines of tools/train.py and tools/test.py share."""
+"""What tools/train.py and tools/test.py share beside :mod:`mmdyn.engine.command`."""
 import argparse
 import os
 from datetime import timedelta
@@ -10,6 +10,8 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+
+from .command import output_folder, read_config
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -28,13 +30,10 @@ def config_parser(description: str) -> argparse.ArgumentParser:
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config and apply the common options."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if not Path(args.config).is_file():
-        raise ValueError(f'There is no config {args.config}: give the path of a .py file, e.g. one below configs/.')
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    output_folder(cfg.work_dir)
     return cfg
 
 

@@ -1,7 +1,12 @@
-"""What is said about a model before it runs, in place of an error from inside torch."""
+"""What is said about a model and its data before they run, in place of an error from inside torch."""
+import logging
+import re
+
+from mmengine.logging import print_log
 from torch import nn
 
-from .backbones.base import find_backbones
+from .backbones.base import DynamicBackbone, find_backbones
+from .layers import ConvStem
 
 
 def check_channels(model: nn.Module) -> None:
@@ -20,3 +25,77 @@ def check_channels(model: nn.Module) -> None:
             raise ValueError(f'The neck {type(neck).__name__} takes in_channels={list(taken)}, but the backbone '
                              f'{type(backbone).__name__} returns maps of {given} channels: write '
                              f'neck=dict(in_channels={given}), or choose another arch or out_indices of the backbone.')
+
+
+def check_classes(model: nn.Module, dataset) -> None:
+    """Compare the classes of a data set, or its labels if they have no names, with those of the model's heads.
+
+    Fewer classes than a head tells apart are no mistake.
+
+    Args:
+        model: of any framework.
+        dataset: of mmengine's kind, or a wrapper of such.
+
+    Raises:
+        ValueError: if a head has fewer classes than the data.
+    """
+    heads = {name: module for name, module in model.named_modules()
+             if re.fullmatch(r'(.*\.)?(?!rpn_)\w*head(\.\d+)?', name)
+             and isinstance(getattr(module, 'num_classes', None), int)}
+    if not heads:
+        return
+    name, head = min(heads.items(), key=lambda item: item[1].num_classes)
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    if classes:
+        count, last = len(classes), f'the last of them {classes[-1]!r}'
+    elif hasattr(dataset, 'get_gt_labels'):  # mmpretrain's, with a list of images and labels
+        labels = dataset.get_gt_labels()
+        count, last = labels.max() + 1, f'the last of them on {dataset.get_data_info(int(labels.argmax()))["img_path"]}'
+    else:
+        return
+    if count > head.num_classes:
+        inner = dataset
+        while hasattr(inner, 'dataset') or hasattr(inner, 'datasets'):  # the usual wrappers
+            inner = getattr(inner, 'dataset', None) or inner.datasets[0]
+        places = [getattr(inner, 'ann_file', ''), *(getattr(inner, 'data_prefix', None) or {}).values()]
+        raise ValueError(f'The data set {type(inner).__name__} of {", ".join(filter(None, places))} has {count} '
+                         f'classes, {last}, but {name}, a {type(head).__name__}, has num_classes={head.num_classes}: '
+                         f'write num_classes={count} there, or leave out what does not belong to the data.')
+
+
+def has_backbone(model: nn.Module, who: str) -> bool:
+    """Whether there is a backbone to look for; if a tool swapped the model, the log says that ``who`` does nothing."""
+    found = hasattr(model, 'backbone') or bool(find_backbones(model))
+    if not found:
+        print_log(f'{who} does nothing, because the {type(model).__name__} has no backbone.', logger='current',
+                  level=logging.WARNING)
+    return found
+
+
+def least_side(backbone: DynamicBackbone) -> int:
+    """Pixels of the shorter side that an image needs, so that each stage has a patch, and what its keys are made of."""
+    least, stride = 1, 1
+    for stage, _ in backbone.named_stages():
+        halved = 2 if isinstance(stage.patch_embed, ConvStem) else 1
+        stride *= halved * stage.patch_embed.proj.kernel_size[0]
+        least = max(least, stride * max([getattr(block.attn, 'sr_ratio', 1) for block in stage.blocks], default=1))
+    return least
+
+
+def check_sides(backbone: DynamicBackbone, shape: tuple, images: list[str]) -> None:
+    """Compare the sides of a batch with what the backbone needs.
+
+    Args:
+        backbone: that gets it.
+        shape: (B, C, H, W) of the batch.
+        images: files of the batch.
+
+    Raises:
+        ValueError: if they are too small; it names the files.
+    """
+    least = least_side(backbone)
+    if min(shape[-2:]) < least:
+        raise ValueError(f'Images of {shape[-2]} x {shape[-1]} pixels are too small for the {type(backbone).__name__}, '
+                         f'which needs {least} x {least}: resize or pad them in the pipeline, e.g. with '
+                         f'data_preprocessor=dict(pad_size_divisor={least}), or leave them out.'
+                         + (f' Images: {", ".join(images)}' if images else ''))

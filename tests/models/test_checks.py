@@ -1,13 +1,17 @@
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset, ConcatDataset, RepeatDataset
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 
 import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import build_model
-from mmdyn.engine import BudgetHook, LossGuardHook
-from mmdyn.models.checks import check_channels
+from mmdyn.engine import BudgetHook, FineSelectionHook, LossGuardHook
+from mmdyn.models.checks import check_channels, check_classes, check_sides, least_side
 
 ARCH = dict(embed_dims=(16, 24), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1))
 
@@ -59,3 +63,79 @@ def test_models_without_such_a_neck_are_left_alone():
     other = segmentor([16, 24])
     other['backbone'] = dict(type='ResNet', depth=18)
     check_channels(MODELS.build(other))
+
+
+class Data(BaseDataset):
+
+    def __init__(self, *classes):
+        metainfo = dict(classes=classes) if classes else {}
+        super().__init__('list.txt', metainfo=metainfo, data_prefix=dict(img_path='images'))
+
+    def load_data_list(self):
+        return [dict(img_path=f'{index}.png') for index in range(3)]
+
+
+class Unnamed(Data):
+
+    def get_gt_labels(self):
+        return np.array([0, 4, 1])
+
+
+@pytest.mark.parametrize('wrap', [lambda data: data, lambda data: RepeatDataset(data, 2),
+                                  lambda data: ConcatDataset([data, data])])
+def test_data_of_more_classes_than_a_head(build, wrap):
+    model = build([16, 24])  # of 4 classes
+    for classes in ('abcd', 'ab'):
+        check_classes(model, wrap(Data(*classes)))
+    with pytest.raises(ValueError, match='The data set Data of list.txt, images has 5 classes, the last of them '
+                       "'e', but decode_head, a FPNHead, has num_classes=4: write num_classes=5 there"):
+        check_classes(model, wrap(Data(*'abcde')))
+
+
+def test_labels_without_names(build):
+    with pytest.raises(ValueError, match='has 5 classes, the last of them on 1.png, but'):
+        check_classes(build([16, 24]), Unnamed())
+    check_classes(build([16, 24]), Data())  # nothing is known of it
+
+
+def test_the_one_class_of_a_proposal_head_is_no_limit():
+    model = torch.nn.Module()
+    model.rpn_head = torch.nn.Identity()
+    model.rpn_head.num_classes = 1
+    check_classes(model, Data(*'ab'))
+
+
+@pytest.mark.parametrize('name, options, least', [
+    ('pvt', {}, 8), ('dpvt', {}, 8), ('deit', {}, 4), ('lvvit', {}, 4), ('pvt', dict(patch_size=8), 16),
+    ('pvt', dict(arch={**ARCH, 'sr_ratios': (8, 2)}), 32)
+])
+def test_least_side(make_backbone, name, options, least):
+    backbone = make_backbone(name, **options).eval()
+    assert least_side(backbone) == least
+    for shape in ((least, least), (least, 3 * least + 1)):
+        check_sides(backbone, shape, [])
+        backbone(torch.rand(1, 3, *shape))
+    with pytest.raises(ValueError, match='small'):
+        backbone(torch.rand(1, 3, 64, least - 1))
+    with pytest.raises(ValueError, match=f'Images of 64 x {least - 1} pixels are too small .*, which needs {least} x '
+                       f'{least}.*Images: a.png'):
+        check_sides(backbone, (1, 3, 64, least - 1), ['a.png'])
+
+
+class Dummy(BaseModel):
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return {}
+
+
+@pytest.mark.parametrize('hook', [BudgetHook(), FineSelectionHook(begin=1)])
+def test_tools_may_swap_the_model(hook, monkeypatch):
+    said = []
+    monkeypatch.setattr('mmdyn.models.checks.print_log', lambda message, *options, **more: said.append(message))
+    runner = SimpleNamespace(model=Dummy(), max_epochs=3, epoch=0)
+    hook.before_run(runner)
+    hook.before_train(runner)
+    hook.before_train_epoch(runner)
+    runner.model(torch.zeros(1))
+    hook.after_train(runner)
+    assert said == [f'{type(hook).__name__} does nothing, because the Dummy has no backbone.']

@@ -18,7 +18,7 @@ def paper_tables(*args):
 
 @pytest.fixture(scope='module')
 def table():
-    return json.loads(paper_tables('--paper', 'dge', '--table', '1', '--json').stdout.splitlines()[-1])[0]
+    return json.loads(paper_tables('--paper', 'dge', '--table', '1', '--json').stdout)[0]
 
 
 def pvt_small(query_ratio):

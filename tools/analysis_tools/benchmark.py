@@ -28,20 +28,35 @@ import sys
 from pathlib import Path
 from typing import Callable, Dict, NamedTuple, Optional
 
-import mmdyn  # noqa: F401
 import torch
-from mmdyn.analysis.conversion import translate
-from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, run_on_images
-from mmdyn.analysis.latency import (environment, interleaved_times, largest_difference, limits, peak_memory, ratio,
-                                    supports_bfloat16)
-from mmdyn.analysis.report import read, table, write_report
-from mmdyn.analysis.synthetic import (PATTERNS, Recording, force_routing, record_routing, recorded_granularities,
-                                      replay_routing)
-from mmdyn.models import DPVT, PVT, DeiT
-from mmdyn.models.layers import DeformableAttention, deformable_sampling
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
+
+import mmdyn  # noqa: F401
+from mmdyn.analysis.conversion import translate
+from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, run_on_images
+from mmdyn.analysis.latency import (
+    environment,
+    interleaved_times,
+    largest_difference,
+    limits,
+    peak_memory,
+    ratio,
+    supports_bfloat16,
+)
+from mmdyn.analysis.report import read, table, write_report
+from mmdyn.analysis.synthetic import (
+    PATTERNS,
+    Recording,
+    force_routing,
+    record_routing,
+    recorded_granularities,
+    replay_routing,
+)
+from mmdyn.engine.command import command, output_folder
+from mmdyn.models import DPVT, PVT, DeiT
+from mmdyn.models.layers import DeformableAttention, deformable_sampling
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or else torch's profiler tells of each start and stop
 ROOT = Path(__file__).parents[2]
@@ -388,15 +403,13 @@ def run(args: argparse.Namespace) -> dict:
     return result
 
 
+@command
 def main() -> None:
     args = parse()
     # Libraries print what they load.
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        try:
-            result = run(args)
-        except ValueError as error:
-            raise SystemExit(f'benchmark.py: {error}') from None
-        args.out.mkdir(parents=True, exist_ok=True)
+        output_folder(args.out)
+        result = run(args)
         files = [args.out / 'benchmark.json', args.out / 'benchmark-cuda.json']
         files[args.device == 'cuda'].write_text(json.dumps(result, indent=1) + '\n')
         write_report(read(file for file in files if file.exists()), args.out)

@@ -7,9 +7,11 @@ that do not depend on the routing, the routers, and C^l of eq. 7 for each query 
 import argparse
 import json
 
+from mmengine.config import Config
+
 import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import report
-from mmengine.config import Config
+from mmdyn.engine.command import command, only_results, read_config
 
 
 def default_shape(cfg: Config) -> tuple:
@@ -21,7 +23,9 @@ def default_shape(cfg: Config) -> tuple:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def main() -> None:
+@command
+@only_results
+def main() -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--checkpoint', help='weights, for --images')
@@ -33,24 +37,22 @@ def main() -> None:
     parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args()
 
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     shape = tuple(args.shape or default_shape(cfg))
     budgets = [hook['budget'] for hook in cfg.get('custom_hooks', []) if hook['type'].endswith('BudgetHook')]
     ratio = args.query_ratio if args.query_ratio is not None else (budgets or [None])[0]
-    try:
-        result = report(cfg, shape, ratio, args.images, args.checkpoint, args.detections)
-    except ValueError as error:
-        raise SystemExit(f'get_flops.py: {error}') from None
+    result = report(cfg, shape, ratio, args.images, args.checkpoint, args.detections)
     if args.json:
-        print(json.dumps(result))
-        return
-    print(f'{args.config} at {f"the sizes of the images in {args.images}" if args.images else f"{shape[0]} x {shape[1]}"}')
-    print(f'parameters            {result["params"] / 1e6:10.2f} M')
-    print(f'multiply-adds, dense  {result["flops_dense"] / 1e9:10.3f} G')
-    print(f'multiply-adds, spent  {result["flops"] / 1e9:10.3f} G  at query ratio {result["query_ratio"]:.4f}')
-    for layer in result['layers'] if args.layers else []:
-        print(f'  {layer["name"]:20} {layer["flops_dense"] / 1e9:10.4f} G dense {layer["flops"] / 1e9:10.4f} G spent  '
-              f'query ratio {layer["query_ratio"]:.4f}')
+        return json.dumps(result)
+    sizes = f'the sizes of the images in {args.images}' if args.images else f'{shape[0]} x {shape[1]}'
+    return '\n'.join([
+        f'{args.config} at {sizes}',
+        f'parameters            {result["params"] / 1e6:10.2f} M',
+        f'multiply-adds, dense  {result["flops_dense"] / 1e9:10.3f} G',
+        f'multiply-adds, spent  {result["flops"] / 1e9:10.3f} G  at query ratio {result["query_ratio"]:.4f}',
+        *(f'  {layer["name"]:20} {layer["flops_dense"] / 1e9:10.4f} G dense {layer["flops"] / 1e9:10.4f} G spent  '
+          f'query ratio {layer["query_ratio"]:.4f}' for layer in (result['layers'] if args.layers else []))
+    ])
 
 
 if __name__ == '__main__':

@@ -14,11 +14,14 @@ import argparse
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Iterator
+
+import yaml
+from mmengine.config import Config
 
 import mmdyn  # noqa: F401
-import yaml
 from mmdyn.analysis.flops import build_model, count_macs, report
-from mmengine.config import Config
+from mmdyn.engine.command import command, only_results
 
 HERE = Path(__file__).resolve()
 CONFIGS = HERE.parents[2] / 'configs'
@@ -80,28 +83,28 @@ def compare(row: dict, ours: dict, query_ratio: float) -> dict:
                 query_ratio_of_papers_saving=beta, why=why)
 
 
-def show(table: dict) -> None:
-    """Print a table, two lines for each model."""
+def show(table: dict) -> Iterator[str]:
+    """The lines of a table, two for each model."""
     height, width = table['shape']
-    print(f'\nDGE, table {table["table"]}: {table["title"]}, {height} x {width}, query ratio {table["query_ratio"]}')
-    print(f'{"":26}' + ''.join(f'{title:^25}' for title in ('params (M)', 'multiply-adds (G)', 'saving (G)'))
+    yield f'\nDGE, table {table["table"]}: {table["title"]}, {height} x {width}, query ratio {table["query_ratio"]}'
+    yield f'{"":26}' + ''.join(f'{title:^25}' for title in ('params (M)', 'multiply-adds (G)', 'saving (G)')
           + f'{"ratio of the":>14}')
-    print(f'{"model":26}' + f'{"ours":>9}{"paper":>7}{"diff":>8} ' * 3 + f'{"paper saving":>14}')
+    yield f'{"model":26}' + f'{"ours":>9}{"paper":>7}{"diff":>8} ' * 3 + f'{"paper saving":>14}'
     shown, reasons = set(), {}
     for row in table['rows']:
         base = row['model'].partition('+')[0]
         lines = [(base, ('params', 'dense'), '')] * (base not in shown)
         lines += [(row['model'], ('params_dge', 'spent', 'saving'), f'{row["query_ratio_of_papers_saving"]:14.2f}')]
         for name, columns, end in lines:
-            print(f'{name:26}' + ''.join(f'{row["ours"][column]:9.2f}{row["paper"][column]:7.4g}'
+            yield (f'{name:26}' + ''.join(f'{row["ours"][column]:9.2f}{row["paper"][column]:7.4g}'
                                          f'{row["difference"][column]:+8.1%} ' for column in columns) + end)
         shown.add(base)
         for reason in row['why']:
             reasons.setdefault(reason, []).append(row['model'])
     for reason, models in reasons.items():
-        print(f'- {", ".join(models)}: {reason}.')
+        yield f'- {", ".join(models)}: {reason}.'
     if 'note' in table:
-        print(f'- {table["note"]}')
+        yield f'- {table["note"]}'
 
 
 def classifier(backbone: dict) -> Config:
@@ -128,20 +131,22 @@ def compare_stages(row: dict) -> dict:
     return result
 
 
-def show_stages(table: dict) -> None:
-    """Print a table of the CF-ViT paper."""
-    print(f'\nCF-ViT, table {table["table"]}: {table["title"]}')
-    print(f'{"multiply-adds (G)":30}{"ours":>8}{"paper":>7}{"diff":>8}')
+def show_stages(table: dict) -> Iterator[str]:
+    """The lines of a table of the CF-ViT paper."""
+    yield f'\nCF-ViT, table {table["table"]}: {table["title"]}'
+    yield f'{"multiply-adds (G)":30}{"ours":>8}{"paper":>7}{"diff":>8}'
     for row in table['rows']:
         ours, printed = row['ours'], f'{row["paper"]["macs"]:7.4g}'
         if 'exits' in row:
-            print(f'{row["model"]:30}{"":8}{printed}{"":8}  {ours["coarse"]:.2f} coarse, {ours["fine"]:.2f} more for fine'
+            yield (f'{row["model"]:30}{"":8}{printed}{"":8}  {ours["coarse"]:.2f} coarse, {ours["fine"]:.2f} more for fine'
                   f': what is printed if {row["exits"]:.0%} of the images stop')
         else:
-            print(f'{row["model"]:30}{ours["macs"]:8.2f}{printed}{row["difference"]["macs"]:+8.1%}')
+            yield f'{row["model"]:30}{ours["macs"]:8.2f}{printed}{row["difference"]["macs"]:+8.1%}'
 
 
-def main() -> None:
+@command
+@only_results
+def main() -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--paper', choices=['dge', 'cfvit', 'all'], default='all')
     parser.add_argument('--table', choices=['1', '2', '3', '4', '6', 'all'], default='all')
@@ -160,11 +165,9 @@ def main() -> None:
                         args.query_ratio) for row in table['rows']]
         tables.append(dict(table, query_ratio=args.query_ratio, detections=args.detections, rows=rows))
     if args.json:
-        print(json.dumps(tables))
-        return
-    print(__doc__.partition('\n\n')[2].strip())
-    for table in tables:
-        (show_stages if table['paper'] == 'cfvit' else show)(table)
+        return json.dumps(tables)
+    lines = [line for table in tables for line in (show_stages if table['paper'] == 'cfvit' else show)(table)]
+    return '\n'.join([__doc__.partition('\n\n')[2].strip(), *lines])
 
 
 if __name__ == '__main__':

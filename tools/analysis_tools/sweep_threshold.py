@@ -9,12 +9,14 @@ import csv
 import json
 from pathlib import Path
 
-import mmdyn  # noqa: F401
 import torch
 from matplotlib.figure import Figure
-from mmdyn.analysis.threshold import Curve, cheapest, curve, most_accurate, operating_points
-from mmdyn.engine.launch import build_runner
 from mmengine.config import Config, DictAction
+
+import mmdyn  # noqa: F401
+from mmdyn.analysis.threshold import Curve, cheapest, curve, most_accurate, operating_points
+from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
+from mmdyn.engine.launch import build_runner
 
 UNITS = dict(K=1e3, M=1e6, G=1e9)
 
@@ -82,7 +84,9 @@ def tenths(swept: Curve) -> range:
     return range(0, len(swept.threshold), (len(swept.threshold) - 1) // 10)
 
 
-def main() -> None:
+@command
+@only_results
+def main() -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('checkpoint')
@@ -92,15 +96,11 @@ def main() -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()
 
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options)
-    out = Path(args.out or Path('work_dirs') / Path(args.config).stem / 'threshold')
-    out.mkdir(parents=True, exist_ok=True)
+    cfg = read_config(args.config, args.cfg_options)
+    check_checkpoint(args.checkpoint)
+    out = output_folder(args.out or Path('work_dirs') / Path(args.config).stem / 'threshold')
     chosen, unreachable = {}, []
-    try:
-        run = run_both_stages(cfg, args.checkpoint, out)
-    except ValueError as error:
-        raise SystemExit(f'sweep_threshold.py: {error}') from None
+    run = run_both_stages(cfg, args.checkpoint, out)
     swept = curve(**run, thresholds=torch.arange(1001, dtype=torch.double) / 1000)
     every = curve(**run, thresholds=operating_points(run['coarse_scores']))
     for name, wanted, find in (('flops', args.flops, most_accurate), ('top1', args.top1, cheapest)):
@@ -118,14 +118,16 @@ def main() -> None:
         csv.writer(file).writerows([columns, *zip(*columns.values())])
     draw(swept, chosen, out / 'curve.png')
 
-    print(f'{"threshold":>10}{"exit":>10}{"top-1":>10}{"multiply-adds, G":>18}')
-    for index in tenths(swept):
-        print(line(swept.point(index)))
-    for name, point in chosen.items():
-        print(f'--{name} is met by\n{line(point)}')
-    print(f'curve.json, curve.csv and curve.png are in {out}')
+    results = '\n'.join([
+        f'{"threshold":>10}{"exit":>10}{"top-1":>10}{"multiply-adds, G":>18}',
+        *(line(swept.point(index)) for index in tenths(swept)),
+        *(f'--{name} is met by\n{line(point)}' for name, point in chosen.items()),
+        f'curve.json, curve.csv and curve.png are in {out}'
+    ])
     if unreachable:
-        raise SystemExit('sweep_threshold.py: ' + '\n'.join(unreachable))
+        print(results)
+        raise ValueError('\n'.join(unreachable))
+    return results
 
 
 if __name__ == '__main__':

@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from sklearn.datasets import load_digits
 
+from mmdyn.engine.command import command
+
 LAYOUTS = ('imagenet', 'coco', 'ade')
 TOOL = 'mmdyn make_demo_dataset 1'  # raise the number when the pixels change, so that older data is made again
 CLS_SIZE, CLS_SIDES = 64, (40, 52)  # px: side of the canvas, smallest and largest side of a digit
@@ -215,6 +217,7 @@ def make_demo_dataset(out: str | Path = 'data/demo', seed: int = 0, cls_train: i
     return out
 
 
+@command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=inspect.getdoc(make_demo_dataset),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -8,22 +8,21 @@ with prefix='backbone.', as init_cfg. DST of deit and lvvit starts a training of
 """
 
 import argparse
-import sys
 
 from mmdyn.analysis.conversion import KINDS, convert
+from mmdyn.engine.command import command, only_results
 
 
-def main(argv: list[str] | None = None) -> None:
+@command
+@only_results
+def main(argv: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('kind', metavar='KIND', choices=sorted(KINDS), help=', '.join(sorted(KINDS)))
     parser.add_argument('src', metavar='SRC', help='checkpoint to read')
     parser.add_argument('dst', metavar='DST', help='checkpoint to write')
     parser.add_argument('--config', help='config of the model that has to load DST')
     parser.add_argument('--allow-partial', action='store_true', help='go on without missing and unexpected tensors')
-    try:
-        print(*convert(**vars(parser.parse_args(argv))), sep='\n')
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    return '\n'.join(convert(**vars(parser.parse_args(argv))))
 
 
 if __name__ == '__main__':

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.flops import (build_model, dynamic_backbone, image_files, pipeline_without_annotations,
-                                  run_on_images)
-from mmdyn.visualization import (build_visualizer, describe_label, draw_gates, draw_outline, draw_prediction,
-                                 granularity_of_pixels, with_title)
-from mmengine.config import Config, DictAction
-from mmengine.runner import load_checkpoint
+from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pipeline_without_annotations, run_on_images
+from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
+from mmdyn.visualization import (
+    build_visualizer,
+    describe_label,
+    draw_gates,
+    draw_outline,
+    draw_prediction,
+    granularity_of_pixels,
+    with_title,
+)
 
 
 def dge_layers(backbone, shapes):
@@ -44,7 +50,9 @@ def prediction(visualizer, run, args) -> np.ndarray:
     return labelled(drawn, 'prediction', args.side)
 
 
-def main() -> None:
+@command
+@only_results
+def main() -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('checkpoint')
@@ -59,31 +67,29 @@ def main() -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()
 
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     model = build_model(cfg)
-    checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
+    checkpoint = load_weights(model, args.checkpoint)
     backbone = dynamic_backbone(model)
     if backbone is None or not backbone.has_dge:
-        raise SystemExit(f'draw_gates.py: the model of {args.config} has no DGE, so there is nothing to draw.')
+        raise ValueError(f'the model of {args.config} has no DGE, so there is nothing to draw.')
     visualizer = build_visualizer(cfg, checkpoint.get('meta', {}).get('dataset_meta')) if args.predictions else None
     pipeline, padded = pipeline_without_annotations(cfg), []
     backbone.register_forward_pre_hook(lambda _, inputs: padded.append(inputs[0].shape[-2:]))
 
-    files, out = image_files(args.images), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    files, out = image_files(args.images), output_folder(args.out)
     drawn = set(files[::max(1, len(files) // args.num)][:args.num])
     finest = {}
     for run in run_on_images(model, cfg, files if args.masks else sorted(drawn)):
         path, (height, width) = run.path, run.view.shape[-2:]
         image, mask = np.ascontiguousarray(run.view.numpy()[::-1].transpose(1, 2, 0)), None
         if padded[-1][0] < height or padded[-1][1] < width:
-            raise SystemExit(f'draw_gates.py: the model looks at parts of {path}, not at all of it at once. For slide '
+            raise ValueError(f'the model looks at parts of {path}, not at all of it at once. For slide '
                              'inference give --cfg-options model.test_cfg.mode=whole.')
         if args.masks:
             mask_file = Path(args.masks) / path.relative_to(args.images)
             if not mask_file.exists():
-                raise SystemExit(f'draw_gates.py: no mask {mask_file} for {path}.')
+                raise ValueError(f'no mask {mask_file} for {path}.')
             # The image's own pipeline, so that a mask is cropped and resized as the image was.
             mask = pipeline(dict(img_path=str(mask_file), img_id=0))['inputs'].numpy()[0] != args.background
         row = [labelled(image if mask is None else draw_outline(image, mask), path.stem, args.side)]
@@ -101,10 +107,12 @@ def main() -> None:
         if path in drawn:
             cv2.imwrite(str(out / f'{"-".join(path.relative_to(args.images).with_suffix("").parts)}.png'),
                         cv2.cvtColor(np.concatenate(row, axis=1), cv2.COLOR_RGB2BGR))
-    print(f'{len(drawn)} pictures in {out}')
-    for name, (on, objects, off, background) in finest.items():
-        print(f'{name:12} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the '
-              'background')
+    return '\n'.join([
+        f'{len(drawn)} pictures in {out}',
+        *(f'{name:12} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the '
+          'background'
+          for name, (on, objects, off, background) in finest.items())
+    ])
 
 
 if __name__ == '__main__':

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.flops import (build_model, dynamic_backbone, image_files, pipeline_without_annotations,
-                                  run_on_images)
+from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pipeline_without_annotations, run_on_images
+from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
 from mmdyn.models import CFViT
 from mmdyn.visualization import build_visualizer, describe_stages, draw_regions, split_pixels, with_title
-from mmengine.config import Config, DictAction
-from mmengine.runner import load_checkpoint
 
 RED, BLACK = (200, 0, 0), (0, 0, 0)
 
@@ -36,7 +35,9 @@ def row_of(run, name: str, coarse_size: int, side: int, dataset_meta: dict) -> n
     return np.concatenate(row, axis=1)
 
 
-def main() -> None:
+@command
+@only_results
+def main() -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('checkpoint')
@@ -51,20 +52,18 @@ def main() -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()
 
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     wanted = dict(threshold=args.threshold, every_stage=args.every_stage or None)
     cfg.merge_from_dict({f'model.test_cfg.{name}': value for name, value in wanted.items() if value is not None})
     model = build_model(cfg)
     backbone = dynamic_backbone(model)
     if not isinstance(backbone, CFViT):
-        raise SystemExit(f'draw_regions.py: the model of {args.config} has no CFViT, so there is nothing to draw.')
-    checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
+        raise ValueError(f'the model of {args.config} has no CFViT, so there is nothing to draw.')
+    checkpoint = load_weights(model, args.checkpoint)
     dataset_meta = build_visualizer(cfg, checkpoint.get('meta', {}).get('dataset_meta')).dataset_meta
     pipeline = pipeline_without_annotations(cfg)
 
-    files, out = image_files(args.images), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    files, out = image_files(args.images), output_folder(args.out)
     drawn = set(files[::max(1, len(files) // args.num)][:args.num])
     pixels, stopped = np.zeros((2, 2), int), 0  # of background and object: in split regions, all
     # Each stage is a run of its own, with the same prediction.
@@ -75,7 +74,7 @@ def main() -> None:
         if args.masks and 'regions' in run.sample:
             mask_file = Path(args.masks) / name
             if not mask_file.exists():
-                raise SystemExit(f'draw_regions.py: no mask {mask_file} for {path}.')
+                raise ValueError(f'no mask {mask_file} for {path}.')
             # The image's own pipeline, so that a mask is cropped and resized as the image was.
             mask = pipeline(dict(img_path=str(mask_file)))['inputs'].numpy()[0] != args.background
             split = split_pixels(run.sample.regions.tolist(), backbone.coarse_size, mask.shape)
@@ -84,12 +83,12 @@ def main() -> None:
             title = '-'.join(name.with_suffix('').parts)
             picture = row_of(run, title, backbone.coarse_size, args.side, dataset_meta)
             cv2.imwrite(str(out / f'{title}.png'), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    print(f'{len(drawn)} pictures in {out}')
-    print(f'{stopped} of {len(runs)} images stop after the coarse stage, at a confidence of '
-          f'{model.test_cfg["threshold"]:g}')
+    results = (f'{len(drawn)} pictures in {out}\n{stopped} of {len(runs)} images stop after the coarse stage, at a '
+               f'confidence of {model.test_cfg["threshold"]:g}')
     if pixels.any():
         background, objects = pixels[:, 0] / pixels[:, 1].clip(1)
-        print(f'split regions hold {objects:.1%} of the object, {background:.1%} of the background')
+        results += f'\nsplit regions hold {objects:.1%} of the object, {background:.1%} of the background'
+    return results
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import torch
 from mmengine.runner import Runner
 
 from ...models.backbones.base import find_backbones
+from ...models.checks import has_backbone
 from ...models.cost import CostMeter
 from ...models.dge.budget import budget_loss, mean_over_processes
 from ...registry import HOOKS
@@ -46,6 +47,9 @@ class BudgetHook(LossHook):
 
     def prepare(self, runner: Runner, model: torch.nn.Module) -> None:
         """Check the budget against the model."""
+        self._meter: CostMeter | None = None
+        if not has_backbone(model, 'BudgetHook'):
+            return
         backbones = [backbone for backbone in find_backbones(model) if backbone.has_dge]
         if not backbones:
             raise ValueError('BudgetHook found no DGE in the model: give its backbone '
@@ -61,7 +65,7 @@ class BudgetHook(LossHook):
 
     def on_forward(self, model: torch.nn.Module, losses: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
         """Add ``loss_budget`` and ``query_ratio``."""
-        costs = self._meter.take()
+        costs = self._meter.take() if self._meter else []
         if costs and losses is not None:
             ratio = mean_over_processes(torch.cat([cost.query_ratio for cost in costs]))
             losses['loss_budget'] = self.weight * budget_loss(ratio, self.budget)

@@ -3,6 +3,7 @@ from mmengine.runner import Runner
 
 from ...models.backbones.base import find_backbones
 from ...models.backbones.cfvit import CFViT
+from ...models.checks import has_backbone
 from ...registry import HOOKS
 from .loss_hook import unwrapped
 
@@ -28,8 +29,11 @@ class FineSelectionHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Find the backbones, and check that the training reaches ``begin``."""
-        backbones = find_backbones(unwrapped(runner.model))
-        self._backbones = [backbone for backbone in backbones if isinstance(backbone, CFViT)]
+        model = unwrapped(runner.model)
+        self._backbones: list[CFViT] = []
+        if not has_backbone(model, 'FineSelectionHook'):
+            return
+        self._backbones = [backbone for backbone in find_backbones(model) if isinstance(backbone, CFViT)]
         if not self._backbones:
             raise ValueError('FineSelectionHook found no CFViT in the model: give it the backbone mmdyn.CFViT, or '
                              'leave out the hook.')

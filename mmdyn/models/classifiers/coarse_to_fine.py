@@ -4,6 +4,7 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from mmpretrain.models.classifiers import ImageClassifier
+from mmpretrain.models.heads import ClsHead
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
@@ -30,6 +31,10 @@ class CoarseToFineClassifier(ImageClassifier):
         if self.with_neck:
             raise ValueError('CoarseToFineClassifier takes no neck, because the head takes what the backbone returns: '
                              'remove it.')
+        if self.with_head and not isinstance(self.head, ClsHead):
+            raise ValueError(f'CoarseToFineClassifier stops at the confidence of one class by a softmax, which the head '
+                             f'{type(self.head).__name__} does not give: use a head for one label, e.g. LinearClsHead, or '
+                             'the model type ImageClassifier with the backbone mmdyn.DeiT or mmdyn.LVViT.')
         options = {**dict(threshold=0.5, every_stage=False), **(test_cfg or {})}
         unknown = set(options) - {'threshold', 'every_stage'}
         if unknown:

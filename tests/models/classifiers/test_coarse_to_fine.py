@@ -284,3 +284,15 @@ def test_a_step_of_training_reaches_all_weights(family, coarse_loss, make_model)
 def test_unfit_options(options, message, make_model):
     with pytest.raises(ValueError, match=message):
         make_model(**options)
+
+
+@pytest.mark.parametrize('head', [
+    dict(type='MultiLabelLinearClsHead'), dict(type='CSRAClsHead', num_heads=1, lam=0.1),
+    dict(type='MultiTaskHead', task_heads=dict(a=dict(type='LinearClsHead', num_classes=2)))
+])
+def test_heads_of_several_labels_are_refused(head, make_cfvit):
+    options = {} if head['type'] == 'MultiTaskHead' else dict(num_classes=NUM_CLASSES)
+    with pytest.raises(ValueError, match=f'which the head {head["type"]} does not give: use a head for one label, e.g. '
+                       'LinearClsHead, or the model type ImageClassifier'):
+        MODELS.build(dict(type='mmdyn.CoarseToFineClassifier', backbone=make_cfvit(),
+                          head=dict(in_channels=16, **options, **head)))

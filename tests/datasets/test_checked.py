@@ -9,25 +9,28 @@ import pytest
 import torch
 from mmengine.registry import DATASETS, METRICS, init_default_scope
 
-from mmdyn.datasets.dense import CheckedFolders
+from mmdyn.datasets.checked import CheckedDataset
 
 COCO = dict(type='mmdyn.CocoDataset', data_root='data/coco/', ann_file='annotations/instances_train2017.json',
             data_prefix=dict(img='train2017/'))
 ADE = dict(type='mmdyn.ADE20KDataset', data_root='data/ade',
            data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'))
+FOLDERS = dict(type='mmdyn.CustomDataset', data_root='data/imagenet', data_prefix='train')
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """The working directory, which holds both data sets with two images each."""
+    """The working directory, which holds the data sets with two images each."""
     monkeypatch.chdir(tmp_path)
-    for name in ('coco/train2017', 'coco/annotations', 'ade/images/training', 'ade/annotations/training'):
+    for name in ('coco/train2017', 'coco/annotations', 'ade/images/training', 'ade/annotations/training',
+                 'imagenet/train/0', 'imagenet/train/1'):
         (tmp_path / 'data' / name).mkdir(parents=True)
     image = np.zeros((20, 30, 3), np.uint8)
     for i in range(2):
         cv2.imwrite(f'data/coco/train2017/{i}.jpg', image)
         cv2.imwrite(f'data/ade/images/training/{i}.jpg', image)
         cv2.imwrite(f'data/ade/annotations/training/{i}.png', image[..., 0])
+        cv2.imwrite(f'data/imagenet/train/{i}/{i}.jpg', image)
     annotations = dict(
         images=[dict(id=i, file_name=f'{i}.jpg', height=20, width=30) for i in range(2)],
         annotations=[dict(id=1, image_id=0, category_id=18, bbox=[1, 2, 10, 10], area=100, iscrowd=0,
@@ -37,7 +40,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize('cfg, package', [(COCO, 'mmdet'), (ADE, 'mmseg')], ids=['coco', 'ade'])
+@pytest.mark.parametrize('cfg, package', [(COCO, 'mmdet'), (ADE, 'mmseg'), (FOLDERS, 'mmpretrain')],
+                         ids=['coco', 'ade', 'folders'])
 def test_they_are_the_frameworks_data_sets(cfg, package):
     init_default_scope(package)
     data, theirs = (DATASETS.build(dict(cfg, type=kind)) for kind in (cfg['type'], cfg['type'].split('.')[1]))
@@ -68,16 +72,28 @@ def test_coco_metric_takes_its_classes():
     (COCO, 'data/coco/train2017', ["data_prefix['img']='data/coco/train2017/'"]),
     (ADE, 'data', ["data_prefix['img_path']='data/ade/images/training'", "data_prefix['seg_map_path']"]),
     (ADE, 'data/ade/annotations', ["data_prefix['seg_map_path']='data/ade/annotations/training'"]),
+    (FOLDERS, 'data/imagenet/train', ["data_prefix['img_path']='data/imagenet/train'"]),
 ])
 def test_names_what_is_missing_and_shows_the_layout(folder, cfg, missing, named):
     shutil.rmtree(folder / missing)
     with pytest.raises(ValueError, match=f'{cfg["type"]} found no') as error:
         DATASETS.build(cfg)
     message = str(error.value)
-    layout = f'\n{cfg["data_root"]}\n├── annotations'
-    for part in [*named, str(folder), layout, 'train_dataloader.dataset.data_root=DIR']:
+    layout = {
+        'mmdyn.CocoDataset': '├── annotations/instances_train2017.json\n└── train2017/\n',
+        'mmdyn.ADE20KDataset': '├── images/training/*.jpg\n└── annotations/training/*.png\n',
+        'mmdyn.CustomDataset': '└── train/\n'
+    }[cfg['type']]
+    for part in [*named, str(folder), f'\n{cfg["data_root"]}\n{layout}', 'train_dataloader.dataset.data_root=DIR']:
         assert part in message
     assert ('val_evaluator.0.ann_file=DIR' in message) == (cfg is COCO)
+
+
+def test_a_layout_of_ones_own_is_shown(folder):
+    with pytest.raises(ValueError, match="found no ann_file='mine/labels.json'") as error:
+        DATASETS.build(dict(type='mmdyn.CocoDataset', data_root='mine', ann_file='labels.json',
+                            data_prefix=dict(img='pictures')))
+    assert '\nmine\n├── labels.json\n└── pictures/\n' in str(error.value) and 'train2017' not in str(error.value)
 
 
 def test_an_empty_folder_is_no_data_set(folder):
@@ -99,12 +115,47 @@ def test_only_local_paths_are_checked(options):
         def load_data_list(self):
             return ['an image']
 
-    class Checked(CheckedFolders, Remote):
+    class Checked(CheckedDataset, Remote):
         data_root = None
 
     data = Checked()
     vars(data).update(options)
     assert data.load_data_list() == ['an image']
+
+
+@pytest.mark.parametrize('content', [None, b'', b'not an image'])
+def test_names_the_image(folder, content):
+    data = DATASETS.build(dict(COCO, pipeline=[dict(type='LoadImageFromFile')]))
+    image = folder / 'data/coco/train2017/0.jpg'
+    image.unlink()
+    if content is not None:
+        image.write_bytes(content)
+    with pytest.raises(ValueError, match='Cannot load the image data/coco/train2017/0.jpg: it is missing, empty or'):
+        data[0]
+
+
+class Fail:
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, results):
+        raise self.error
+
+
+def test_names_the_image_that_a_transform_fails_on():
+    pipeline = [dict(type='LoadImageFromFile'), Fail(IndexError('7 is too much'))]
+    with pytest.raises(ValueError, match=r'mmdyn.CocoDataset: Fail fails on image 0 \(img_id 0\), '
+                       'data/coco/train2017/0.jpg: IndexError: 7 is too much'):
+        DATASETS.build(dict(COCO, pipeline=pipeline))[0]
+    named = ValueError('data/coco/train2017/0.jpg is wrong')
+    with pytest.raises(ValueError, match='^data/coco/train2017/0.jpg is wrong$'):
+        DATASETS.build(dict(COCO, pipeline=[Fail(named)]))[0]
+
+
+def test_a_transform_may_leave_an_image_out():
+    data = DATASETS.build(dict(ADE, pipeline=[lambda image: None if image['img_path'].endswith('0.jpg') else image]))
+    assert data[0]['img_path'].endswith('1.jpg')
 
 
 def run(code):
