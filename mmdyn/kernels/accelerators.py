@@ -40,6 +40,12 @@ def sample_by_mmcv(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[
         return Refused("the values are on the CPU, for which mmcv's operator is not written")
     if sum(lengths) == 0:
         return Refused('there are no queries')
+    return mmcv_sampling(value, points, weights, shape, lengths)
+
+
+def mmcv_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int],
+                  lengths: list[int]) -> Tensor | Refused:
+    """Values, points and weights as mmcv's operator takes them, or why there is no operator for them."""
     try:
         from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
     except ImportError as error:
