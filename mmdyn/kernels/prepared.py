@@ -22,16 +22,24 @@ class Refusal(Exception):
     """The reason for which a kernel does not take a call."""
 
 
-def refuse_context() -> str | None:
+def refuse_watchers() -> str | None:
     """What must see all operators, so that no kernel may stand in for them; None if there is nothing."""
-    if torch.is_grad_enabled():
-        return 'gradients are on: call the model in torch.no_grad() or torch.inference_mode()'
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return 'a transform of functions, such as torch.func.vmap, is on'
     if forward_ad._current_level >= 0:
         return 'forward-mode derivatives are on'
     if torch._C._len_torch_dispatch_stack():
         return "a mode watches the operators, as torch's counter of operations does"
+    return None
+
+
+def refuse_context() -> str | None:
+    """Why no kernel for inference may stand in for modules here and now; None if one may."""
+    if torch.is_grad_enabled():
+        return 'gradients are on: call the model in torch.no_grad() or torch.inference_mode()'
+    watchers = refuse_watchers()
+    if watchers is not None:
+        return watchers
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return 'there are forward hooks for all modules'
     return None

@@ -74,8 +74,8 @@ def built(run_here, *layout):
     def write(numbers):
         numbers[:] = layout or [library.VERSION, *map(ctypes.sizeof, library.STRUCTS)]
 
-    return SimpleNamespace(layout=write, runs=lambda: run_here, runs_half=lambda: run_here, choose=lambda: 0,
-                           sample=lambda: 0)
+    return SimpleNamespace(_name='another build', layout=write, runs=lambda: run_here, runs_half=lambda: run_here, choose=lambda *args: 0,
+                           sample=lambda *args: 0)
 
 
 @pytest.fixture(params=['no compiler', 'no AVX-512', 'another version', 'another struct', 'no layout'])

@@ -231,12 +231,13 @@ class TestValues:
                 assert torch.equal(out, one) and all(map(torch.equal, decision, of_one))
 
     @torch.no_grad()
-    def test_order_and_type_of_weights_in_memory_do_not_matter_to_the_result(self, one):
+    def test_order_of_weights_in_memory_does_not_matter_to_the_result(self, one):
         """The plain way takes what the kernel does not."""
         stage, tokens = one()
         expected = by_double(stage, tokens)
         weight = stage.blocks[0].attn.q.weight
         weight.data = weight.data.mT.contiguous().mT
+        assert why_not(stage, tokens) == 'blocks.0.attn.q.weight lies in memory in another order'
         torch.testing.assert_close(run_blocks(stage, tokens.clone(), SHAPE), expected, **CLOSE)
 
 
