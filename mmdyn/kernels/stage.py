@@ -136,6 +136,8 @@ def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: i
     reason = refuse_context() or refuse_processor() or refuse_rows(tokens)
     if reason is not None:
         return Refused(reason)
+    if getattr(getattr(stage, 'patch_embed', None), '_forward_hooks', None):
+        return Refused('patch_embed has forward hooks, which may keep the tokens')
     (images, size, dim), (height, width), extra = tokens.shape, shape, stage.num_extra
     if size != extra + height * width:
         return Refused(f'{size} tokens are no {extra} extra tokens and map of {height} x {width} cells')
