@@ -1,4 +1,5 @@
 """Where the kernels run, and the lane in which their tests may not be skipped."""
+
 import ctypes
 import os
 from types import SimpleNamespace
@@ -73,8 +74,14 @@ def built(run_here, *layout):
     def write(numbers):
         numbers[:] = layout or [library.VERSION, *map(ctypes.sizeof, library.STRUCTS)]
 
-    return SimpleNamespace(_name='another build', layout=write, runs=lambda: run_here, runs_half=lambda: run_here, choose=lambda *args: 0,
-                           sample=lambda *args: 0)
+    return SimpleNamespace(
+        _name='another build',
+        layout=write,
+        runs=lambda: run_here,
+        runs_half=lambda: run_here,
+        choose=lambda *args: 0,
+        sample=lambda *args: 0,
+    )
 
 
 @pytest.fixture(params=['no compiler', 'no AVX-512', 'another version', 'another struct', 'no layout'])
@@ -98,13 +105,17 @@ def make_block():
     """A block in evaluation mode, no parameter of which is 0 or 1."""
 
     def make(kind='full', dim=12, heads=3, ratio=2, **options):
-        attn = dict(full=lambda: Attention(dim, heads), reduced=lambda: Attention(dim, heads, 2),
-                    unbiased=lambda: Attention(dim, heads, qkv_bias=False),
-                    deformable=lambda: DeformableAttention(dim, heads), points=lambda: DeformableAttention(dim, heads, 7))
+        attn = dict(
+            full=lambda: Attention(dim, heads),
+            reduced=lambda: Attention(dim, heads, 2),
+            unbiased=lambda: Attention(dim, heads, qkv_bias=False),
+            deformable=lambda: DeformableAttention(dim, heads),
+            points=lambda: DeformableAttention(dim, heads, 7),
+        )
         block = EncoderBlock(dim, attn[kind](), ratio, **options).eval()
         with torch.no_grad():
             for parameter in block.parameters():
-                parameter += (min(dim, 12) / dim)**0.5 * 0.3 * torch.randn_like(parameter)
+                parameter += (min(dim, 12) / dim) ** 0.5 * 0.3 * torch.randn_like(parameter)
         return block
 
     return make
@@ -114,4 +125,5 @@ def make_block():
 def stage_of():
     """A stage of some blocks, with encoders or without."""
     return lambda *blocks, dge=(), num_extra=0: SimpleNamespace(
-        blocks=nn.ModuleList(blocks), dge=nn.ModuleList(dge), num_extra=num_extra)
+        blocks=nn.ModuleList(blocks), dge=nn.ModuleList(dge), num_extra=num_extra
+    )

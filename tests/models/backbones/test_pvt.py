@@ -131,10 +131,11 @@ def test_map_smaller_than_the_reduction():
         PVT(SMALL, 32)(torch.randn(1, 3, 4, 32))
 
 
-@pytest.mark.parametrize('embed, others, ids', [(1e-5, 1e-6, {}), (1e-2, 1e-3, dict(embed_norm_eps=1e-2, norm_eps=1e-3))])
-def test_epsilon_of_each_norm(embed, others, ids, make_backbone):
+@pytest.mark.parametrize('embed, others, options', [
+    (1e-5, 1e-6, {}), (1e-2, 1e-3, dict(embed_norm_eps=1e-2, norm_eps=1e-3))])
+def test_epsilon_of_each_norm(embed, others, options, make_backbone):
     """Patch embeddings and spatial reductions have one, blocks and the final norm another."""
-    model = make_backbone('pvt', out_type='raw', **ids)
+    model = make_backbone('pvt', out_type='raw', **options)
     found = {name: module.eps for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
     assert len(found) == 2 + 2 + 3 * 2 + 1
     for name, eps in found.items():
@@ -165,5 +166,5 @@ def test_class_token_of_the_last_stage(out_type, with_cls_token, rows, make_back
 
 
 def test_class_token_that_is_returned_must_be_there(make_backbone):
-    with pytest.raises(ValueError, match="out_type='cls_token' returns the class token, but with_cls_token=False: leave"):
+    with pytest.raises(ValueError, match="out_type='cls_token' returns the class token, but with_cls_token=False"):
         make_backbone('pvt', out_type='cls_token', with_cls_token=False)
