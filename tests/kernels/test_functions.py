@@ -179,6 +179,34 @@ def test_routers_that_are_run(change, reason, compiled):
     assert re.match(reason, why_not(choose, router, tokens, (5, 7), 4, 0))
 
 
+# A row less, one channel alone, float64, a subclass, another device, no strides, gaps.
+CHANGES = [
+    lambda x: x[:-1].clone(),
+    lambda x: x[:1].clone(),
+    lambda x: x.double(),
+    lambda x: x.as_subclass(Wrapped),
+    lambda x: x.to('meta'),
+    lambda x: x.to_sparse(),
+    lambda x: torch.stack([x, x], -1)[..., 0],
+]
+
+
+@pytest.mark.parametrize('kind, index, layer', [('choose', 0, 'router'), ('project', 1, 'proj'), ('project', 2, 'norm')])
+@pytest.mark.parametrize('parameter', ['weight', 'bias'])
+@torch.no_grad()
+def test_any_parameter_of_another_shape_type_or_order(kind, index, layer, parameter, avx512):
+    """No address goes to C before what lies behind it was looked at."""
+    function, args, _ = CALLS[kind]()
+    kept = args[index]._parameters[parameter]
+    for change in CHANGES:
+        assert why_not(function, *args) is None
+        args[index]._parameters[parameter] = change(kept.detach())
+        reason = why_not(function, *args)
+        # A router of fewer granularities or channels is one, but for tokens of other channels.
+        assert reason and reason.startswith((f'{layer}.{parameter} ', 'tokens of shape', 'router.bias has the shape'))
+        args[index]._parameters[parameter] = kept
+
+
 @torch.no_grad()
 def test_tokens_that_do_not_fit_the_map(compiled):
     router, tokens = Router(6, (1, 2)), torch.randn(2, 35, 6)

@@ -586,6 +586,35 @@ class TestRefusedWeights:
         assert parameter.data_ptr() == address and why_not(stage, tokens) == f'blocks.0.{name} {reason}'
 
     @torch.no_grad()
+    def test_weights_whose_memory_was_given_back(self, one):
+        """As sharded training does it between two passes."""
+        stage, tokens = one()
+        assert why_not(stage, tokens) is None
+        stage.blocks[0].ffn.fc2.weight.untyped_storage().resize_(0)
+        assert why_not(stage, tokens) == 'blocks.0.ffn.fc2.weight is empty'
+
+    @torch.no_grad()
+    def test_parameters_that_are_others_for_one_call(self, one):
+        """As torch.func.functional_call lends them."""
+        stage, tokens = one()
+        before, block = encode(stage, tokens), stage.blocks[0]
+        others = {name: 2 * parameter for name, parameter in block.named_parameters()}
+
+        class Run(nn.Module):
+
+            def __init__(self):
+                super().__init__()
+                self.block = block
+
+            def forward(self, x):
+                return encode(stage, x)
+
+        found = torch.func.functional_call(Run(), {f'block.{name}': value for name, value in others.items()}, tokens)
+        assert torch.equal(encode(stage, tokens), before)
+        block.load_state_dict(others)
+        torch.testing.assert_close(found, by_double(stage, tokens), **CLOSE)
+
+    @torch.no_grad()
     def test_what_is_illegal_raises_what_torch_raises(self, one):
         stage, tokens = one()
         stage.blocks[0].ffn.fc1.bias = nn.Parameter(torch.zeros(3))
