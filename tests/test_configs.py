@@ -72,6 +72,8 @@ def test_config_builds(path, quick):
     if two_stages:
         assert 0 < hooks[0].begin < cfg.train_cfg.max_epochs
     assert cfg.default_hooks.loss_guard.type == 'mmdyn.LossGuardHook'
+    assert cfg.default_hooks.random_state.type == 'mmdyn.RandomStateHook'
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts > 1
     for evaluators in (cfg.val_evaluator, cfg.test_evaluator):
         ours = [evaluator for evaluator in evaluators if evaluator.type.startswith('mmdyn.')]
         expected = ['CoarseToFineMetric'] * two_stages + ['DynamicFLOPs']

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# Usage: dist_train.sh CONFIG GPUS [options of train.py]; NNODES, NODE_RANK, MASTER_ADDR and PORT for several machines.
 set -euo pipefail
+usage="Usage: $(basename "$0") CONFIG PROCESSES [options of train.py]
+PROCESSES on this machine: one for each GPU, or any number on CPUs. NNODES, NODE_RANK, MASTER_ADDR and PORT for several machines."
+if [[ $# -lt 2 || ! $2 =~ ^[1-9][0-9]*$ ]]; then
+    echo "$usage" >&2
+    exit 2
+fi
 tools=$(dirname "$0")
-config=$1 gpus=$2
+config=$1 processes=$2
 shift 2
 python -m torch.distributed.run --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" --nproc_per_node="$gpus" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" --nproc_per_node="$processes" \
     "$tools/train.py" "$config" --launcher pytorch "$@"

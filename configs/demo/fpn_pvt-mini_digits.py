@@ -75,7 +75,9 @@ param_scheduler = [
 ]
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 2)
 default_hooks = dict(
-    checkpoint=dict(interval=max_iters // 2, max_keep_ckpts=1),
+    checkpoint=dict(interval=max_iters // 2, max_keep_ckpts=2),
     # Stops at the first loss that is NaN or infinite and names the images.
-    loss_guard=dict(type='mmdyn.LossGuardHook'))
+    loss_guard=dict(type='mmdyn.LossGuardHook'),
+    # A training that was killed and resumed goes on as if it had not been.
+    random_state=dict(type='mmdyn.RandomStateHook'))
 randomness = dict(seed=0)

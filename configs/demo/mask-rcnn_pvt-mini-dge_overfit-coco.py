@@ -83,9 +83,11 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(by_epoch=False, interval=max_iters // 2, max_keep_ckpts=1),
+    checkpoint=dict(by_epoch=False, interval=max_iters // 2, max_keep_ckpts=2),
     # Stops at the first loss that is NaN or infinite and names the images.
-    loss_guard=dict(type='mmdyn.LossGuardHook'))
+    loss_guard=dict(type='mmdyn.LossGuardHook'),
+    # A training that was killed and resumed goes on as if it had not been.
+    random_state=dict(type='mmdyn.RandomStateHook'))
 log_processor = dict(by_epoch=False)
 custom_hooks = [dict(type='mmdyn.BudgetHook', budget=0.5, weight=10.)]
 randomness = dict(seed=0)

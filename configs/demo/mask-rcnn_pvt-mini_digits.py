@@ -93,8 +93,10 @@ train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
-    checkpoint=dict(interval=max_epochs, max_keep_ckpts=1),
+    checkpoint=dict(interval=max_epochs, max_keep_ckpts=2),
     # Stops at the first loss that is NaN or infinite and names the images.
-    loss_guard=dict(type='mmdyn.LossGuardHook'))
+    loss_guard=dict(type='mmdyn.LossGuardHook'),
+    # A training that was killed and resumed goes on as if it had not been.
+    random_state=dict(type='mmdyn.RandomStateHook'))
 visualizer = dict(line_width=2)
 randomness = dict(seed=0)

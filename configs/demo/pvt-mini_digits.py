@@ -55,5 +55,5 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=5)
 val_cfg = dict()
 test_cfg = dict()
-default_hooks = dict(logger=dict(interval=50), checkpoint=dict(max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=50), checkpoint=dict(max_keep_ckpts=2))
 randomness = dict(seed=0)

@@ -1,3 +1,3 @@
-from .hooks import BudgetHook, FineSelectionHook, LossGuardHook
+from .hooks import BudgetHook, FineSelectionHook, LossGuardHook, RandomStateHook
 
-__all__ = ['BudgetHook', 'FineSelectionHook', 'LossGuardHook']
+__all__ = ['BudgetHook', 'FineSelectionHook', 'LossGuardHook', 'RandomStateHook']

@@ -1,9 +1,13 @@
 """What the command lines of tools/train.py and tools/test.py share."""
 import argparse
 import os
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -34,6 +38,31 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def prepare_processes_without_devices(cfg: Config) -> None:
+    """Let several processes that torch's launcher started run on CPUs, where mmengine expects a device for each.
+
+    They communicate by gloo, and what works on devices only is changed in the config: the device that a model's wrapper
+    is told, and batch norms over all processes, which become those of each process.
+    """
+    seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
+    if not dist.is_initialized():
+        # mmengine leaves a group alone that it finds.
+        dist.init_process_group('gloo', timeout=None if seconds is None else timedelta(seconds=seconds))
+    defaults = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
+                    find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = {**(cfg.get('model_wrapper_cfg') or defaults), 'device_ids': None}
+
+    def revert(part: Any) -> None:
+        if isinstance(part, dict) and part.get('type') in ('SyncBN', 'MMSyncBN'):
+            part['type'] = 'BN'
+        for child in part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ():
+            revert(child)
+
+    revert(cfg.model)
+
+
 def build_runner(cfg: Config) -> Runner:
     """The runner that a config asks for."""
+    if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
+        prepare_processes_without_devices(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

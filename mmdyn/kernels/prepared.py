@@ -63,6 +63,14 @@ def refuse_rows(x: Tensor, name: str = 'the tokens') -> str | None:
     return refuse_tensor(x, name) or (None if x.is_contiguous() else f'{name} is not contiguous')
 
 
+def refuse_watched_tokens(stage: Any) -> str | None:
+    """Why the tokens of a stage may not be overwritten; None if nobody may have kept them."""
+    embedding = getattr(stage, 'patch_embed', None)
+    if embedding is not None and embedding._forward_hooks:
+        return 'patch_embed has forward hooks, which may keep the tokens'
+    return None
+
+
 class Prepared:
     """What is known of some modules, and whether it is still so.
 

@@ -16,7 +16,7 @@ from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock
 from ..models.replaceable import Refused
 from ..models.stage import Stage, run_blocks
 from .library import Block, Map, Number, call, runs
-from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_rows, refuse_tensor
+from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_rows, refuse_tensor, refuse_watched_tokens
 
 _cache = Cache()
 
@@ -133,11 +133,9 @@ class PreparedBlock(Prepared):
 def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
                   stop: int | None = None) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
-    reason = refuse_context() or refuse_processor() or refuse_rows(tokens)
+    reason = refuse_context() or refuse_processor() or refuse_rows(tokens) or refuse_watched_tokens(stage)
     if reason is not None:
         return Refused(reason)
-    if getattr(getattr(stage, 'patch_embed', None), '_forward_hooks', None):
-        return Refused('patch_embed has forward hooks, which may keep the tokens')
     (images, size, dim), (height, width), extra = tokens.shape, shape, stage.num_extra
     if size != extra + height * width:
         return Refused(f'{size} tokens are no {extra} extra tokens and map of {height} x {width} cells')

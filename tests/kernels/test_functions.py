@@ -191,7 +191,9 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize('kind, index, layer', [('choose', 0, 'router'), ('project', 1, 'proj'), ('project', 2, 'norm')])
+@pytest.mark.parametrize(
+    'kind, index, layer', [('choose', 0, 'router'), ('project', 1, 'proj'), ('project', 2, 'norm')]
+)
 @pytest.mark.parametrize('parameter', ['weight', 'bias'])
 @torch.no_grad()
 def test_any_parameter_of_another_shape_type_or_order(kind, index, layer, parameter, avx512):

@@ -1,9 +1,14 @@
 import importlib.util
+import os
+import subprocess
 from pathlib import Path
+
+import pytest
 
 import mmdyn
 
-spec = importlib.util.spec_from_file_location('demo', Path(mmdyn.__file__).parents[1] / 'tools/demo.py')
+ROOT = Path(mmdyn.__file__).parents[1]
+spec = importlib.util.spec_from_file_location('demo', ROOT / 'tools/demo.py')
 demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
 
@@ -22,3 +27,25 @@ def test_configs_of_different_tasks_share_a_table():
     assert lines[0].index('top-1 %') < lines[0].index('mIoU %')
     assert lines[1].split()[:3] == ['a', '90.0', '-'] and lines[2].split()[:3] == ['segmentation', '-', '33.3']
     assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize('chosen, policy', [(None, 'passive'), ('active', 'active')])
+def test_threads_of_its_subprocesses_do_not_spin_unless_asked_to(monkeypatch, tmp_path, chosen, policy):
+    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
+    if chosen:
+        monkeypatch.setenv('OMP_WAIT_POLICY', chosen)
+    mim = tmp_path / 'mim'
+    mim.write_text(f'#!/bin/sh\necho $OMP_WAIT_POLICY $1 > {tmp_path}/said\n')
+    mim.chmod(0o755)
+    monkeypatch.setattr(demo, 'MIM', mim)
+    demo.run_mim('train')
+    assert (tmp_path / 'said').read_text() == f'{policy} train\n'
+
+
+@pytest.mark.parametrize('target', ['demo', 'demo-det', 'demo-seg', 'demo-cls-cf', 'bench'])
+def test_threads_of_the_demos_do_not_spin(target):
+    """`make bench` measures what users get without such a variable."""
+    environment = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
+    printed = subprocess.run(['make', '-np', target], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+    assert (f'\n{target}: OMP_WAIT_POLICY = passive\n' in printed) == (target != 'bench')
+    assert f'\n{target}: ' in printed

@@ -30,20 +30,18 @@ from typing import Callable, Dict, NamedTuple, Optional
 
 import mmdyn  # noqa: F401
 import torch
+from mmdyn.analysis.conversion import translate
 from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, run_on_images
 from mmdyn.analysis.latency import (environment, interleaved_times, largest_difference, limits, peak_memory, ratio,
                                     supports_bfloat16)
+from mmdyn.analysis.report import read, table, write_report
 from mmdyn.analysis.synthetic import (PATTERNS, Recording, force_routing, record_routing, recorded_granularities,
                                       replay_routing)
 from mmdyn.models import DPVT, PVT, DeiT
-from mmdyn.analysis.conversion import translate
 from mmdyn.models.layers import DeformableAttention, deformable_sampling
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-from benchmark_report import read, table, write_report  # noqa: E402
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or else torch's profiler tells of each start and stop
 ROOT = Path(__file__).parents[2]
@@ -378,7 +376,7 @@ def main() -> None:
         try:
             result = run(args)
         except ValueError as error:
-            raise SystemExit(f'benchmark.py: {error}')
+            raise SystemExit(f'benchmark.py: {error}') from None
         args.out.mkdir(parents=True, exist_ok=True)
         files = [args.out / 'benchmark.json', args.out / 'benchmark-cuda.json']
         files[args.device == 'cuda'].write_text(json.dumps(result, indent=1) + '\n')

@@ -11,6 +11,8 @@ param_scheduler = [dict(type='PolyLR', eta_min=0.0, power=0.9, begin=0, end=8000
 default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=3, save_best='mIoU'),
     # Stops at the first loss that is NaN or infinite and names the images.
-    loss_guard=dict(type='mmdyn.LossGuardHook'))
+    loss_guard=dict(type='mmdyn.LossGuardHook'),
+    # A training that was killed and resumed goes on as if it had not been.
+    random_state=dict(type='mmdyn.RandomStateHook'))
 
 auto_scale_lr = dict(base_batch_size=32)

@@ -1,5 +1,6 @@
 from .budget_hook import BudgetHook
 from .fine_selection_hook import FineSelectionHook
 from .loss_guard_hook import LossGuardHook
+from .random_state_hook import RandomStateHook
 
-__all__ = ['BudgetHook', 'FineSelectionHook', 'LossGuardHook']
+__all__ = ['BudgetHook', 'FineSelectionHook', 'LossGuardHook', 'RandomStateHook']

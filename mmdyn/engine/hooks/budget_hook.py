@@ -1,11 +1,13 @@
-from typing import Optional
+from typing import Any
 
 import torch
+from mmengine.runner import Runner
 
-from ...models.cost import CostMeter
 from ...models.backbones.base import find_backbones
+from ...models.cost import CostMeter
 from ...models.dge.budget import budget_loss, mean_over_processes
 from ...registry import HOOKS
+from ..collapse import CollapseWatch, look
 from .loss_hook import LossHook
 
 
@@ -13,44 +15,70 @@ from .loss_hook import LossHook
 class BudgetHook(LossHook):
     """Train any mmpretrain, mmdet or mmseg model with DGE towards a computational budget (eq. 7 and 8).
 
-    Adds ``loss_budget`` = weight * (beta - budget)^2 to the losses that the model returns, and ``query_ratio`` = beta to
-    the log. Beta is averaged over the batch and over all processes.
+    Adds ``loss_budget`` = weight * (beta - budget)^2 to the losses that the model returns, and ``query_ratio`` = beta
+    to the log. Beta is averaged over the batch and over all processes.
+
+    Each ``log_interval`` iterations a line of the log, and the visualizer's scalars ``query_ratio/<layer>``, tell the
+    query ratio of each layer in that iteration. A warning names the layers in which nearly all regions have chosen one
+    granularity for ``patience`` iterations, since when, and what to try.
 
     Args:
         budget: gamma, the aspired ratio of the dynamic layers' complexity to that without DGE, in (0, 1].
         weight: lambda.
+        log_interval: iterations from one look at the layers to the next.
+        patience: iterations before the warning.
 
     Raises:
-        ValueError: for a budget outside of (0, 1]; before training for a model without DGE, or one whose granularities
-            cannot reach the budget.
+        ValueError: for a budget outside of (0, 1], or intervals that are no positive integers; before training for a
+            model without DGE, or one whose granularities cannot reach the budget.
     """
 
-    def __init__(self, budget: float = 0.5, weight: float = 1.):
+    def __init__(self, budget: float = 0.5, weight: float = 1., log_interval: int = 100,
+                 patience: int = 1000) -> None:
         if not 0 < budget <= 1:
             raise ValueError(f'BudgetHook: budget={budget} must be greater than 0 and at most 1, the cost without DGE.')
         if weight < 0:
             raise ValueError(f'BudgetHook: weight={weight} must not be negative.')
-        self.budget, self.weight = budget, weight
+        for name, value in (('log_interval', log_interval), ('patience', patience)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f'BudgetHook: {name}={value!r}: give a number of iterations, an integer >= 1.')
+        self.budget, self.weight, self.log_interval, self.patience = budget, weight, log_interval, patience
 
-    def prepare(self, runner, model: torch.nn.Module) -> None:
+    def prepare(self, runner: Runner, model: torch.nn.Module) -> None:
         """Check the budget against the model."""
         backbones = [backbone for backbone in find_backbones(model) if backbone.has_dge]
         if not backbones:
-            raise ValueError('BudgetHook found no DGE in the model: give its backbone dge=dict(granularities=(1, 2, 4)), '
-                             'or leave out the hook.')
+            raise ValueError('BudgetHook found no DGE in the model: give its backbone '
+                             'dge=dict(granularities=(1, 2, 4)), or leave out the hook.')
         for backbone in backbones:
             least, most = backbone.ratio_bounds()
             if not least <= self.budget <= most:
                 raise ValueError(
-                    f'BudgetHook: budget={self.budget} cannot be reached: on images of img_size the granularities of the '
-                    f'{type(backbone).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a budget '
+                    f'BudgetHook: budget={self.budget} cannot be reached: on images of img_size the granularities of '
+                    f'the {type(backbone).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a budget '
                     'between them, or a coarser largest granularity.')
-        self._meter = CostMeter(training=True, backbones=backbones)
+        self._backbones, self._meter = backbones, CostMeter(training=True, backbones=backbones)
 
-    def on_forward(self, model: torch.nn.Module, losses: Optional[dict], inputs: dict) -> None:
+    def on_forward(self, model: torch.nn.Module, losses: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
         """Add ``loss_budget`` and ``query_ratio``."""
         costs = self._meter.take()
         if costs and losses is not None:
             ratio = mean_over_processes(torch.cat([cost.query_ratio for cost in costs]))
             losses['loss_budget'] = self.weight * budget_loss(ratio, self.budget)
             losses['query_ratio'] = ratio.detach()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                         outputs: dict[str, Any] | None = None) -> None:
+        """Log what the layers decided, and warn of those that have collapsed."""
+        if not self.every_n_train_iters(runner, self.log_interval):
+            return
+        iteration, layers = runner.iter + 1, look(self._backbones)
+        ratios = {name: ratio for name, (ratio, _) in layers.items()}
+        runner.logger.info(f'query_ratio by layer in iteration {iteration}: '
+                           + ', '.join(f'{name} {ratio:.3f}' for name, ratio in ratios.items()))
+        runner.visualizer.add_scalars({f'query_ratio/{name}': ratio for name, ratio in ratios.items()}, step=iteration)
+        # The message hub is part of the checkpoints.
+        watch = CollapseWatch(self.patience, runner.message_hub.get_info('collapse', {}))
+        for warning in watch.warnings(iteration, {name: shares for name, (_, shares) in layers.items()}):
+            runner.logger.warning(warning)
+        runner.message_hub.update_info('collapse', watch.state)

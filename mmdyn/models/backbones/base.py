@@ -11,7 +11,7 @@ from ..dge import DynamicGrainedEncoder
 from ..layers import DeformableAttention, EncoderBlock
 from ..stage import Stage
 from ..thread_local import ThreadLocal
-from .checkpoint import fit_checkpoint
+from .checkpoint import fit_checkpoint, note_grids
 
 
 class DynamicBackbone(BaseModule):
@@ -37,6 +37,7 @@ class DynamicBackbone(BaseModule):
             dict(type='Constant', layer='LayerNorm', val=1., bias=0.)
         ])
         self.frozen_stages, self.interpolate_mode = frozen_stages, interpolate_mode
+        self._register_state_dict_hook(note_grids)
         self._register_load_state_dict_pre_hook(fit_checkpoint, with_module=True)
 
     def init_weights(self) -> None:

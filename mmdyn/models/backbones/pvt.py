@@ -108,6 +108,8 @@ class PVT(DynamicBackbone):
         super().__init__(frozen_stages, interpolate_mode, init_cfg)
         arch = choose_arch(arch, self.archs)
         num_stages = len(arch['depths'])
+        if any(len(numbers) != num_stages for numbers in arch.values()):
+            raise ValueError(f'arch={arch} must have as many numbers for each key: one for each stage.')
         if out_type not in OUT_TYPES:
             raise ValueError(f'out_type={out_type!r}: choose from {OUT_TYPES}.')
         last = num_stages - 1

@@ -131,11 +131,6 @@ def test_there_is_no_class_token(out_type):
         DPVT('tiny', 64, out_type=out_type)
 
 
-def test_class_token_would_have_no_place():
-    with pytest.raises(ValueError, match='with_cls_token=True: DPVT has no class token, which would have no place'):
-        DPVT('tiny', 64, with_cls_token=True)
-
-
 def test_unknown_option():
     with pytest.raises(TypeError, match='sr_ratios'):
         DPVT('tiny', 64, sr_ratios=(8, 4, 2, 1))
@@ -144,6 +139,9 @@ def test_unknown_option():
 @pytest.mark.parametrize('options, message', [
     (dict(out_type='raw', out_indices=(0, 1)), "out_type='raw' returns the last stage only, but out_indices="),
     (dict(out_indices=2), 'out_indices=2: choose one or more of 0 to 1'),
+    (dict(with_cls_token=True), 'with_cls_token=True: DPVT has no class token, which would have no place on the map'),
+    (dict(arch=dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), num_points=(4, ))),
+     'must have as many numbers for each key: one for each stage'),
     (dict(arch=dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 5), mlp_ratios=(2, 3), num_points=(4, 4))),
      '24 channels do not divide into 5 heads'),
 ])

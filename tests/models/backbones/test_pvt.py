@@ -111,6 +111,32 @@ def test_cls_token_is_the_first_of_raw(make_backbone, randomise, run_on_52_x_36)
     assert [stage.pos_embed.shape[1] for stage in weights.stages] == [64, 1 + 16]
 
 
+@pytest.mark.parametrize('dge', [None, dict(granularities=(1, 2))])
+def test_maps_with_a_class_token(dge, make_backbone, randomise, run_on_52_x_36):
+    """It attends and is attended to in the last stage, whose map leaves it out."""
+    weights = randomise(make_backbone('pvt', out_type='raw', dge=dge))
+    tokens = weights.norm(run_on_52_x_36(weights, with_cls_token=True, dge=dge)[-1].flatten(2).mT)
+    raw, = run_on_52_x_36(weights, out_type='raw', dge=dge)
+    torch.testing.assert_close(tokens, raw[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('out_type', ['raw', 'avg_featmap'])
+def test_tokens_with_and_without_a_class_token(out_type, make_backbone, randomise, run_on_52_x_36):
+    weights = randomise(make_backbone('pvt', out_type='raw'))
+    (kept, ), (dropped, ) = (run_on_52_x_36(weights, out_type=out_type, with_cls_token=there) for there in (True, False))
+    last = run_on_52_x_36(weights, with_cls_token=False)[-1]
+    tokens = weights.norm(last.flatten(2).mT)
+    torch.testing.assert_close(dropped, tokens if out_type == 'raw' else tokens.mean(1), rtol=1e-5, atol=1e-5)
+    raw, = run_on_52_x_36(weights, out_type='raw')
+    torch.testing.assert_close(kept, raw if out_type == 'raw' else raw.mean(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('with_cls_token, rows', [(None, 16), (False, 16), (True, 17)])
+def test_maps_have_no_class_token_unless_it_is_asked_for(with_cls_token, rows, make_backbone):
+    model = make_backbone('pvt', with_cls_token=with_cls_token)
+    assert hasattr(model, 'cls_token') == (rows == 17) and model.stages[1].pos_embed.shape[1] == rows
+
+
 def test_each_stage_may_have_its_own_granularities(make_backbone):
     model = make_backbone('pvt', dge=dict(granularities=((1, 2, 4), (0, 1)), region_size=8, routing='layer'))
     assert [[encoder.granularities for encoder in stage.dge] for stage in model.stages] == [2 * [(1, 2, 4)], [(0, 1)]]
@@ -120,6 +146,9 @@ def test_each_stage_may_have_its_own_granularities(make_backbone):
 @pytest.mark.parametrize('options, message', [
     (dict(out_type='cls_token', out_indices=0), "out_type='cls_token' returns the last stage only, but out_indices=0"),
     (dict(out_type='raw', out_indices=(0, 1)), "out_type='raw' returns the last stage only, but out_indices="),
+    (dict(out_type='cls_token', with_cls_token=False),
+     "out_type='cls_token' returns the class token, but with_cls_token=False: leave one of them out"),
+    (dict(arch=dict(SMALL, depths=(2, 1, 1))), 'must have as many numbers for each key: one for each stage'),
 ])
 def test_unfit_options(options, message, make_backbone):
     with pytest.raises(ValueError, match=message):
@@ -140,31 +169,3 @@ def test_epsilon_of_each_norm(embed, others, options, make_backbone):
     assert len(found) == 2 + 2 + 3 * 2 + 1
     for name, eps in found.items():
         assert eps == (embed if name.endswith(('patch_embed.norm', 'attn.norm')) else others), name
-
-
-@pytest.mark.parametrize('out_type, with_cls_token, rows', [
-    ('featmap', None, 0), ('featmap', True, 1), ('featmap', False, 0), ('cls_token', None, 1), ('raw', None, 1),
-    ('raw', False, 0), ('avg_featmap', None, 0), ('avg_featmap', True, 1)])
-@torch.no_grad()
-def test_class_token_of_the_last_stage(out_type, with_cls_token, rows, make_backbone, randomise):
-    """Maps leave it out; the mean is that of all tokens."""
-    model = randomise(make_backbone('pvt', out_type=out_type, with_cls_token=with_cls_token)).eval()
-    assert [stage.num_extra for stage in model.stages] == [0, rows] and hasattr(model, 'cls_token') == bool(rows)
-    images = torch.randn(2, 3, 32, 32)
-    raw = make_backbone('pvt', out_type='raw', with_cls_token=bool(rows)).eval()
-    raw.load_state_dict(model.state_dict(), strict=False)
-    tokens, = raw(images)
-    assert tokens.shape == (2, rows + 16, 24)
-    expected = dict(cls_token=tokens[:, 0], raw=tokens, avg_featmap=tokens.mean(1))
-    output = model(images)[-1]
-    if out_type == 'featmap':
-        raw.norm = torch.nn.Identity()
-        cells = raw(images)[0][:, rows:]
-        torch.testing.assert_close(output, cells.mT.unflatten(2, (4, 4)), rtol=1e-5, atol=1e-5)
-    else:
-        torch.testing.assert_close(output, expected[out_type], rtol=1e-5, atol=1e-5)
-
-
-def test_class_token_that_is_returned_must_be_there(make_backbone):
-    with pytest.raises(ValueError, match="out_type='cls_token' returns the class token, but with_cls_token=False"):
-        make_backbone('pvt', out_type='cls_token', with_cls_token=False)

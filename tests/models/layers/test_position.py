@@ -72,6 +72,18 @@ def test_fit_takes_the_shape_of_the_model_for_as_many_rows():
     assert fit_position_embedding(current, current, (3, 4), 1) is current
 
 
+@pytest.mark.parametrize('saved_extra', [0, 1, 2])
+def test_fit_takes_the_map_that_it_is_told(saved_extra):
+    """16 cells may be 2 x 8, and not the model's 4 x 4."""
+    saved, current = torch.randn(1, saved_extra + 16, 3), torch.randn(1, 1 + 16, 3)
+    fitted = fit_position_embedding(saved, current, (4, 4), 1, source=(2, 8))
+    maps = saved[:, saved_extra:].reshape(1, 2, 8, 3).permute(0, 3, 1, 2)
+    expected = F.interpolate(maps, (4, 4), mode='bilinear').permute(0, 2, 3, 1).flatten(1, 2)
+    torch.testing.assert_close(fitted[:, 1:], expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(fitted[:, :1], (saved if saved_extra else current)[:, :1])
+    assert fit_position_embedding(current, current, (4, 4), 1, source=(4, 4)) is current
+
+
 def test_fit_needs_a_square_map():
     with pytest.raises(ValueError, match='A position embedding of 13 rows is no square map with 0, 1 or 2 extra '
                                          r'tokens: give img_size so that the model has as many rows \(it has 17\)'):

@@ -1,0 +1,215 @@
+"""The report on what benchmark.py measured: tables and a plot.
+
+The tables have all columns for the CPU, and seconds and the ratio of times for a GPU. Of a GPU alone they have all.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLUMNS = {  # title: entry of a row, its factor, format of its value
+    'seconds': ('seconds', 1, '{:.3f}'),
+    'spread': ('spread', 1, '{:.3f}'),
+    'time': ('time_ratio', 1, '{:.2f}'),
+    'multiply-adds': ('macs_ratio', 1, '{:.2f}'),
+    'efficiency': ('efficiency', 1, '{:.2f}'),
+    'query ratio': ('query_ratio', 1, '{:.3f}'),
+    'peak MB': ('peak_memory', 1e-6, '{:.0f}'),
+    'memory': ('memory_ratio', 1, '{:.2f}'),
+    'difference': ('max_difference', 1, '{:.0e}'),
+}
+SUITES = dict(
+    cls='backbones on images for classification',
+    det='backbones on images for detection',
+    seg='backbones on images for segmentation',
+    cfvit='classification by CF-ViT, when a share of the images stops at the coarse stage',
+    train='one training iteration, forward and backward',
+)
+LEGEND = """\
+A model's name is followed by the shape of its images, batch x height x width. The first case of a model is what the
+ratios of the others refer to.
+
+- **seconds**: median of the runs, which took turns, five times as many of cls; **spread**: the slowest of them less the
+  fastest.
+- **time**: ratio of times, median over neighbouring runs; **multiply-adds**: their ratio, as we count them.
+- **efficiency**: multiply-adds over time. At 1 the whole promised saving arrives.
+- **query ratio**: queries over those of the dense model in the layers that choose, each counted by what it costs.
+- **peak MB**: 10^6 bytes that a run allocates in tensors at its worst moment, beside weights and images; **memory**:
+  their ratio.
+- **difference**: largest difference of the outputs from the first case's, relative to their largest value, of cases
+  that have to agree with it.
+
+DGE has the granularities 1, 2 and 4 and a routing that is given. *Clustered* and *random* are made for the query ratio
+{ratio:g}: the finest regions lie together as on the objects of a natural image, or anywhere, which is the worst case.
+*Trained* is what a trained demo model chooses on an image, stretched to the map, with that model's granularities.
+*Finest* has granularity 1 everywhere, so that there is nothing to save. *mmdet*, *timm* and *mmcv fallback* (DPVT that
+samples with mmcv's function for the CPU) are peers with the weights of the dense model. *Attention* behind a model's
+name is all its attention layers on random tokens. *bfloat16* runs under autocast;
+its ratios refer to the float32 of the first case. In training, *DGE dense* runs all granularities, but those that its
+gates reject are not counted.
+"""
+
+
+def read(files: Iterable[Path]) -> dict[str, dict]:
+    """The results of files, by their paths; that of the CPU comes first.
+
+    Raises:
+        ValueError: if one is no result of benchmark.py, or two ran on the same device.
+    """
+    results, seen = {}, {}
+    for file in files:
+        try:
+            result = json.loads(Path(file).read_text())
+            device, _ = result['device'], result['groups']
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{file} is no result of benchmark.py ({type(error).__name__}: {error}): give a '
+                'benchmark.json that it wrote.'
+            ) from error
+        if device in seen:
+            raise ValueError(f'{seen[device]} and {file} are both of device {device}: give one file of each device.')
+        seen[device], results[str(file)] = file, result
+    return dict(sorted(results.items(), key=lambda item: item[1]['device']))
+
+
+def title(group: dict) -> str:
+    """A model and the shape of its images."""
+    return f'{group["arch"]} {" x ".join(map(str, (group["batch"], *group["shape"])))}'
+
+
+def table(groups: list[dict], gpu: list[dict] | None = None) -> str:
+    """Groups of rows as a Markdown table; with ``gpu``, which need not have the same groups, in two columns more."""
+    lines = [['model', 'case', *COLUMNS, *([] if gpu is None else ['GPU seconds', 'GPU time'])]]
+    here, there = ({title(group): group['rows'] for group in of} for of in (groups, gpu or []))
+    for model in {**here, **there}:
+        mine, theirs = here.get(model, {}), there.get(model, {})
+        for case in {**mine, **theirs}:
+            row, far = mine.get(case, {}), theirs.get(case, {})
+            # These do not depend on the device.
+            row = {**{name: far[name] for name in ('macs_ratio', 'query_ratio') if name in far}, **row}
+            cells = [cell(row, *column) for column in COLUMNS.values()]
+            cells += [cell(far, *COLUMNS[name]) for name in ('seconds', 'time') if gpu is not None]
+            lines.append([model, case, *cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * width if i < 2 else '-' * (width - 1) + ':' for i, width in enumerate(widths)])
+    aligned = (
+        (text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths)))
+        for line in lines
+    )
+    return '\n'.join(f'| {" | ".join(line)} |' for line in aligned)
+
+
+def cell(row: dict, name: str, factor: float, form: str) -> str:
+    """An entry of a row, or a dash."""
+    return form.format(row[name] * factor) if name in row else '-'
+
+
+def of_suite(result: dict, suite: str) -> list[dict]:
+    """The groups of a suite."""
+    return [group for group in result['groups'] if group['suite'] == suite]
+
+
+def markdown(results: dict[str, dict]) -> str:
+    """The report on results by file."""
+    first, *others = results.values()
+    commands = [result['command'] for result in results.values()]
+    commands.append(f'python tools/analysis_tools/benchmark_report.py {" ".join(results)}')
+    parts = [
+        '# Speed and memory',
+        'Measured and written by',
+        '```bash\n' + '\n'.join(commands) + '\n```',
+        f'The last command alone writes this file and the plot from {" and ".join(results)}. Do not edit it.',
+        environments(results.values()),
+        '## How to read it',
+        LEGEND.format(ratio=first['query_ratio']).rstrip(),
+        '![Ratio of times and of multiply-adds](benchmark.png)',
+    ]
+    # The columns of a GPU are there before there are any numbers for them.
+    gpu = others[0] if others else dict(groups=[])
+    for suite, text in SUITES.items():
+        mine, theirs = of_suite(first, suite), of_suite(gpu, suite)
+        if mine or theirs:
+            parts += [f'## {suite}: {text}', table(mine, None if first['device'] == 'cuda' else theirs)]
+    return '\n\n'.join(parts) + '\n'
+
+
+def environments(results: Iterable[dict]) -> str:
+    """A Markdown table of what was measured on what, with a column for each result."""
+    columns = []
+    for result in results:
+        found = {
+            'device': result['device'],
+            'precision': result['dtype'],
+            'runs of each case': result['rounds'],
+            **result['environment'],
+        }
+        for name, value in result['limits'].items():
+            text = 'copy, GB/s (read and written)' if name == 'copy' else f'product of matrices, {name}, GFLOP/s'
+            found[text] = f'{value:.0f}'
+        columns.append(found)
+    names = dict.fromkeys(name for found in columns for name in found)
+    lines = [f'| {name} | ' + ' | '.join(str(found.get(name, '-')) for found in columns) + ' |' for name in names]
+    return '\n'.join([lines[0], '|---' * (1 + len(columns)) + '|', *lines[1:]])
+
+
+def draw_panel(axes: Axes, groups: list[dict], limit: float = 2.0) -> int:
+    """Bars of the ratio of times, with a mark at that of multiply-adds; returns the number of lines."""
+    names, line = {}, 0
+    for group in groups:
+        names[line] = title(group)
+        for case, row in list(group['rows'].items())[1:]:
+            line += 1
+            time, macs, names[line] = row['time_ratio'], row['macs_ratio'], case
+            shown = min(time, limit)
+            axes.barh(line, shown, color='C0', height=0.7)
+            axes.plot([macs, macs], [line - 0.3, line + 0.3], color='C1', linewidth=2.5)
+            # Beyond the limit a bar is cut.
+            axes.annotate(
+                f'{time:.2f}' + ' →' * (time > limit),
+                (max(shown, macs), line),
+                (4, 0),
+                textcoords='offset points',
+                fontsize=7,
+                va='center',
+                bbox=dict(fc='white', ec='none', pad=0.5),
+            )
+        line += 2
+    axes.axvline(1, color='black', linewidth=0.8, zorder=0)
+    axes.set_yticks(list(names), list(names.values()), fontsize=7)
+    for label in axes.get_yticklabels():
+        label.set_fontweight('bold' if ' x ' in label.get_text() else 'normal')
+    axes.tick_params(axis='x', labelsize=7)
+    axes.tick_params(axis='y', length=0)
+    axes.set_xlabel('time (bar) and multiply-adds (mark)', fontsize=7)
+    axes.set_xlim(0, limit * 1.3)
+    return line - 1
+
+
+def draw(result: dict, path: Path) -> None:
+    """Plot a panel for each suite, three in a row."""
+    suites = [suite for suite in SUITES if of_suite(result, suite)]
+    columns = min(len(suites), 3)
+    rows = -(-len(suites) // columns)
+    figure = Figure(layout='constrained')
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    lines = [draw_panel(axes, of_suite(result, suite)) for axes, suite in zip(panels, suites)]
+    heights = [max(lines[columns * i : columns * (i + 1)]) for i in range(rows)]
+    for i, (axes, suite) in enumerate(zip(panels, suites)):
+        axes.set_title(suite, fontsize=9)
+        axes.set_ylim(heights[i // columns], -1)  # of all panels of a row, so that their bars are alike
+    for axes in panels[len(suites) :]:
+        axes.remove()
+    figure.set_size_inches(3.8 * columns, 0.8 * rows + 0.16 * sum(heights))
+    panels[0].get_gridspec().set_height_ratios(heights)
+    figure.savefig(path, dpi=150)
+
+
+def write_report(results: dict[str, dict], out: Path) -> None:
+    """Write benchmark.md and benchmark.png into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'benchmark.md').write_text(markdown(results))
+    draw(next(iter(results.values())), out / 'benchmark.png')
+    print(f'benchmark.md and benchmark.png are in {out}')

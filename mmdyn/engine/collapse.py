@@ -1,0 +1,89 @@
+"""Layers in which nearly all regions choose one granularity for long: they have stopped to decide by the image."""
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce
+from torch import Tensor, nn
+
+from ..models.backbones.base import DynamicBackbone
+from ..models.dge import DynamicGrainedEncoder
+
+# Routers start with the finest granularity at a probability of 0.95.
+NEARLY_ALL = 0.99
+
+ADVICE = {
+    True: 'the routers feel too little of the budget. Lower budget or raise weight of BudgetHook, or let the routers '
+          "learn faster: optim_wrapper=dict(paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=10.)})).",
+    False: 'the budget outweighs the task. Raise budget or lower weight of BudgetHook, start from a checkpoint of the '
+           "dense model, or give each granularity a gradient: dge=dict(train_mode='dense').",
+}
+
+
+def encoders_of(backbone: nn.Module) -> list[DynamicGrainedEncoder]:
+    """The dynamic grained encoders of a backbone, in the order of its layers."""
+    return [module for module in backbone.modules() if isinstance(module, DynamicGrainedEncoder)]
+
+
+def count_choices(choice: Tensor, num: int) -> Tensor:
+    """(B, rows, columns) indices -> (num,) how many regions chose each granularity, without waiting for the device."""
+    return (choice.flatten()[:, None] == torch.arange(num, device=choice.device)).sum(0)
+
+
+def look(backbones: list[DynamicBackbone]) -> dict[str, tuple[float, dict[int, float]]]:
+    """What each layer decided in the last forward pass, over the images of all processes.
+
+    Returns:
+        For each layer its query ratio and, of each granularity, the share of the regions that chose it.
+    """
+    rows, phis = {}, {}
+    for number, backbone in enumerate(backbones):
+        layers = [layer for layer in backbone.cost.layers if layer.dynamic]
+        for layer, encoder in zip(layers, encoders_of(backbone), strict=True):
+            name = layer.name if len(backbones) == 1 else f'{number}.{layer.name}'
+            ratio, phis[name], decision = layer.query_ratio.detach(), encoder.granularities, encoder.decision
+            assert decision is not None  # or there would be no cost
+            counts = count_choices(decision.choice, len(phis[name])).to(ratio)
+            rows[name] = torch.cat([ratio.sum()[None], ratio.new_tensor([len(ratio)]), counts])
+    together = torch.cat([*rows.values()])
+    all_reduce(together)
+    result = {}
+    for name, values in zip(rows, together.split([len(row) for row in rows.values()])):
+        total, images, *counts = values.tolist()
+        result[name] = (total / images, {phi: count / sum(counts) for phi, count in zip(phis[name], counts)})
+    return result
+
+
+class CollapseWatch:
+    """Notices which layers have collapsed.
+
+    Args:
+        patience: iterations for which nearly all regions of a layer must choose one granularity.
+        state: where to go on: that of the watch of an earlier run.
+    """
+
+    def __init__(self, patience: int, state: dict[str, list[Any]] | None = None) -> None:
+        # Of each layer that may be collapsing: the granularity, since which iteration, and whether it was told.
+        self.patience = patience
+        self.state: dict[str, list[Any]] = {} if state is None else state
+
+    def warnings(self, iteration: int, shares: dict[str, dict[int, float]]) -> list[str]:
+        """What is to be said about the shares of the regions that chose each granularity in an iteration."""
+        news: dict[tuple[int, bool], list[str]] = {}
+        for layer, share in shares.items():
+            phi = max(share, key=share.__getitem__)
+            if len(share) == 1 or share[phi] < NEARLY_ALL:
+                self.state.pop(layer, None)
+                continue
+            known = self.state.get(layer)
+            if known is None or known[0] != phi:
+                known = self.state[layer] = [phi, iteration, False]
+            if not known[2] and iteration - known[1] >= self.patience:
+                known[2] = True
+                finest = phi == min(filter(None, share))
+                news.setdefault((phi, finest), []).append(f'{layer} (since iteration {known[1]})')
+        return [
+            f'{"All layers with DGE have" if len(layers) == len(shares) else "A part of the layers with DGE has"} '
+            f'collapsed: for at least {self.patience} iterations {NEARLY_ALL:.0%} or more of the regions chose '
+            f'granularity {phi} in {", ".join(layers)}. If that is not wanted, {ADVICE[finest]}'
+            for (phi, finest), layers in news.items()
+        ]
