@@ -22,7 +22,7 @@ help:
 	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (10 to 20 minutes, once)'
 	echo 'make lint       set up, then check style, format and types of the Python files, and the format of the C files'
 	echo 'make test       set up, lint, then run the tests'
-	echo 'make demo       set up, then train PVT and PVT+DGE on the demo data, test them and draw the gates'
+	echo 'make demo       set up, then train PVT on the demo data, make it dynamic, test both and draw the gates'
 	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
 	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
 	echo 'make demo-cls-cf  set up, then train DeiT and CF-ViT, sweep the threshold and draw the regions'
@@ -93,7 +93,7 @@ endef
 demo demo-det demo-seg demo-cls-cf: export OMP_WAIT_POLICY ?= passive
 
 demo: setup
-	$(call run-demo,pvt-mini_digits pvt-mini-dge_digits,pvt-mini-dge_digits,imagenet/val,imagenet/masks/val)
+	$(call run-demo,pvt-mini_digits pvt-mini-finetune_digits pvt-mini-dge_digits,pvt-mini-dge_digits,imagenet/val,imagenet/masks/val)
 
 # The images of all dense tasks are the same, so that the masks of segmentation serve detection, too.
 demo-det: setup

@@ -35,7 +35,9 @@ def run_mim(*args: str | Path) -> None:
 def run(config: Path, work_dir: Path) -> dict:
     """Train a config, test its last checkpoint and return the metrics."""
     start = time.perf_counter()
-    run_mim('train', 'mmdyn', config, '--work-dir', work_dir)
+    begin = read_config(config).get('load_from')  # of a config that ran before
+    options = ['--cfg-options', f'load_from={work_dir.with_name(Path(begin).parent.name) / Path(begin).name}'] if begin else []
+    run_mim('train', 'mmdyn', config, '--work-dir', work_dir, *options)
     seconds = time.perf_counter() - start
     checkpoint = (work_dir / 'last_checkpoint').read_text()
     run_mim('test', 'mmdyn', config, '--checkpoint', checkpoint, '--work-dir', work_dir / 'test')

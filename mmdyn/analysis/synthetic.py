@@ -62,13 +62,14 @@ class LayerChoice(NamedTuple):
 
 
 Recording = list[list[LayerChoice]]
-"""The layers of each stage."""
+"""The layers with DGE of each stage that has any."""
 
 
 def record_routing(backbone: DynamicBackbone, image: int = 0) -> Recording:
     """What the DGE layers chose for an image of the last forward pass."""
-    return [[LayerChoice(encoder.granularities, encoder.decision.choice[image]) for encoder in stage.dge]
-            for stage, _ in backbone.named_stages()]
+    layers = [[LayerChoice(encoder.granularities, encoder.decision.choice[image]) for encoder in filter(None, stage.dge)]
+              for stage, _ in backbone.named_stages()]
+    return [of_stage for of_stage in layers if of_stage]
 
 
 def proportional(items: Sequence, index: int, count: int):
@@ -120,4 +121,6 @@ def _dge_layers(backbone: DynamicBackbone, size: tuple[int, int]) -> Iterator[tu
     for i, (stage, _) in enumerate(backbone.named_stages()):
         stride *= stage.patch_embed.patch_size
         for j, encoder in enumerate(stage.dge):
+            if encoder is None:
+                continue
             yield i, j, encoder, grid(encoder.region, (size[0] // stride, size[1] // stride))

@@ -1,3 +1,3 @@
-from .hooks import BudgetHook, FineSelectionHook, LossGuardHook, RandomStateHook
+from .hooks import BudgetHook, DenseTeacherHook, FineSelectionHook, LossGuardHook, RandomStateHook
 
-__all__ = ['BudgetHook', 'FineSelectionHook', 'LossGuardHook', 'RandomStateHook']
+__all__ = ['BudgetHook', 'DenseTeacherHook', 'FineSelectionHook', 'LossGuardHook', 'RandomStateHook']

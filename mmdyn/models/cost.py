@@ -128,7 +128,7 @@ class CostMeter:
     @classmethod
     def publish(cls, backbone) -> None:
         """Called by a backbone at the end of its forward pass."""
-        for meter in cls._meters:
+        for meter in cls._meters if backbone.is_counted else ():
             if meter.training == backbone.training and (meter.backbones is None or any(
                     backbone is other for other in meter.backbones)):
                 meter.costs.append(backbone.cost)

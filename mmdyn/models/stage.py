@@ -11,7 +11,8 @@ class Stage(Protocol):
 
     Attributes:
         blocks: the encoder blocks.
-        dge: a :class:`~mmdyn.models.dge.DynamicGrainedEncoder` for each block, or none for the dense model.
+        dge: for each block a :class:`~mmdyn.models.dge.DynamicGrainedEncoder`, or None if it stays dense; empty for the
+            dense model.
         num_extra: extra tokens, such as a class token, in front of the map's.
         patch_embed: makes the tokens; its ``macs(shape)`` are its multiply-adds.
     """
@@ -37,9 +38,9 @@ def run_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int 
         (B, E + H*W, C).
     """
     for index in range(len(stage.blocks))[start:stop]:
-        block = stage.blocks[index]
-        if len(stage.dge):
-            tokens = stage.dge[index](block, tokens, shape, stage.num_extra)
-        else:
+        block, encoder = stage.blocks[index], stage.dge[index] if len(stage.dge) else None
+        if encoder is None:
             tokens = block(tokens, tokens, shape, stage.num_extra)
+        else:
+            tokens = encoder(block, tokens, shape, stage.num_extra)
     return tokens

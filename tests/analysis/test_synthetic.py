@@ -58,6 +58,22 @@ def test_replayed_choice_is_that_of_the_place():
     assert replay_choice(choice, (1, 2)).tolist() == [[2, 1]]
 
 
+def test_dense_layers_have_nothing_to_record_and_to_force(make_backbone):
+    small = make_backbone('pvt', dge=dict(granularities=(1, 2), dense_layers=['stages.0'])).eval()
+    with torch.no_grad():
+        small(torch.randn(1, 3, 32, 32))
+    (layer, ), = recording = record_routing(small)
+    assert torch.equal(layer.choice, small.stages[1].dge[0].decision.choice[0])
+    assert recorded_granularities(recording, 2) == [(1, 2), (1, 2)]
+    model = make_backbone('pvt', dge=dict(granularities=(1, 2), dense_layers=['stages.0.blocks.0'])).eval()
+    replay_routing(model, (32, 32), recording)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert torch.equal(model.stages[1].dge[0].decision.choice[0], layer.choice)
+    force_routing(model, (32, 32), 0.5, 'random')
+    assert torch.equal(model.stages[0].dge[1].forced, synthetic_choice((4, 4), (1, 2), 0.5, 'random', 0))
+
+
 def test_backbone_replays_another_one(make_backbone):
     def ran(model, size):
         with torch.no_grad():

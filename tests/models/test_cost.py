@@ -178,3 +178,13 @@ def test_meter_stops_when_it_is_dropped():
     del meter
     gc.collect()
     assert dropped() is None
+
+
+def test_passes_of_a_backbone_that_is_not_counted(make_backbone):
+    model, meter = make_backbone('pvt').eval(), CostMeter(training=False)
+    model.is_counted = False
+    model(torch.rand(1, 3, 32, 32))
+    assert not meter.take()
+    model.is_counted = True
+    model(torch.rand(1, 3, 32, 32))
+    assert len(meter.take()) == 1

@@ -18,7 +18,7 @@ def make_stage(kind='full', dge=None, num_extra=0):
     """What the protocol asks for and nothing else; its routers choose by the image."""
     stage = SimpleNamespace(num_extra=num_extra, patch_embed=None)
     make_blocks(stage, [EncoderBlock(DIM, ATTENTIONS[kind](), 2).eval() for _ in range(DEPTH)], DIM, dge)
-    for encoder in stage.dge.eval():
+    for encoder in filter(None, stage.dge.eval()):
         nn.init.normal_(encoder.router.weight, std=5.)
         nn.init.zeros_(encoder.router.bias)
     return stage
@@ -59,6 +59,20 @@ def test_each_block_runs_in_its_own_encoder(grad, kind, num_extra, start, stop):
             i in range(DEPTH)[start:stop] for i in range(DEPTH)]
         assert all(torch.equal(encoder.decision.choice, choice) for encoder, choice in
                    zip(list(stage.dge)[start:stop], choices))
+
+
+@pytest.mark.parametrize('kind, num_extra', [('full', 1), ('reduced', 0), ('deformable', 0)])
+@pytest.mark.parametrize('grad', [False, True])
+def test_blocks_without_an_encoder_run_by_themselves(grad, kind, num_extra):
+    """Also in what stands in for the function."""
+    stage = make_stage(kind, dict(granularities=(1, 2), dense_layers=[0, 2]), num_extra)
+    tokens = expected = torch.randn(2, num_extra + 35, DIM)
+    assert [encoder is None for encoder in stage.dge] == [True, False, True, False]
+    for block, encoder in zip(stage.blocks, stage.dge):
+        expected = encoder(block, expected, SHAPE, num_extra) if encoder else block(expected, expected, SHAPE, num_extra)
+    for run in (run_blocks, run_blocks.plain):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(run(stage, tokens.clone(), SHAPE), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_all_blocks():

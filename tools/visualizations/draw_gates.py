@@ -30,7 +30,7 @@ def dge_layers(backbone, shapes):
     """(name, encoder, shape of its map) of the layers that have something to show."""
     for (stage, prefix), shape in zip(backbone.named_stages(), shapes):
         for i, encoder in enumerate(stage.dge):
-            if encoder.decision.choice[0].numel() > 1:
+            if encoder is not None and encoder.decision.choice[0].numel() > 1:
                 yield f'{prefix}{i}', encoder, shape
 
 

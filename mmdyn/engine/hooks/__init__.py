@@ -1,6 +1,7 @@
 from .budget_hook import BudgetHook
+from .dense_teacher_hook import DenseTeacherHook
 from .fine_selection_hook import FineSelectionHook
 from .loss_guard_hook import LossGuardHook
 from .random_state_hook import RandomStateHook
 
-__all__ = ['BudgetHook', 'FineSelectionHook', 'LossGuardHook', 'RandomStateHook']
+__all__ = ['BudgetHook', 'DenseTeacherHook', 'FineSelectionHook', 'LossGuardHook', 'RandomStateHook']

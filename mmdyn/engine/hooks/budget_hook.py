@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from ...registry import HOOKS
 from ..collapse import CollapseWatch, look
 from .loss_hook import LossHook
 
+SCHEDULES = 'constant', 'linear', 'cosine'
+
 
 @HOOKS.register_module()
 class BudgetHook(LossHook):
@@ -18,6 +21,10 @@ class BudgetHook(LossHook):
 
     Adds ``loss_budget`` = weight * (beta - budget)^2 to the losses that the model returns, and ``query_ratio`` = beta
     to the log. Beta is averaged over the batch and over all processes.
+
+    A training that starts from a dense model had better not save at once: with a ``schedule`` the target goes from
+    ``start`` to ``budget`` in the first ``share`` of the iterations and stays there. It follows from the number of the
+    iteration alone, also after resuming, and is logged as ``budget``.
 
     Each ``log_interval`` iterations a line of the log, and the visualizer's scalars ``query_ratio/<layer>``, tell the
     query ratio of each layer in that iteration. A warning names the layers in which nearly all regions have chosen one
@@ -27,15 +34,19 @@ class BudgetHook(LossHook):
         budget: gamma, the aspired ratio of the dynamic layers' complexity to that without DGE, in (0, 1].
         weight: lambda.
         log_interval: iterations from one look at the layers to the next.
-        patience: iterations before the warning.
+        patience: iterations before the warning. They are counted from when the target has reached the budget.
+        start: the first target, in (0, 1]. 1 asks for the dense model.
+        share: of the training's iterations, in (0, 1), after which the target is the budget.
+        schedule: ``'constant'``, or how the target moves: ``'linear'``, or by half a period of a ``'cosine'``.
 
     Raises:
-        ValueError: for a budget outside of (0, 1], or intervals that are no positive integers; before training for a
-            model without DGE, or one whose granularities cannot reach the budget.
+        ValueError: for a budget or start outside of (0, 1], a share outside of (0, 1), an unknown schedule, or intervals
+            that are no positive integers; before training for a model without DGE, one whose granularities cannot reach
+            the budget or the start, or a training that has no iteration with the budget.
     """
 
     def __init__(self, budget: float = 0.5, weight: float = 1., log_interval: int = 100,
-                 patience: int = 1000) -> None:
+                 patience: int = 1000, start: float = 1., share: float = 0.4, schedule: str = 'constant') -> None:
         if not 0 < budget <= 1:
             raise ValueError(f'BudgetHook: budget={budget} must be greater than 0 and at most 1, the cost without DGE.')
         if weight < 0:
@@ -43,10 +54,19 @@ class BudgetHook(LossHook):
         for name, value in (('log_interval', log_interval), ('patience', patience)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f'BudgetHook: {name}={value!r}: give a number of iterations, an integer >= 1.')
+        if schedule not in SCHEDULES:
+            raise ValueError(f'BudgetHook: schedule={schedule!r}: choose from {SCHEDULES}.')
+        if not 0 < start <= 1:
+            raise ValueError(f'BudgetHook: start={start} must be greater than 0 and at most 1, the cost without DGE.')
+        if not 0 < share < 1:
+            raise ValueError(f'BudgetHook: share={share} of the iterations must be greater than 0 and less than 1: the '
+                             'rest of them trains with the budget itself.')
         self.budget, self.weight, self.log_interval, self.patience = budget, weight, log_interval, patience
+        self.start, self.share, self.schedule = start, share, schedule
 
     def prepare(self, runner: Runner, model: torch.nn.Module) -> None:
-        """Check the budget against the model."""
+        """Check the budget against the model, and the schedule against the training."""
+        self._runner = runner
         self._meter: CostMeter | None = None
         if not has_backbone(model, 'BudgetHook'):
             return
@@ -56,19 +76,37 @@ class BudgetHook(LossHook):
                              'dge=dict(granularities=(1, 2, 4)), or leave out the hook.')
         for backbone in backbones:
             least, most = backbone.ratio_bounds()
-            if not least <= self.budget <= most:
-                raise ValueError(
-                    f'BudgetHook: budget={self.budget} cannot be reached: on images of img_size the granularities of '
-                    f'the {type(backbone).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a budget '
-                    'between them, or a coarser largest granularity.')
+            targets = {'budget': self.budget} | ({} if self.schedule == 'constant' else {'start': self.start})
+            for name, target in targets.items():
+                if not least <= target <= most:
+                    raise ValueError(
+                        f'BudgetHook: {name}={target} cannot be reached: on images of img_size the granularities of '
+                        f'the {type(backbone).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a '
+                        f'{name} between them, or {"a coarser largest" if target < least else "a finer"} granularity.')
+        if self.schedule != 'constant' and self.target(runner.max_iters - 1) != self.budget:
+            raise ValueError(f'BudgetHook: the {self.schedule} schedule never reaches budget={self.budget}: share='
+                             f'{self.share} of the {runner.max_iters} iterations leaves none of them to train with it. '
+                             'Choose a lower share, or train longer.')
         self._backbones, self._meter = backbones, CostMeter(training=True, backbones=backbones)
+
+    def target(self, iteration: int) -> float:
+        """The budget of an iteration, counted from 0."""
+        progress = 1. if self.schedule == 'constant' else iteration / (self.share * self._runner.max_iters)
+        if progress >= 1:
+            return self.budget
+        part = progress if self.schedule == 'linear' else (1 - math.cos(math.pi * progress)) / 2
+        return self.start + part * (self.budget - self.start)
 
     def on_forward(self, model: torch.nn.Module, losses: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
         """Add ``loss_budget`` and ``query_ratio``."""
         costs = self._meter.take() if self._meter else []
         if costs and losses is not None:
             ratio = mean_over_processes(torch.cat([cost.query_ratio for cost in costs]))
-            losses['loss_budget'] = self.weight * budget_loss(ratio, self.budget)
+            target = self.budget
+            if self.schedule != 'constant':
+                target = self.target(self._runner.iter)
+                losses['budget'] = ratio.new_full((), target)
+            losses['loss_budget'] = self.weight * budget_loss(ratio, target)
             losses['query_ratio'] = ratio.detach()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
@@ -81,6 +119,8 @@ class BudgetHook(LossHook):
         runner.logger.info(f'query_ratio by layer in iteration {iteration}: '
                            + ', '.join(f'{name} {ratio:.3f}' for name, ratio in ratios.items()))
         runner.visualizer.add_scalars({f'query_ratio/{name}': ratio for name, ratio in ratios.items()}, step=iteration)
+        if self.target(runner.iter) != self.budget:
+            return  # the finest granularity everywhere is what was asked for
         # The message hub is part of the checkpoints.
         watch = CollapseWatch(self.patience, runner.message_hub.get_info('collapse', {}))
         for warning in watch.warnings(iteration, {name: shares for name, (_, shares) in layers.items()}):

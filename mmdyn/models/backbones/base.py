@@ -27,7 +27,9 @@ class DynamicBackbone(BaseModule):
 
     Attributes:
         last_pass: images, and (h, w) of each stage's map, in the thread's last forward pass.
+        is_counted: whether a :class:`~mmdyn.models.cost.CostMeter` hears of its passes.
     """
+    is_counted = True
     last_pass: ThreadLocal[tuple[int, list[tuple[int, int]]]] = ThreadLocal()
 
     def __init__(self, frozen_stages: int = -1, interpolate_mode: str = 'bilinear',
@@ -61,7 +63,7 @@ class DynamicBackbone(BaseModule):
 
     @property
     def has_dge(self) -> bool:
-        return any(len(stage.dge) for stage, _ in self.named_stages())
+        return any(encoder is not None for stage, _ in self.named_stages() for encoder in stage.dge)
 
     def named_stages(self) -> Iterator[tuple[Stage, str]]:
         """The stages, each with the prefix of its blocks' names."""
@@ -137,6 +139,12 @@ def find_backbones(model: nn.Module) -> list[DynamicBackbone]:
 
 
 def make_blocks(owner: nn.Module, blocks: list[EncoderBlock], dim: int, dge: dict | None) -> None:
-    """Give a stage its blocks and, with ``dge``, a wrapper for each."""
-    owner.blocks = nn.ModuleList(blocks)
-    owner.dge = nn.ModuleList([] if dge is None else [DynamicGrainedEncoder(dim, **dge) for _ in blocks])
+    """Give a stage its blocks and, with ``dge``, a wrapper for each but those that ``dense_layers`` has the indices of."""
+    owner.blocks, owner.dge = nn.ModuleList(blocks), nn.ModuleList()
+    if dge is None:
+        return
+    options = {name: value for name, value in dge.items() if name != 'dense_layers'}
+    for index in range(len(blocks)):
+        is_dense = index in dge.get('dense_layers', ())
+        # A module may be None, which then has a number, but no weights.
+        owner.dge.add_module(str(index), None if is_dense else DynamicGrainedEncoder(dim, **options))

@@ -19,6 +19,7 @@ class DeiT(PlainViT):
             mmpretrain's ``DeiTClsHead`` takes them.
         dge: None for the dense model, or a dict of the options of
             :class:`~mmdyn.models.dge.DynamicGrainedEncoder`, e.g. ``dict(granularities=(1, 2, 4))``.
+            ``dense_layers=('blocks.0', 'blocks.1')`` names those that stay dense.
         out_type: what to return of each block in ``out_indices``: ``'cls_token'`` (B, C), ``'featmap'`` (B, C, h, w),
             ``'avg_featmap'`` (B, C), the mean of the map, or ``'raw'`` (B, E + h*w, C), all tokens.
         out_indices: blocks to return. Defaults to the last. Only the last block's output is normed.

@@ -40,20 +40,49 @@ def image_sides(img_size: int | Sequence[int], patch: int) -> tuple[int, int]:
     return sides
 
 
-def dge_of_stages(dge: dict | None, num_stages: int) -> list[dict | None]:
-    """Split the ``dge`` option: ``granularities`` may be one set for all stages or a sequence of one for each."""
+def dge_of_stages(dge: dict | None, depths: dict[str, int]) -> list[dict | None]:
+    """Split the ``dge`` option.
+
+    ``granularities`` may be one set for all stages or a sequence of one for each. ``dense_layers`` are names of blocks or
+    stages, as logs have them.
+
+    Args:
+        dge: the option.
+        depths: of each stage the prefix of its blocks' names, and their number.
+
+    Returns:
+        For each stage None, or options of a DynamicGrainedEncoder and ``dense_layers``, the indices of its dense blocks.
+    """
+    num_stages = len(depths)
     if dge is None:
         return [None] * num_stages
     if not isinstance(dge, dict):
         raise TypeError(f'dge={dge!r}: give None for the dense model, or a dict, e.g. dict(granularities=(1, 2, 4)).')
-    allowed = set(inspect.signature(DynamicGrainedEncoder).parameters) - {'dim'}
+    allowed = set(inspect.signature(DynamicGrainedEncoder).parameters) - {'dim'} | {'dense_layers'}
     unknown = set(dge) - allowed
     if unknown:
         raise ValueError(f'dge has no option {sorted(unknown)}: it takes {sorted(allowed)}.')
     sets = dge.get('granularities', (1, 2, 4))
     if not isinstance(sets, (tuple, list)) or not sets or not isinstance(sets[0], (tuple, list)):
-        return [dge] * num_stages
+        sets = [sets] * num_stages
     if len(sets) != num_stages:
         raise ValueError(f'granularities={sets} are {len(sets)} sets for {num_stages} stages: give one for each stage, '
                          'or one for all.')
-    return [{**dge, 'granularities': tuple(phis)} for phis in sets]
+    dense = dense_layers(dge.get('dense_layers', ()), depths)
+    return [{**dge, 'granularities': phis, 'dense_layers': of_stage} for phis, of_stage in zip(sets, dense)]
+
+
+def dense_layers(names: Sequence[str], depths: dict[str, int]) -> list[list[int]]:
+    """The indices of each stage's blocks that are named, or whose stage is."""
+    blocks = [[f'{prefix}blocks.{i}' for i in range(depth)] for prefix, depth in depths.items()]
+    everything = [name for of_stage in blocks for name in of_stage]
+    stages = [prefix.removesuffix('.') for prefix in depths if prefix]
+    unknown = [name for name in names if name not in everything + stages]
+    if isinstance(names, str) or unknown:
+        allowed = f'{everything[0]} to {everything[-1]}' + (f', or whole stages, {stages[0]} to {stages[-1]}' if stages else '')
+        raise ValueError(f'dge dense_layers={names!r}: give a sequence of names of layers, {allowed}.')
+    dense = [[i for i, name in enumerate(of_stage) if {name, prefix.removesuffix('.')} & set(names)]
+             for prefix, of_stage in zip(depths, blocks)]
+    if sum(map(len, dense)) == len(everything):
+        raise ValueError(f'dge dense_layers={names!r} leave no layer dynamic: write dge=None for the dense model.')
+    return dense

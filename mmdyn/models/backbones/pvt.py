@@ -29,7 +29,7 @@ class PVTStage(nn.Module):
         shape: (h, w) that the position embedding is made for.
         blocks: the encoder blocks.
         num_extra: 1 if a class token is put in front of the tokens.
-        dge: options of a DGE wrapper for each block, or None.
+        dge: options of a DGE wrapper for each block and indices of the ``dense_layers``, or None.
         norm_eps: epsilon of the norm behind the patch embedding.
         of_tokens: whether another stage is before this one, and not the image.
         mode: how the position embedding is resized.
@@ -70,6 +70,7 @@ class PVT(DynamicBackbone):
         patch_size: stride of the first stage; the others halve the resolution.
         dge: None for the dense model, or a dict of the options of
             :class:`~mmdyn.models.dge.DynamicGrainedEncoder`, e.g. ``dict(granularities=(1, 2, 4))``.
+            ``dense_layers=('stages.0', 'stages.1.blocks.0')`` names those that stay dense.
         out_type: ``'featmap'`` returns the (B, C, h, w) maps of the stages ``out_indices``. The others add a final
             norm and return the last stage's class token (B, C) for ``'cls_token'``, mean (B, C) of all its tokens for
             ``'avg_featmap'``, or tokens (B, E + h*w, C) for ``'raw'``.
@@ -127,7 +128,8 @@ class PVT(DynamicBackbone):
 
         height, width = image_sides(img_size, patch_size * 2**last)
         rates = torch.linspace(0, drop_path_rate, sum(arch['depths']), device='cpu').tolist()
-        dims, dges = (in_channels, *arch['embed_dims']), dge_of_stages(dge, num_stages)
+        dims = in_channels, *arch['embed_dims']
+        dges = dge_of_stages(dge, {f'stages.{i}.': depth for i, depth in enumerate(arch['depths'])})
         self.stages = nn.ModuleList()
         for i, depth in enumerate(arch['depths']):
             dim, stride = dims[i + 1], patch_size * 2**i

@@ -76,7 +76,7 @@ class PlainViT(DynamicBackbone):
                          norm_eps, kind['residual_scale'], with_cp)
             for rate in torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         ]
-        make_blocks(self, blocks, dim, dge_of_stages(dge, 1)[0])
+        make_blocks(self, blocks, dim, dge_of_stages(dge, {'': depth})[0])
         self.norm = nn.LayerNorm(dim, norm_eps)
         self.freeze()
 
@@ -98,7 +98,7 @@ class PlainViT(DynamicBackbone):
             if self.num_extra > 1:
                 yield self.dist_token
         yield from self.blocks[:max(self.frozen_stages, 0)]
-        yield from self.dge[:max(self.frozen_stages, 0)]
+        yield from filter(None, self.dge[:max(self.frozen_stages, 0)])
         if self.frozen_stages == len(self.blocks):
             yield self.norm
 

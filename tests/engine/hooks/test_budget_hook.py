@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 from torch.nn.parallel import DistributedDataParallel
 
@@ -112,20 +113,10 @@ def test_gradient_accumulation():
     assert not torch.equal(bias, before)
 
 
-def test_detector():
-    pytest.importorskip('mmdet')
+def test_detector(detector_config):
     from mmdet.testing import demo_mm_inputs
     init_default_scope('mmdet')
-    model = MODELS.build(
-        dict(type='RetinaNet', data_preprocessor=dict(type='DetDataPreprocessor', pad_size_divisor=8), backbone=dict(BACKBONE, img_size=64),
-             neck=dict(type='FPN', in_channels=[16, 32], out_channels=16, num_outs=2),
-             bbox_head=dict(type='RetinaHead', num_classes=4, in_channels=16, stacked_convs=1, feat_channels=16,
-                            anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=1,
-                                                  ratios=[1.], strides=[4, 8]),
-                            bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
-                            loss_cls=dict(type='FocalLoss', use_sigmoid=True), loss_bbox=dict(type='L1Loss')),
-             train_cfg=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=.5, neg_iou_thr=.4, min_pos_iou=0),
-                            allowed_border=-1, pos_weight=-1, debug=False))).train()
+    model = MODELS.build(detector_config).train()
     watch(model)
     data = model.data_preprocessor(demo_mm_inputs(2, [[3, 64, 64], [3, 48, 64]], num_classes=4), True)
     losses = model(**data, mode='loss')
@@ -135,22 +126,66 @@ def test_detector():
     assert {'loss_cls', 'loss_bbox', 'loss_budget', 'query_ratio'} <= set(log)
 
 
-def test_segmentor():
-    pytest.importorskip('mmseg')
+def test_segmentor(segmentor_config):
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
     init_default_scope('mmseg')
-    model = MODELS.build(
-        dict(type='EncoderDecoder', backbone=dict(BACKBONE, img_size=64),
-             neck=dict(type='FPN', in_channels=[16, 32], out_channels=16, num_outs=2),
-             decode_head=dict(type='FPNHead', in_channels=[16, 16], in_index=[0, 1], feature_strides=[4, 8], channels=8,
-                              num_classes=4, norm_cfg=dict(type='BN')),
-             train_cfg=dict(), test_cfg=dict(mode='whole'))).train()
+    model = MODELS.build(segmentor_config).train()
     watch(model)
     samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, 4, (1, 64, 64)))) for _ in range(2)]
     losses = model(torch.rand(2, 3, 64, 64), samples, mode='loss')
     model.parse_losses(losses)[0].backward()
     assert {'decode.loss_ce', 'loss_budget', 'query_ratio'} <= set(losses)
+
+
+def scheduled(model, iteration, max_iters=100, **kwargs):
+    hook = BudgetHook(**kwargs)
+    runner = SimpleNamespace(model=model, iter=iteration, max_iters=max_iters)
+    hook.before_train(runner)
+    return hook, runner
+
+
+@pytest.mark.parametrize('schedule, iteration, target', [
+    ('linear', 0, 1.), ('linear', 10, 0.85), ('linear', 25, 0.625), ('linear', 40, 0.4), ('linear', 99, 0.4),
+    # 0.4 + 0.6 * (1 + cos(angle)) / 2 with the angles 45, 60, 90 and 120 degrees
+    ('cosine', 0, 1.), ('cosine', 10, 0.9121320), ('cosine', 20, 0.7), ('cosine', 40, 0.4), ('cosine', 99, 0.4),
+    ('constant', 0, 0.4), ('constant', 99, 0.4),
+])
+def test_target_of_an_iteration(schedule, iteration, target):
+    """It starts anew for each, as after resuming: nothing but the number of the iteration counts."""
+    model = classifier().train()
+    scheduled(model, iteration, budget=0.4, share=0.4, schedule=schedule)
+    losses = model(**classification_batch(), mode='loss')
+    wanted = (losses['query_ratio'] - target)**2
+    torch.testing.assert_close(losses['loss_budget'], wanted, check_stride=False, rtol=1e-4, atol=1e-6)
+    if schedule == 'constant':
+        assert 'budget' not in losses
+    else:
+        assert losses['budget'].item() == pytest.approx(target) and 'budget' in model.parse_losses(losses)[1]
+
+
+def test_target_moves_with_the_iterations_from_the_start():
+    model = classifier().train()
+    _, runner = scheduled(model, 0, max_iters=12, budget=0.5, start=0.8, share=0.5, schedule='linear')
+    targets = []
+    for runner.iter in range(12):
+        targets.append(model(**classification_batch(), mode='loss')['budget'].item())
+    assert targets == pytest.approx([0.8, 0.75, 0.7, 0.65, 0.6, 0.55, *6 * [0.5]])
+
+
+def test_layers_that_were_asked_to_be_finest_have_not_collapsed():
+    model = classifier().train()
+    hub, said = MessageHub('moving budget'), []
+    for stage in model.backbone.stages:
+        stage.dge[0].router.bias.data[0] = 1e4
+    hook, runner = scheduled(model, 0, log_interval=1, patience=2, schedule='linear')
+    runner.logger = SimpleNamespace(info=lambda text: None, warning=said.append)
+    runner.visualizer, runner.message_hub = SimpleNamespace(add_scalars=lambda *args, **kwargs: None), hub
+    for runner.iter in range(43):
+        model(**classification_batch(1), mode='loss')
+        hook.after_train_iter(runner, 0)
+        assert bool(said) == (runner.iter == 42)  # two iterations after the first with the budget
+    assert 'granularity 1 in stages.0.blocks.0 (since iteration 41)' in said[0]
 
 
 def _distributed_worker(rank, world):
@@ -204,3 +239,35 @@ def test_model_without_dge():
 def test_budget_that_the_granularities_cannot_reach(granularities, budget):
     with pytest.raises(ValueError, match=rf'budget={budget} cannot be reached.*from 0\.\d+ to \d\.\d+'):
         watch(classifier(dge=dict(granularities=granularities)), budget=budget)
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match=r"schedule='step': choose from \('constant', 'linear', 'cosine'\)"):
+        BudgetHook(schedule='step')
+
+
+@pytest.mark.parametrize('start', [0, 1.5])
+def test_start_out_of_range(start):
+    with pytest.raises(ValueError, match=f'start={start} must be greater than 0 and at most 1'):
+        BudgetHook(start=start, schedule='linear')
+
+
+@pytest.mark.parametrize('share', [0, 1, 1.5])
+def test_share_that_leaves_nothing(share):
+    with pytest.raises(ValueError, match=f'share={share} of the iterations must be greater than 0 and less than 1'):
+        BudgetHook(share=share, schedule='linear')
+
+
+@pytest.mark.parametrize('max_iters', [1, 10])
+def test_schedule_that_never_reaches_the_budget(max_iters):
+    with pytest.raises(ValueError, match=rf'cosine schedule never reaches budget=0.5: share=0.95 of the {max_iters} it'):
+        scheduled(classifier(), 0, max_iters, share=0.95, schedule='cosine')
+    scheduled(classifier(), 0, 21, share=0.95, schedule='cosine')
+
+
+def test_start_that_the_granularities_cannot_reach():
+    dge = dict(granularities=(2, 4))
+    with pytest.raises(ValueError, match=r'start=1.0 cannot be reached.* to 0\.25.*start between them, or a finer gran'):
+        scheduled(classifier(dge=dge), 0, budget=0.2, schedule='linear')
+    scheduled(classifier(dge=dge), 0, budget=0.2, start=0.25, schedule='linear')
+    scheduled(classifier(dge=dge), 0, budget=0.2)

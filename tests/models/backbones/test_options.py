@@ -1,6 +1,7 @@
 """Options that the backbones have in common."""
 
 import pytest
+import torch
 
 PVT_ARCH = dict(embed_dims=(8, 24), depths=(1, 2), num_heads=(2, 3), mlp_ratios=(2, 3), sr_ratios=(2, 1))
 PVT_KEYS = 'depths.*embed_dims.*mlp_ratios.*num_heads.*sr_ratios'
@@ -41,11 +42,16 @@ def test_unfit_shapes(name, options, message, make_backbone):
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(dge=dict(granularity=(1, 2))), r"dge has no option \['granularity'\]: it takes \['granularities', 'reg"),
+        (dict(dge=dict(granularity=(1, 2))), r"dge has no option \['granularity'\]: it takes \['dense_layers', 'granularities', 'reg"),
         (dict(dge=dict(dim=3)), r"dge has no option \['dim'\]"),
         (dict(dge=dict(granularities=((1, 2),) * 7)), r'are 7 sets for \d stages?: give one for each stage, or one'),
         (dict(dge=dict(granularities=())), 'leave no query: give at least one side greater than 0'),
         (dict(dge=dict(granularities=4)), 'granularities=4'),
+        (
+            dict(dge=dict(dense_layers=('blocks.9',))),
+            r"dge dense_layers=\('blocks.9',\): give a sequence of names of layers, (stages.0.)?blocks.0 to (stages.1.)?blocks",
+        ),
+        (dict(dge=dict(dense_layers='blocks.0')), r"dge dense_layers='blocks.0': give a sequence of names"),
         (
             dict(out_type='tokens'),
             r"out_type='tokens':.* choose from \('featmap', ('cls_token', )?'avg_featmap', 'raw'",
@@ -65,3 +71,59 @@ def test_unfit_options(name, options, message, make_backbone):
 def test_dge_must_be_a_dict(name, make_backbone):
     with pytest.raises(TypeError, match=r'dge=\(1, 2, 4\): give None for the dense model, or a dict, e.g. dict\(gr'):
         make_backbone(name, dge=(1, 2, 4))
+
+
+def test_names_of_stages_are_allowed_where_there_are_some(make_backbone):
+    with pytest.raises(ValueError, match='stages.0.blocks.0 to stages.1.blocks.0, or whole stages, stages.0 to stages.1.$'):
+        make_backbone('pvt', dge=dict(dense_layers=['stages.2']))
+    with pytest.raises(ValueError, match=r"dense_layers=\['stages.0'\]: give .* layers, blocks.0 to blocks.2.$"):
+        make_backbone('deit', dge=dict(dense_layers=['stages.0']))
+
+
+@pytest.mark.parametrize('name, layers', [
+    ('pvt', ('stages.0', 'stages.1')), ('pvt', ('stages.0.blocks.0', 'stages.0.blocks.1', 'stages.1')),
+    ('deit', ('blocks.0', 'blocks.1', 'blocks.2')),
+])
+def test_one_layer_must_be_dynamic(name, layers, make_backbone):
+    with pytest.raises(ValueError, match='leave no layer dynamic: write dge=None for the dense model'):
+        make_backbone(name, dge=dict(dense_layers=layers))
+
+
+@pytest.mark.parametrize('name, layers, dense', [
+    ('pvt', (), []),
+    ('pvt', ('stages.0', ), ['stages.0.blocks.0', 'stages.0.blocks.1']),
+    ('pvt', ['stages.0.blocks.1'], ['stages.0.blocks.1']),
+    ('dpvt', ('stages.1', 'stages.0.blocks.0'), ['stages.0.blocks.0', 'stages.1.blocks.0']),
+    ('deit', ('blocks.0', 'blocks.2'), ['blocks.0', 'blocks.2']),
+])
+@pytest.mark.parametrize('training', [False, True])
+def test_dense_layers(training, name, layers, dense, make_backbone):
+    """What is left are routers in the other layers, of the same names, and dense layers that cost what they cost."""
+    dge = dict(granularities=(1, 2))
+    model, whole = make_backbone(name, dge=dict(dge, dense_layers=layers)), make_backbone(name, dge=dge)
+    names = [layer.replace('blocks', 'dge') for layer in dense]
+    assert set(whole.state_dict()) - set(model.state_dict()) == {
+        f'{layer}.router.{weight}' for layer in names for weight in ('weight', 'bias')}
+    model.load_state_dict(whole.state_dict())
+    images = torch.randn(2, 3, 52, 36)
+    with torch.set_grad_enabled(training):
+        found = model.train(training)(images)
+    cost = model.cost
+    assert [layer.name for layer in cost.layers if not layer.dynamic] == dense
+    assert all((layer.query_ratio == 1).all() and layer.router == 0 for layer in cost.layers if not layer.dynamic)
+    if training:
+        sum(out.sum() for out in found).backward()
+        return
+    # Where they are to be dense, let the routers of the other model choose the finest granularity.
+    for layer in names:
+        whole.get_submodule(layer).router.bias.data[0] = 1e6
+    with torch.no_grad():
+        expected = whole.eval()(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert cost.dense == whole.cost.dense and (cost.spent < whole.cost.spent).all() == bool(dense)
+
+
+def test_dense_layers_beside_frozen_ones(make_backbone):
+    model = make_backbone('deit', dge=dict(dense_layers=['blocks.0']), frozen_stages=2).train()
+    assert [encoder.router.weight.requires_grad for encoder in model.dge if encoder] == [False, True]
+    assert [encoder.training for encoder in model.dge if encoder] == [False, True]
