@@ -97,10 +97,10 @@ demo: setup
 
 # The images of all dense tasks are the same, so that the masks of segmentation serve detection, too.
 demo-det: setup
-	$(call run-demo,mask-rcnn_pvt-mini_digits mask-rcnn_pvt-mini-dge_digits,mask-rcnn_pvt-mini-dge_digits,coco/val2017,ade/annotations/validation,--background 11 --side 256 --score-thr 0.5)
+	$(call run-demo,mask-rcnn_pvt-mini_digits mask-rcnn_pvt-mini-finetune_digits mask-rcnn_pvt-mini-dge_digits,mask-rcnn_pvt-mini-dge_digits,coco/val2017,ade/annotations/validation,--background 11 --side 256 --score-thr 0.5)
 
 demo-seg: setup
-	$(call run-demo,fpn_pvt-mini_digits fpn_pvt-mini-dge_digits,fpn_pvt-mini-dge_digits,ade/images/validation,ade/annotations/validation,--background 11 --side 256)
+	$(call run-demo,fpn_pvt-mini_digits fpn_pvt-mini-finetune_digits fpn_pvt-mini-dge_digits,fpn_pvt-mini-dge_digits,ade/images/validation,ade/annotations/validation,--background 11 --side 256)
 
 demo-cls-cf: setup
 	@$(BIN)/python tools/dataset_tools/make_demo_dataset.py

@@ -64,7 +64,9 @@ def test_config_builds(path, quick):
     two_stages = isinstance(backbone, CFViT)
     assert two_stages == path.stem.startswith('cf-')
     hooks = [HOOKS.build(hook) for hook in cfg.get('custom_hooks', [])]
-    expected = ['BudgetHook'] * backbone.has_dge + ['FineSelectionHook'] * two_stages
+    starts = '-pre_' in path.stem and path.stem.partition('-pre_')[0].endswith(('dense', 'plain'))
+    expected = (['BudgetHook'] * backbone.has_dge + ['DenseTeacherHook'] * (starts and backbone.has_dge)
+                + ['FineSelectionHook'] * two_stages)
     assert [type(hook).__name__ for hook in hooks] == expected
     if backbone.has_dge:
         least, most = backbone.ratio_bounds()
@@ -169,7 +171,8 @@ def test_weight_decay_spares_tokens_embeddings_norms_and_biases(name, quick):
         assert (id(parameter) in decayed) != spared, name
 
 
-@pytest.mark.parametrize('path', [path for path in CONFIGS if path.parent.name == 'cfvit'], ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', [path for path in CONFIGS if path.parent.name == 'cfvit' and 'plain-pre' not in path.stem],
+                         ids=lambda path: path.stem)
 def test_cfvit_recipe_is_that_of_its_backbone(path, quick):
     cfg = load(path.relative_to('configs'))
     side = cfg.model.backbone.img_size
@@ -217,6 +220,58 @@ def test_cfvit_metafile_counts_both_stages(path, quick):
     if isinstance(backbone, CFViT) and backbone.out_type == 'cls_token':
         # The classifier runs on the class token of each stage.
         assert entry['FLOPs'] == sum(backbone.stage_macs()) + 2 * model.head.fc.weight.numel()
+
+
+STARTED = [path for path in CONFIGS if 'dense-pre' in path.stem or 'plain-pre' in path.stem]
+
+
+@pytest.mark.parametrize('path', STARTED, ids=lambda path: path.stem)
+def test_what_starts_from_a_model_trains_less_than_it_did(path, quick):
+    cfg = load(path.relative_to('configs'))
+    folder, checkpoint = cfg.load_from.split('/')[1:]
+    start = load(f'{path.parent.name}/{folder}.py')  # the config that leaves the checkpoint
+    unit, number = Path(checkpoint).stem.split('_')
+    name = 'max_epochs' if unit == 'epoch' else 'max_iters'
+    assert int(number) == start.train_cfg[name] and cfg.train_cfg[name] <= 0.34 * start.train_cfg[name]
+    assert f'{cfg.train_cfg[name] // (1 if unit == "epoch" else 1000)}{"e" if unit == "epoch" else "k"}_' in path.stem
+    assert all(scheduler.get('end', 0) <= cfg.train_cfg[name] or scheduler.type == 'LinearLR'
+               for scheduler in cfg.param_scheduler)
+    assert cfg.param_scheduler[-1].get('end', cfg.train_cfg[name]) == cfg.train_cfg[name]
+    assert cfg.train_dataloader.batch_size == start.train_dataloader.batch_size
+    assert cfg.optim_wrapper.optimizer.lr <= 0.1 * start.optim_wrapper.optimizer.lr
+    model = cfg.model.copy()
+    if 'dense-pre' in path.stem:
+        assert cfg.custom_hooks[0].schedule == 'cosine' and model.backbone.dge.train_mode == 'dense'
+        model.backbone = {name: value for name, value in model.backbone.items() if name != 'dge'}
+        assert model == start.model  # what the checkpoint is of
+
+
+@pytest.mark.parametrize('kind', ['dge', 'cfvit'])
+def test_a_trained_model_starts_a_dynamic_one(kind, tmp_path):
+    """With all that a classifier has, and what is new is as it was."""
+    from mmengine.runner import load_checkpoint
+    names = dict(dge=('dge/deit-tiny_8xb16_in1k-256px.py', 'dge/deit-tiny-dge-dense-pre_8xb16-30e_in1k-256px.py'),
+                 cfvit=('cfvit/deit-small_8xb128_in1k-224px.py',
+                        'cfvit/cf-deit-small-7x7-plain-pre_8xb128-30e_in1k-224px.py'))[kind]
+    models = []
+    for name in names:
+        cfg, arch = load(name), dict(embed_dim=16, depth=4, num_heads=2, mlp_ratio=2)
+        cfg.model.backbone.update(arch=dict(arch, family='deit') if 'cf-' in name else arch, patch_size=2, img_size=28)
+        cfg.model.head.in_channels = 16
+        models.append(MODELS.build(cfg.model))
+    plain, dynamic = models
+    torch.save(dict(state_dict=plain.state_dict()), tmp_path / 'plain.pth')
+    load_checkpoint(dynamic, str(tmp_path / 'plain.pth'), strict=True)
+    images = torch.rand(2, 3, 28, 28)
+    with torch.no_grad():
+        expected = plain.eval()(images)
+        for module in dynamic.eval().modules():
+            if hasattr(module, 'router'):
+                module.router.bias.data[0] = 1e6
+        if kind == 'dge':
+            torch.testing.assert_close(dynamic(images), expected, rtol=1e-4, atol=1e-5)
+    loaded = dynamic.state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in plain.state_dict().items())
 
 
 def test_mixed_labels_train_both_stages():

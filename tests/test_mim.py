@@ -21,6 +21,7 @@ CONFIG = 'pvt-mini-dge_digits.py'
 BUDGET = "custom_hooks = [dict(type='mmdyn.BudgetHook', budget=0.25, weight=2.)]"
 DETECTOR = f'''
 _base_ = '{ROOT}/configs/demo/mask-rcnn_pvt-mini-dge_digits.py'
+load_from = None
 model = dict(test_cfg=dict(rcnn=dict(score_thr=0.)))
 # All images are one batch, of which there is none without the empty one.
 train_dataloader = dict(batch_size=5, drop_last=True, dataset=dict(filter_cfg=dict(filter_empty_gt=False)))
@@ -35,6 +36,7 @@ tta_pipeline = [*_base_.test_pipeline[:2], dict(type='TestTimeAug', transforms=[
 '''
 SEGMENTOR = f'''
 _base_ = '{ROOT}/configs/demo/fpn_pvt-mini-dge_digits.py'
+load_from = None
 train_dataloader = dict(batch_size=2)
 train_cfg = dict(max_iters=2, val_interval=2)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
@@ -86,7 +88,7 @@ def metrics(work_dir):
 @pytest.fixture(scope='module')
 def trained(folder):
     """Trained for one epoch by `mim train mmdyn` with the config's bare name."""
-    log = mim(folder, 'train', 'mmdyn', CONFIG, '--work-dir', 'run', *classification())
+    log = mim(folder, 'train', 'mmdyn', CONFIG, '--work-dir', 'run', *classification(), 'load_from=None')
     assert 'loss_budget' in log and 'query_ratio' in log
     return folder / 'run/epoch_1.pth'
 

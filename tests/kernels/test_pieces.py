@@ -28,6 +28,17 @@ def by_double(stage, tokens):
     return run_blocks.plain(stage, tokens.double(), SHAPE).float()
 
 
+@torch.no_grad()
+def test_blocks_that_stay_dense_beside_others(make_block, stage_of):
+    encoder = DynamicGrainedEncoder(12).eval()
+    nn.init.normal_(encoder.router.weight, std=5.0)
+    stage = stage_of(*(make_block('full') for _ in range(3)), dge=[None, encoder, None])
+    tokens = torch.randn(1, math.prod(SHAPE), 12)
+    out = run_in_pieces(stage, tokens.clone(), SHAPE)
+    encoder.forced = encoder.decision.choice[0]
+    torch.testing.assert_close(out, by_double(stage, tokens), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('numbers', [12 * 7, 12 * 150, 2**20])
 @pytest.mark.parametrize('phis', [None, (1, 2, 4), (0, 2)])
 @pytest.mark.parametrize(

@@ -107,6 +107,16 @@ class TestValues:
         parts = encode_blocks(stage, encode_blocks(stage, tokens.clone(), SHAPE, stop=1), SHAPE, start=1)
         assert torch.equal(parts, encode(stage, tokens))
 
+    @torch.no_grad()
+    def test_blocks_that_stay_dense_beside_others(self, make_block, stage_of):
+        encoder = DynamicGrainedEncoder(12).eval()
+        nn.init.normal_(encoder.router.weight, std=5.0)
+        stage = stage_of(*(make_block('full') for _ in range(3)), dge=[None, encoder, None])
+        tokens = torch.randn(1, math.prod(SHAPE), 12)
+        out = encode(stage, tokens)
+        encoder.forced = encoder.decision.choice[0]
+        torch.testing.assert_close(out, by_double(stage, tokens), **CLOSE)
+
     @pytest.mark.parametrize(
         'kind, num_extra, shape',
         [

@@ -33,8 +33,10 @@ class Record(Hook):
 
 
 def config(data: Path, work_dir: Path, dtype: str, iterations: int, batch: int) -> Config:
-    """The demo's config, for iterations instead of epochs and without a validation."""
+    """The demo's config, for iterations instead of epochs, without a validation, and without what others trained."""
     cfg = Config.fromfile(CONFIG)
+    cfg.load_from, cfg.optim_wrapper.optimizer.lr, cfg.model.backbone.dge.train_mode = None, 1e-3, 'sparse'
+    cfg.custom_hooks[0].schedule = 'constant'
     cfg.work_dir, cfg.train_dataloader.dataset.data_root = str(work_dir), str(data / 'imagenet')
     cfg.train_dataloader.batch_size = batch
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
