@@ -171,7 +171,7 @@ def test_weight_decay_spares_tokens_embeddings_norms_and_biases(name, quick):
         assert (id(parameter) in decayed) != spared, name
 
 
-@pytest.mark.parametrize('path', [path for path in CONFIGS if path.parent.name == 'cfvit' and 'plain-pre' not in path.stem],
+@pytest.mark.parametrize('path', [path for path in CONFIGS if path.parent.name == 'cfvit' and '-pre_' not in path.stem],
                          ids=lambda path: path.stem)
 def test_cfvit_recipe_is_that_of_its_backbone(path, quick):
     cfg = load(path.relative_to('configs'))

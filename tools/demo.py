@@ -35,8 +35,9 @@ def run_mim(*args: str | Path) -> None:
 def run(config: Path, work_dir: Path) -> dict:
     """Train a config, test its last checkpoint and return the metrics."""
     start = time.perf_counter()
-    begin = read_config(config).get('load_from')  # of a config that ran before
-    options = ['--cfg-options', f'load_from={work_dir.with_name(Path(begin).parent.name) / Path(begin).name}'] if begin else []
+    options = []
+    if start_from := read_config(config).get('load_from'):  # what a config before it leaves, below its default folder
+        options = ['--cfg-options', f'load_from={work_dir.parent.joinpath(*Path(start_from).parts[-2:])}']
     run_mim('train', 'mmdyn', config, '--work-dir', work_dir, *options)
     seconds = time.perf_counter() - start
     checkpoint = (work_dir / 'last_checkpoint').read_text()

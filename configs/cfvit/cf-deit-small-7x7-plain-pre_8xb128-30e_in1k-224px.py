@@ -5,7 +5,7 @@ load_from = 'work_dirs/deit-small_8xb128_in1k-224px/epoch_300.pth'
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=True, end=1, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin=1)
+    dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin=1),
 ]
 train_cfg = dict(max_epochs=30)
 custom_hooks = [dict(type='mmdyn.FineSelectionHook', begin=10)]

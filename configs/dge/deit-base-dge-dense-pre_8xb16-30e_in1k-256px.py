@@ -1,8 +1,11 @@
 _base_ = [
-    '../_base_/models/deit_cls.py', '../_base_/datasets/imagenet_256.py',
-    '../_base_/schedules/imagenet_dense_pre_30e.py', '../_base_/default_runtime.py'
+    '../_base_/models/deit_cls.py',
+    '../_base_/datasets/imagenet_256.py',
+    '../_base_/schedules/imagenet_dense_pre_30e.py',
+    '../_base_/default_runtime.py',
 ]
 
 load_from = 'work_dirs/deit-base_8xb16_in1k-256px/epoch_300.pth'
 model = dict(
-    backbone=dict(arch='base', dge=dict(granularities=(1, 2, 4), train_mode='dense')), head=dict(in_channels=768))
+    backbone=dict(arch='base', dge=dict(granularities=(1, 2, 4), train_mode='dense')), head=dict(in_channels=768)
+)

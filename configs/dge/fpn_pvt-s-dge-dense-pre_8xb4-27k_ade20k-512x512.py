@@ -4,11 +4,12 @@ _base_ = './fpn_pvt-s-dge_8xb4-80k_ade20k-512x512.py'
 load_from = 'work_dirs/fpn_pvt-s_8xb4-80k_ade20k-512x512/iter_80000.pth'
 model = dict(backbone=dict(dge=dict(train_mode='dense')))
 optim_wrapper = dict(
-    optimizer=dict(lr=1e-5), paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=50., decay_mult=0.)}))
+    optimizer=dict(lr=1e-5), paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=50.0, decay_mult=0.0)})
+)
 param_scheduler = [dict(type='PolyLR', eta_min=0.0, power=0.9, begin=0, end=27000, by_epoch=False)]
 train_cfg = dict(max_iters=27000, val_interval=9000)
 default_hooks = dict(checkpoint=dict(interval=9000))
 custom_hooks = [
-    dict(type='mmdyn.BudgetHook', budget=0.5, weight=2., schedule='cosine'),
-    dict(type='mmdyn.DenseTeacherHook')
+    dict(type='mmdyn.BudgetHook', budget=0.5, weight=2.0, schedule='cosine'),
+    dict(type='mmdyn.DenseTeacherHook'),
 ]

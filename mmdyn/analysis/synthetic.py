@@ -67,9 +67,9 @@ Recording = list[list[LayerChoice]]
 
 def record_routing(backbone: DynamicBackbone, image: int = 0) -> Recording:
     """What the DGE layers chose for an image of the last forward pass."""
-    layers = [[LayerChoice(encoder.granularities, encoder.decision.choice[image]) for encoder in filter(None, stage.dge)]
-              for stage, _ in backbone.named_stages()]
-    return [of_stage for of_stage in layers if of_stage]
+    dynamic = [[encoder for encoder in stage.dge if encoder is not None] for stage, _ in backbone.named_stages()]
+    return [[LayerChoice(encoder.granularities, encoder.decision.choice[image]) for encoder in of_stage]
+            for of_stage in dynamic if of_stage]
 
 
 def proportional(items: Sequence, index: int, count: int):

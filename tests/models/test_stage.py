@@ -69,7 +69,8 @@ def test_blocks_without_an_encoder_run_by_themselves(grad, kind, num_extra):
     tokens = expected = torch.randn(2, num_extra + 35, DIM)
     assert [encoder is None for encoder in stage.dge] == [True, False, True, False]
     for block, encoder in zip(stage.blocks, stage.dge):
-        expected = encoder(block, expected, SHAPE, num_extra) if encoder else block(expected, expected, SHAPE, num_extra)
+        extra = SHAPE, num_extra
+        expected = encoder(block, expected, *extra) if encoder else block(expected, expected, *extra)
     for run in (run_blocks, run_blocks.plain):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(run(stage, tokens.clone(), SHAPE), expected, rtol=1e-4, atol=1e-5)

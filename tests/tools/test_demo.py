@@ -1,9 +1,11 @@
 import importlib.util
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
 import mmdyn
 
@@ -40,6 +42,34 @@ def test_threads_of_its_subprocesses_do_not_spin_unless_asked_to(monkeypatch, tm
     monkeypatch.setattr(demo, 'MIM', mim)
     demo.run_mim('train')
     assert (tmp_path / 'said').read_text() == f'{policy} train\n'
+
+
+@pytest.mark.parametrize('start', [None, 'work_dirs/demo/dense_digits/epoch_10.pth'])
+def test_a_config_starts_from_what_another_has_left_in_the_same_folder(monkeypatch, tmp_path, start):
+    said, (config, folder) = [], (tmp_path / 'dynamic_digits.py', tmp_path / 'out/dynamic_digits')
+    config.write_text(f"load_from = {start!r}\nmodel = dict(type='ImageClassifier')")
+
+    def run_mim(*args):
+        said.append([str(arg) for arg in args])
+        (folder / 'test/time').mkdir(parents=True, exist_ok=True)
+        (folder / 'last_checkpoint').write_text('last.pth')
+        (folder / 'test/time/time.json').write_text('{"accuracy/top1": 50.0}')
+
+    monkeypatch.setattr(demo, 'run_mim', run_mim)
+    assert demo.run(config, folder)['accuracy/top1'] == 50
+    train, test = said
+    assert train[:5] == ['train', 'mmdyn', str(config), '--work-dir', str(folder)]
+    assert train[5:] == (['--cfg-options', f'load_from={tmp_path}/out/dense_digits/epoch_10.pth'] if start else [])
+    assert test[:5] == ['test', 'mmdyn', str(config), '--checkpoint', 'last.pth'] and 'load_from' not in str(test)
+
+
+@pytest.mark.parametrize('configs', [line.split() for line in re.findall(
+    r'\t\$\(call run-demo,([^,]+),', (ROOT / 'Makefile').read_text())])
+def test_the_demos_run_what_others_start_from_first(configs):
+    for i, name in enumerate(configs):
+        start = Config.fromfile(ROOT / f'configs/demo/{name}.py').get('load_from')
+        assert start is None or Path(start).parent in [Path('work_dirs/demo') / other for other in configs[:i]]
+    assert start is not None and len(configs) == 3  # the last is the dynamic one
 
 
 @pytest.mark.parametrize('target', ['demo', 'demo-det', 'demo-seg', 'demo-cls-cf', 'bench'])

@@ -34,15 +34,15 @@ class BudgetHook(LossHook):
         budget: gamma, the aspired ratio of the dynamic layers' complexity to that without DGE, in (0, 1].
         weight: lambda.
         log_interval: iterations from one look at the layers to the next.
-        patience: iterations before the warning. They are counted from when the target has reached the budget.
+        patience: iterations before the warning, which counts those with the budget itself.
         start: the first target, in (0, 1]. 1 asks for the dense model.
         share: of the training's iterations, in (0, 1), after which the target is the budget.
         schedule: ``'constant'``, or how the target moves: ``'linear'``, or by half a period of a ``'cosine'``.
 
     Raises:
-        ValueError: for a budget or start outside of (0, 1], a share outside of (0, 1), an unknown schedule, or intervals
-            that are no positive integers; before training for a model without DGE, one whose granularities cannot reach
-            the budget or the start, or a training that has no iteration with the budget.
+        ValueError: for a budget or start outside of (0, 1], a share outside of (0, 1), an unknown schedule, or
+            intervals that are no positive integers; before training for a model without DGE, one whose granularities
+            cannot reach the budget or the start, or a training that has no iteration with the budget.
     """
 
     def __init__(self, budget: float = 0.5, weight: float = 1., log_interval: int = 100,

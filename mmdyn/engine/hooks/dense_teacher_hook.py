@@ -46,12 +46,14 @@ def feature_distance(features: Any, wanted: Any) -> Tensor:
         tensor = tensor.float().movedim(1 if tensor.ndim == 4 else -1, -1)
         return F.layer_norm(tensor, tensor.shape[-1:])
 
-    distances = [F.mse_loss(normal(one), normal(other)) for one, other in zip(flat(features), flat(wanted), strict=True)]
+    distances = [
+        F.mse_loss(normal(one), normal(other)) for one, other in zip(flat(features), flat(wanted), strict=True)
+    ]
     return torch.stack(distances).mean()
 
 
 def divergence(logits: Tensor, wanted: Tensor, tau: float) -> Tensor:
-    """KL divergence of the softmax of ``logits`` (B, classes) from that of ``wanted``, both divided by tau; times tau^2."""
+    """Tau^2 times the KL divergence of softmax(``logits`` / tau) from softmax(``wanted`` / tau), both (B, classes)."""
     log_p, log_q = ((x.float() / tau).log_softmax(-1) for x in (wanted, logits))
     return tau**2 * F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
 
@@ -79,43 +81,54 @@ class DenseTeacherHook(LossHook):
             not built from a config, without a checkpoint, or with one of another architecture or number of classes.
     """
 
-    def __init__(self, checkpoint: str | None = None, logits: float = 0.5, features: float = 0.5,
-                 tau: float = 1.) -> None:
+    def __init__(
+        self, checkpoint: str | None = None, logits: float = 0.5, features: float = 0.5, tau: float = 1.0
+    ) -> None:
         if min(logits, features) < 0 or logits == features == 0:
-            raise ValueError(f'DenseTeacherHook: logits={logits} and features={features} are weights of losses: neither '
-                             'may be negative, and one has to be greater than 0.')
+            raise ValueError(
+                f'DenseTeacherHook: logits={logits} and features={features} are weights of losses: neither '
+                'may be negative, and one has to be greater than 0.'
+            )
         if not tau > 0:
             raise ValueError(f'DenseTeacherHook: tau={tau}: the temperature must be greater than 0.')
         self.checkpoint, self.logits, self.features, self.tau = checkpoint, logits, features, tau
 
     def prepare(self, runner: Runner, model: nn.Module) -> None:
         """Build the twin, load its weights, and listen to what the model's heads take."""
-        self._teacher: nn.Module | None = None
+        self._teacher: Any = None
         if not has_backbone(model, 'DenseTeacherHook'):
             return
         if not any(backbone.has_dge for backbone in find_backbones(model)):
-            raise ValueError('DenseTeacherHook found no DGE in the model, which then is its own dense twin: give its '
-                             'backbone dge=dict(granularities=(1, 2, 4)), or leave out the hook.')
+            raise ValueError(
+                'DenseTeacherHook found no DGE in the model, which then is its own dense twin: give its '
+                'backbone dge=dict(granularities=(1, 2, 4)), or leave out the hook.'
+            )
         config = runner.cfg.get('model')
         if not isinstance(config, dict):
-            raise ValueError('DenseTeacherHook builds the dense twin from the config of the model, but the Runner got '
-                             f'a {type(config).__name__}: give it model=dict(...) in its cfg.')
+            raise ValueError(
+                'DenseTeacherHook builds the dense twin from the config of the model, but the Runner got '
+                f'a {type(config).__name__}: give it model=dict(...) in its cfg.'
+            )
         path = self.checkpoint or (runner.message_hub.get_info(TEACHER) if runner.iter else runner.cfg.get('load_from'))
         if path is None:
-            raise ValueError('DenseTeacherHook: the training starts from no checkpoint, so that there is no dense model '
-                             "to learn from: write load_from='<checkpoint of the dense model>' in the config, or give "
-                             'the hook a checkpoint.')
+            raise ValueError(
+                'DenseTeacherHook: the training starts from no checkpoint, so that there is no dense model '
+                "to learn from: write load_from='<checkpoint of the dense model>' in the config, or give "
+                'the hook a checkpoint.'
+            )
         runner.message_hub.update_info(TEACHER, path)
         teacher = MODELS.build(without_dge(config))
         try:
             load_checkpoint(teacher, path, map_location='cpu', strict=True)
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f'DenseTeacherHook: {path} is no checkpoint of the model without DGE. Give one of the same '
-                             f'architecture and classes, with neck and heads. {error}') from error
+            raise ValueError(
+                f'DenseTeacherHook: {path} is no checkpoint of the model without DGE. Give one of the same '
+                f'architecture and classes, with neck and heads. {error}'
+            ) from error
         for backbone in find_backbones(teacher):
             backbone.is_counted = False
         self._teacher = teacher.to(next(model.parameters()).device).requires_grad_(False).eval()
-        source = model.neck if getattr(model, 'neck', None) is not None else model.backbone
+        source: Any = getattr(model, 'neck', None) or model.backbone
         self._source_handle = source.register_forward_hook(self._keep)
 
     def after_train(self, runner: Runner) -> None:
@@ -125,7 +138,7 @@ class DenseTeacherHook(LossHook):
             self._source_handle.remove()
             self._teacher = self._taken = None
 
-    def _keep(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module.training:
             self._taken = output
 
@@ -134,7 +147,7 @@ class DenseTeacherHook(LossHook):
         if self._teacher is None or losses is None:
             return
         taken, self._taken = self._taken, None
-        head = getattr(model, 'head', None)
+        head: Any = getattr(model, 'head', None)
         with torch.no_grad():
             wanted = self._teacher.extract_feat(inputs['inputs'])
             wanted_logits = self._teacher.head(wanted) if head is not None and self.logits else None

@@ -139,7 +139,7 @@ def find_backbones(model: nn.Module) -> list[DynamicBackbone]:
 
 
 def make_blocks(owner: nn.Module, blocks: list[EncoderBlock], dim: int, dge: dict | None) -> None:
-    """Give a stage its blocks and, with ``dge``, a wrapper for each but those that ``dense_layers`` has the indices of."""
+    """Give a stage its blocks and, with ``dge``, a wrapper for each but the ``dense_layers``, which are indices."""
     owner.blocks, owner.dge = nn.ModuleList(blocks), nn.ModuleList()
     if dge is None:
         return

@@ -43,15 +43,15 @@ def image_sides(img_size: int | Sequence[int], patch: int) -> tuple[int, int]:
 def dge_of_stages(dge: dict | None, depths: dict[str, int]) -> list[dict | None]:
     """Split the ``dge`` option.
 
-    ``granularities`` may be one set for all stages or a sequence of one for each. ``dense_layers`` are names of blocks or
-    stages, as logs have them.
+    ``granularities`` may be one set for all stages or a sequence of one for each. ``dense_layers`` are names of blocks
+    or stages, as logs have them.
 
     Args:
         dge: the option.
         depths: of each stage the prefix of its blocks' names, and their number.
 
     Returns:
-        For each stage None, or options of a DynamicGrainedEncoder and ``dense_layers``, the indices of its dense blocks.
+        For each stage None, or options of a DynamicGrainedEncoder and ``dense_layers``, indices of its dense blocks.
     """
     num_stages = len(depths)
     if dge is None:
@@ -77,9 +77,10 @@ def dense_layers(names: Sequence[str], depths: dict[str, int]) -> list[list[int]
     blocks = [[f'{prefix}blocks.{i}' for i in range(depth)] for prefix, depth in depths.items()]
     everything = [name for of_stage in blocks for name in of_stage]
     stages = [prefix.removesuffix('.') for prefix in depths if prefix]
-    unknown = [name for name in names if name not in everything + stages]
-    if isinstance(names, str) or unknown:
-        allowed = f'{everything[0]} to {everything[-1]}' + (f', or whole stages, {stages[0]} to {stages[-1]}' if stages else '')
+    if not isinstance(names, (tuple, list)) or not {*names} <= {*everything, *stages}:
+        allowed = f'{everything[0]} to {everything[-1]}'
+        if stages:
+            allowed += f', or whole stages, {stages[0]} to {stages[-1]}'
         raise ValueError(f'dge dense_layers={names!r}: give a sequence of names of layers, {allowed}.')
     dense = [[i for i, name in enumerate(of_stage) if {name, prefix.removesuffix('.')} & set(names)]
              for prefix, of_stage in zip(depths, blocks)]

@@ -23,7 +23,10 @@ def build(config, **backbone):
 
 def batch(images=4):
     from mmpretrain.structures import DataSample
-    return dict(inputs=torch.rand(images, 3, 32, 32), data_samples=[DataSample().set_gt_label(i % 3) for i in range(images)])
+
+    return dict(
+        inputs=torch.rand(images, 3, 32, 32), data_samples=[DataSample().set_gt_label(i % 3) for i in range(images)]
+    )
 
 
 @pytest.fixture
@@ -42,23 +45,27 @@ def watch(model, config, load_from, iteration=0, hub=None, **options):
     """Let a hook watch a model, as a training does that starts from a file."""
     hook = DenseTeacherHook(**options)
     runner = SimpleNamespace(
-        model=model, iter=iteration, message_hub=hub or MessageHub('teacher'),
-        cfg=ConfigDict(model=config, load_from=load_from))
+        model=model,
+        iter=iteration,
+        message_hub=hub or MessageHub('teacher'),
+        cfg=ConfigDict(model=config, load_from=load_from),
+    )
     hook.before_train(runner)
     return hook
 
 
 def slow_distance(features, wanted):
     """Of maps (C, h, w) or vectors (C)."""
-    total, count = 0., 0
-    for one, other in zip(features.flatten(1).T if features.ndim > 1 else [features],
-                          wanted.flatten(1).T if wanted.ndim > 1 else [wanted]):
+    total, count = 0.0, 0
+    for one, other in zip(
+        features.flatten(1).T if features.ndim > 1 else [features], wanted.flatten(1).T if wanted.ndim > 1 else [wanted]
+    ):
         normal = [(x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() for x in (one, other)]
-        total, count = total + ((normal[0] - normal[1])**2).sum(), count + len(one)
+        total, count = total + ((normal[0] - normal[1]) ** 2).sum(), count + len(one)
     return total / count
 
 
-@pytest.mark.parametrize('tau', [1., 2.])
+@pytest.mark.parametrize('tau', [1.0, 2.0])
 def test_losses_of_a_classifier(tau, classifier_config, dense_of):
     dense, path = dense_of(classifier_config)
     model = build(classifier_config).train()
@@ -70,7 +77,7 @@ def test_losses_of_a_classifier(tau, classifier_config, dense_of):
     with torch.no_grad():
         wanted = dense.extract_feat(data['inputs'])
         logits, targets = model.head(kept['features']), dense.head(wanted)
-    divergence = 0.
+    divergence = 0.0
     for student, teacher in zip(logits / tau, targets / tau):
         q, p = ([math.exp(x) / sum(map(math.exp, row)) for x in row] for row in (student.tolist(), teacher.tolist()))
         divergence += tau**2 * sum(b * math.log(b / a) for a, b in zip(q, p)) / 4
@@ -102,10 +109,12 @@ def test_feature_maps_of_any_dense_task(framework, request, dense_of):
     watch(model, config, path, features=0.5)
     if framework == 'mmdet':
         from mmdet.testing import demo_mm_inputs
+
         data = model.data_preprocessor(demo_mm_inputs(2, [[3, 64, 64], [3, 48, 64]], num_classes=4), True)
     else:
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
+
         samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, 4, (1, 64, 64)))) for _ in range(2)]
         data = dict(inputs=torch.rand(2, 3, 64, 64), data_samples=samples)
     kept = {}
@@ -125,7 +134,7 @@ def test_weights_of_zero_leave_a_loss_out(classifier_config, dense_of):
     _, path = dense_of(classifier_config)
     for left, option in (('loss_teacher_features', 'logits'), ('loss_teacher_logits', 'features')):
         model = build(classifier_config).train()
-        watch(model, classifier_config, path, **{option: 0.})
+        watch(model, classifier_config, path, **{option: 0.0})
         assert [name for name in model(**batch(), mode='loss') if 'teacher' in name] == [left]
 
 
@@ -186,14 +195,15 @@ def test_gradient_accumulation_is_that_of_the_mean(classifier_config, dense_of):
     grads = []
     for counts, batches in ((2, 2), (1, 1)):
         torch.manual_seed(3)
-        model = build(classifier_config, dge=dict(granularities=(1, ))).train()
+        model = build(classifier_config, dge=dict(granularities=(1,))).train()
         watch(model, classifier_config, path)
         data = batch(8)
-        optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.), accumulative_counts=counts)
+        optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0), accumulative_counts=counts)
         optimizer.initialize_count_status(model, 0, counts)
         before = model.head.fc.weight.detach().clone()
-        for inputs, samples in zip(data['inputs'].chunk(batches), (data['data_samples'][:8 // batches],
-                                                                   data['data_samples'][8 // batches:])):
+        for inputs, samples in zip(
+            data['inputs'].chunk(batches), (data['data_samples'][: 8 // batches], data['data_samples'][8 // batches :])
+        ):
             model.train_step(dict(inputs=inputs, data_samples=samples), optimizer)
         grads.append(before - model.head.fc.weight.detach())
     assert grads[0].abs().sum() > 0
@@ -215,18 +225,29 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         from mmpretrain.structures import DataSample
+
         return dict(inputs=torch.rand(3, 32, 32), data_samples=DataSample().set_gt_label(index % 3))
 
 
 def runner_of(model, work_dir, epochs, load_from=None, resume=False):
     return Runner(
-        model, work_dir=str(work_dir), default_scope='mmpretrain', log_level='ERROR', load_from=load_from, resume=resume,
+        model,
+        work_dir=str(work_dir),
+        default_scope='mmpretrain',
+        log_level='ERROR',
+        load_from=load_from,
+        resume=resume,
         train_dataloader=dict(dataset=Images(), batch_size=4, sampler=dict(type='DefaultSampler', shuffle=True)),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3), accumulative_counts=2),
-        custom_hooks=[dict(type='EMAHook'), dict(type='mmdyn.DenseTeacherHook'),
-                      dict(type='mmdyn.BudgetHook', share=0.2, schedule='linear')],
-        experiment_name=f'{work_dir}{resume}'.replace('/', '-'), cfg=dict(model=model, load_from=load_from))
+        custom_hooks=[
+            dict(type='EMAHook'),
+            dict(type='mmdyn.DenseTeacherHook'),
+            dict(type='mmdyn.BudgetHook', share=0.2, schedule='linear'),
+        ],
+        experiment_name=f'{work_dir}{resume}'.replace('/', '-'),
+        cfg=dict(model=model, load_from=load_from),
+    )
 
 
 def test_a_resumed_training_has_the_same_teacher(classifier_config, dense_of, tmp_path):
@@ -240,7 +261,7 @@ def test_a_resumed_training_has_the_same_teacher(classifier_config, dense_of, tm
     # The start is not named any more.
     again = runner_of(classifier_config, tmp_path / 'run', 2, resume=True)
     teachers = []
-    hook, = (hook for hook in again.hooks if isinstance(hook, DenseTeacherHook))
+    (hook,) = (hook for hook in again.hooks if isinstance(hook, DenseTeacherHook))
     after = hook.after_train
     hook.after_train = lambda runner: (teachers.append(hook._teacher), after(runner))
     again.train()
@@ -250,21 +271,28 @@ def test_a_resumed_training_has_the_same_teacher(classifier_config, dense_of, tm
 
 
 def test_without_a_checkpoint(classifier_config):
-    with pytest.raises(ValueError, match="starts from no checkpoint.*write load_from='<checkpoint of the dense model>'"):
+    with pytest.raises(
+        ValueError, match="starts from no checkpoint.*write load_from='<checkpoint of the dense model>'"
+    ):
         watch(build(classifier_config), classifier_config, None)
 
 
 def test_checkpoint_of_another_architecture(classifier_config, dense_of):
     other = dict(classifier_config['backbone'], arch=dict(classifier_config['backbone']['arch'], depths=(1, 2)))
     _, path = dense_of(dict(classifier_config, backbone=other))
-    with pytest.raises(ValueError, match=rf'{re.escape(path)} is no checkpoint of the model without DGE. Give one of the '
-                                         r'same architecture[^$]*another architecture than this PVT'):
+    with pytest.raises(
+        ValueError,
+        match=rf'{re.escape(path)} is no checkpoint of the model without DGE. Give one of the '
+        r'same architecture[^$]*another architecture than this PVT',
+    ):
         watch(build(classifier_config), classifier_config, path)
 
 
 def test_checkpoint_of_other_classes(classifier_config, dense_of):
     _, path = dense_of(dict(classifier_config, head=dict(classifier_config['head'], num_classes=5)))
-    with pytest.raises(ValueError, match=r'is no checkpoint of the model without DGE[^$]*size mismatch for head.fc.weight'):
+    with pytest.raises(
+        ValueError, match=r'is no checkpoint of the model without DGE[^$]*size mismatch for head.fc.weight'
+    ):
         watch(build(classifier_config), classifier_config, path)
 
 
@@ -287,7 +315,7 @@ def test_model_that_no_config_tells_of(classifier_config):
         watch(model, model, 'x.pth')
 
 
-@pytest.mark.parametrize('options', [dict(logits=-1.), dict(features=-0.5), dict(logits=0., features=0.)])
+@pytest.mark.parametrize('options', [dict(logits=-1.0), dict(features=-0.5), dict(logits=0.0, features=0.0)])
 def test_weights_that_are_none(options):
     with pytest.raises(ValueError, match='neither may be negative, and one has to be greater than 0'):
         DenseTeacherHook(**options)
@@ -302,10 +330,18 @@ def test_temperature_that_is_none(tau):
 def _distributed_worker(rank, world):
     from pathlib import Path
     from tempfile import gettempdir
+
     config = dict(
-        type='ImageClassifier', head=dict(type='LinearClsHead', num_classes=3, in_channels=16), backbone=dict(
-            type='mmdyn.DeiT', img_size=32, patch_size=8, dge=dict(granularities=(1, 2)), arch=dict(
-                embed_dim=16, depth=2, num_heads=2, mlp_ratio=2)))
+        type='ImageClassifier',
+        head=dict(type='LinearClsHead', num_classes=3, in_channels=16),
+        backbone=dict(
+            type='mmdyn.DeiT',
+            img_size=32,
+            patch_size=8,
+            dge=dict(granularities=(1, 2)),
+            arch=dict(embed_dim=16, depth=2, num_heads=2, mlp_ratio=2),
+        ),
+    )
     init_default_scope('mmpretrain')
     path = Path(gettempdir()) / f'dense-{dist.get_rank()}-of-{id(config)}.pth'
     torch.manual_seed(0)
