@@ -96,6 +96,7 @@ class DenseTeacherHook(LossHook):
     def prepare(self, runner: Runner, model: nn.Module) -> None:
         """Build the twin, load its weights, and listen to what the model's heads take."""
         self._teacher: Any = None
+        self._taken: Any = None
         if not has_backbone(model, 'DenseTeacherHook'):
             return
         if not any(backbone.has_dge for backbone in find_backbones(model)):
