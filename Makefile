@@ -17,7 +17,7 @@ TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -v '^\#' requirements.txt | grep
 MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(shell grep '^mmcv==' requirements.txt))
 SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt pyproject.toml setup.py $$(find mmdyn -name '*.[ch]' | LC_ALL=C sort) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup lint test demo demo-det demo-seg demo-cls-cf bench clean
+.PHONY: help setup lint test demo demo-det demo-seg demo-cls-cf bench gpu-kit clean
 help:
 	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (10 to 20 minutes, once)'
 	echo 'make lint       set up, then check style, format and types of the Python files, and the format of the C files'
@@ -27,6 +27,7 @@ help:
 	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
 	echo 'make demo-cls-cf  set up, then train DeiT and CF-ViT, sweep the threshold and draw the regions'
 	echo 'make bench      time dense and dynamic models beside mmdet, timm and mmcv, and write docs/benchmark.md'
+	echo 'make gpu-kit    collect the wheels that tools/gpu_check.sh needs on a machine with a GPU and no package index'
 	echo 'make clean      remove .venv, the demo data and work_dirs/demo'
 
 setup: $(SETUP_DONE)
@@ -118,5 +119,18 @@ $(TRAINED): | setup
 bench: setup $(TRAINED)
 	@$(BIN)/python tools/analysis_tools/benchmark.py --suite all --out docs
 
+# For CPython 3.12 on Linux x86-64 (docs/gpu.md). mmcv-lite is mmcv without compiled operators, but with their sources.
+GPU_KIT := .gpu-kit
+GPU_PACKAGES := mmengine mmpretrain mmdet mmsegmentation timm ftfy regex pycocotools
+gpu-kit: $(VENV_DONE)
+	@rm -rf $(GPU_KIT)
+	platforms=$$(for glibc in 28 27 24 17 12 5; do echo "--platform manylinux_2_$${glibc}_x86_64"; done)
+	$(BIN)/pip download -q --no-deps --only-binary=:all: --implementation cp --python-version 3.12 $$platforms \
+		--platform manylinux2014_x86_64 -d $(GPU_KIT) -c requirements.txt -r requirements-gpu.txt $(GPU_PACKAGES) \
+		$$(sed -n 's/^mmcv==/mmcv-lite==/p' requirements.txt)
+	size=$$(du -sm $(GPU_KIT) | cut -f1)
+	echo "$(GPU_KIT): $$(ls $(GPU_KIT) | wc -l) wheels, $$size MB"
+	[ $$size -lt 45 ] || { echo 'That is too much to travel: at most 45 MB. See requirements-gpu.txt.' >&2; exit 1; }
+
 clean:
-	rm -rf $(VENV) data/demo work_dirs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_KIT) data/demo work_dirs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -4,12 +4,13 @@ import platform
 import statistics
 import time
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence, Union
 
 import torch
+
+from ..compat import REQUIRED, installed_version
 
 try:
     from ..kernels.library import release
@@ -143,10 +144,8 @@ def environment(device: Union[str, torch.device] = 'cpu') -> Dict[str, Union[str
     if torch.device(device).type == 'cuda':
         found['gpu'] = torch.cuda.get_device_name(device)
     for package in ('mmcv', 'mmdet', 'timm'):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = 'not installed'
+        names = REQUIRED[package][0] if package in REQUIRED else (package, )
+        found[package] = installed_version(names) or 'not installed'
     return found
 
 

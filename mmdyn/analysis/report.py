@@ -80,9 +80,9 @@ def title(group: dict) -> str:
     return f'{group["arch"]} {" x ".join(map(str, (group["batch"], *group["shape"])))}'
 
 
-def table(groups: list[dict], gpu: list[dict] | None = None) -> str:
+def table(groups: list[dict], gpu: list[dict] | None = None, columns: dict[str, tuple] = COLUMNS) -> str:
     """Groups of rows as a Markdown table; with ``gpu``, which need not have the same groups, in two columns more."""
-    lines = [['model', 'case', *COLUMNS, *([] if gpu is None else ['GPU seconds', 'GPU time'])]]
+    lines = [['model', 'case', *columns, *([] if gpu is None else ['GPU seconds', 'GPU time'])]]
     here, there = ({title(group): group['rows'] for group in of} for of in (groups, gpu or []))
     for model in {**here, **there}:
         mine, theirs = here.get(model, {}), there.get(model, {})
@@ -90,16 +90,21 @@ def table(groups: list[dict], gpu: list[dict] | None = None) -> str:
             row, far = mine.get(case, {}), theirs.get(case, {})
             # These do not depend on the device.
             row = {**{name: far[name] for name in ('macs_ratio', 'query_ratio') if name in far}, **row}
-            cells = [cell(row, *column) for column in COLUMNS.values()]
+            cells = [cell(row, *column) for column in columns.values()]
             cells += [cell(far, *COLUMNS[name]) for name in ('seconds', 'time') if gpu is not None]
             lines.append([model, case, *cells])
+    return aligned(lines, 2)
+
+
+def aligned(lines: list[list[str]], names: int) -> str:
+    """A Markdown table of lines of cells, the first of which has the titles; all but ``names`` columns stand right."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ['-' * width if i < 2 else '-' * (width - 1) + ':' for i, width in enumerate(widths)])
-    aligned = (
-        (text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths)))
-        for line in lines
+    rule = ['-' * width if i < names else '-' * (width - 1) + ':' for i, width in enumerate(widths)]
+    padded = (
+        [text.ljust(width) if i < names else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))]
+        for line in (lines[0], rule, *lines[1:])
     )
-    return '\n'.join(f'| {" | ".join(line)} |' for line in aligned)
+    return '\n'.join(f'| {" | ".join(line)} |' for line in padded)
 
 
 def cell(row: dict, name: str, factor: float, form: str) -> str:

@@ -36,8 +36,10 @@ class PreparedRouter(Prepared):
     def __init__(self, router: nn.Module):
         super().__init__()
         self.module(router, 'router', Router)
-        (self.options, self.channels), name = router.weight.shape, 'router'
-        self.addresses = self.weights(router, name, self.options, self.channels)
+        if getattr(router.weight, 'ndim', 0) != 2:
+            raise Refusal('router.weight is no matrix')
+        self.options, self.channels = router.weight.shape
+        self.addresses = self.weights(router, 'router', self.options, self.channels)
         if self.addresses[1] is None:
             raise Refusal('router has no bias')
 
@@ -75,7 +77,7 @@ class PreparedPatches(Prepared):
         super().__init__()
         self.module(proj, 'proj', nn.Conv2d)
         self.module(norm, 'norm', nn.LayerNorm, nn.Identity)
-        self.channels, self.depth = proj.weight.shape[:2]
+        self.channels, self.depth = proj.out_channels, proj.in_channels
         order = (0, 2, 3, 1) if of_tokens else (0, 1, 2, 3)
         self.side, self.weight = self.patches(proj, 'proj', self.channels, self.depth, order)
         self.eps, self.norm_weight = 0., (None, None)
@@ -138,7 +140,8 @@ def sample_points(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[i
             weights.shape != points.shape[:3]):
         return Refused('values, points, weights and lengths do not fit each other')
     value, points, weights = value.contiguous(), points.contiguous(), weights.contiguous()
-    counts, out = torch.tensor(lengths, device='cpu'), torch.empty(num, heads * channels, device='cpu')
+    counts = torch.tensor(lengths, device='cpu')
+    out = torch.empty(num, heads * channels, dtype=torch.float32, device='cpu')
     library().sample(ctypes.byref(Sampling(*shape, heads, points.shape[2], channels)), value.data_ptr(),
                      points.data_ptr(), weights.data_ptr(), counts.data_ptr(), images, out.data_ptr())
     return out

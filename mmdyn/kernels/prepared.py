@@ -6,7 +6,7 @@ only if type, shape and order are those that the kernel reads. All else is refus
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,24 @@ class Refusal(Exception):
     """The reason for which a kernel does not take a call."""
 
 
-def refuse_context() -> str | None:
+def refuse_watchers() -> str | None:
     """What must see all operators, so that no kernel may stand in for them; None if there is nothing."""
-    if torch.is_grad_enabled():
-        return 'gradients are on: call the model in torch.no_grad() or torch.inference_mode()'
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return 'a transform of functions, such as torch.func.vmap, is on'
     if forward_ad._current_level >= 0:
         return 'forward-mode derivatives are on'
     if torch._C._len_torch_dispatch_stack():
         return "a mode watches the operators, as torch's counter of operations does"
+    return None
+
+
+def refuse_context() -> str | None:
+    """Why no kernel for inference may stand in for modules here and now; None if one may."""
+    if torch.is_grad_enabled():
+        return 'gradients are on: call the model in torch.no_grad() or torch.inference_mode()'
+    watchers = refuse_watchers()
+    if watchers is not None:
+        return watchers
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return 'there are forward hooks for all modules'
     return None
@@ -55,6 +63,14 @@ def refuse_rows(x: Tensor, name: str = 'the tokens') -> str | None:
     return refuse_tensor(x, name) or (None if x.is_contiguous() else f'{name} is not contiguous')
 
 
+def refuse_watched_tokens(stage: Any) -> str | None:
+    """Why the tokens of a stage may not be overwritten; None if nobody may have kept them."""
+    embedding = getattr(stage, 'patch_embed', None)
+    if embedding is not None and embedding._forward_hooks:
+        return 'patch_embed has forward hooks, which may keep the tokens'
+    return None
+
+
 class Prepared:
     """What is known of some modules, and whether it is still so.
 
@@ -66,13 +82,15 @@ class Prepared:
         self.prefix = prefix
         self._slots: list[tuple[Mapping, str]] = []  # where something was found,
         self._found: list[Any] = []  # and what
-        self._modules: list[nn.Module] = []
+        self._modules: list[ref[nn.Module]] = []  # the cache ends with the module that it is for
         self._types: list[type] = []
         self._hooks: list[Mapping] = []
         self._tensors: list[Tensor] = []
         self._facts: list[list] = []
 
-    def _look(self, mapping: Mapping, name: str) -> Any:
+    def _look(self, mapping: Mapping, name: str, owner: str = '') -> Any:
+        if name not in mapping:
+            raise Refusal(f'{self.prefix}{owner}{name} is not what it was when the layer was made')
         self._slots.append((mapping, name))
         self._found.append(mapping[name])
         return mapping[name]
@@ -86,22 +104,25 @@ class Prepared:
             raise Refusal(f'{name} has forward hooks')
         if 'forward' in module.__dict__:
             raise Refusal(f'{name} has a forward function of its own')
-        self._modules.append(module)
+        self._modules.append(ref(module))
         self._types.append(type(module))
         self._hooks += module._forward_hooks, module._forward_pre_hooks
         return module
 
     def child(self, parent: nn.Module, path: str, name: str, *kinds: type) -> nn.Module:
         """The module ``name`` of ``parent``, whose own name is ``path``."""
-        return self.module(self._look(parent._modules, name), f'{path}.{name}' if path else name, *kinds)
+        return self.module(self._look(parent._modules, name, path and f'{path}.'), f'{path}.{name}' if path else name, *kinds)
 
     def attribute(self, module: nn.Module, name: str) -> Any:
-        """An attribute that the kernel takes as it is."""
-        return self._look(module.__dict__, name)
+        """An attribute that the kernel takes as it is: no tensor, whose value may change in place."""
+        value = self._look(module.__dict__, name)
+        if not isinstance(value, (int, float, str, tuple)):
+            raise Refusal(f'{self.prefix}{name} is a {type(value).__name__}, whose value may change')
+        return value
 
     def parameter(self, module: nn.Module, path: str, name: str, *shape: int, order: tuple[int, ...] = ()) -> int | None:
         """The address of a parameter of this shape, without gaps in this order of its dimensions; None if it is None."""
-        tensor, name = self._look(module._parameters, name), f'{self.prefix}{path}.{name}'
+        tensor, name = self._look(module._parameters, name, f'{path}.'), f'{self.prefix}{path}.{name}'
         if tensor is None:
             return None
         reason = refuse_tensor(tensor, name)
@@ -155,9 +176,10 @@ class Prepared:
 
     def is_current(self) -> bool:
         """Whether all is as it was."""
+        modules = [found() for found in self._modules]
         return (all(map(is_, [mapping.get(name) for mapping, name in self._slots], self._found))
-                and list(map(type, self._modules)) == self._types and not any(self._hooks)
-                and not any('forward' in module.__dict__ for module in self._modules) and self._looks() == self._facts)
+                and list(map(type, modules)) == self._types and not any(self._hooks)
+                and not any('forward' in module.__dict__ for module in modules) and self._looks() == self._facts)
 
 
 class Cache:

@@ -3,6 +3,7 @@
 Each thread works on panels of queries that stay in the cache of its core.
 """
 import ctypes
+import math
 from functools import lru_cache
 
 import torch
@@ -15,7 +16,7 @@ from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock
 from ..models.replaceable import Refused
 from ..models.stage import Stage, run_blocks
 from .library import Block, Map, Number, call, runs
-from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_rows, refuse_tensor
+from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_rows, refuse_tensor, refuse_watched_tokens
 
 _cache = Cache()
 
@@ -60,10 +61,10 @@ class PreparedBlock(Prepared):
         super().__init__(f'blocks.{index}')
         self.struct, self.region, self.reduces, self.sides = Block(), 0, 1, None
         self.module(block, '', EncoderBlock)
+        self.prefix += '.'
         if self.attribute(block, 'training'):
             raise Refusal(f'blocks.{index} is in training mode')
-        self.prefix += '.'
-        struct, dim = self.struct, len(block.norm1.weight) if isinstance(block.norm1, nn.LayerNorm) else 0
+        struct, dim = self.struct, math.prod(self.child(block, '', 'norm1', nn.LayerNorm).normalized_shape)
         struct.dim, struct.scale = dim, self.attribute(block, 'residual_scale')
         for number in (1, 2):
             norm = self.child(block, '', f'norm{number}', nn.LayerNorm)
@@ -73,7 +74,7 @@ class PreparedBlock(Prepared):
         ffn = self.child(block, '', 'ffn', FFN)
         if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'approximate') != 'none':
             raise Refusal(f'{self.prefix}ffn.act approximates the GELU')
-        struct.hidden = getattr(ffn.fc1, 'out_features', 0)
+        struct.hidden = self.child(ffn, 'ffn', 'fc1', nn.Linear).out_features
         if not struct.hidden:
             raise Refusal(f'{self.prefix}ffn has no hidden channels')
         self._set('fc1', self.linear(ffn, 'ffn', 'fc1', struct.hidden, dim))
@@ -132,7 +133,7 @@ class PreparedBlock(Prepared):
 def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
                   stop: int | None = None) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
-    reason = refuse_context() or refuse_processor() or refuse_rows(tokens)
+    reason = refuse_context() or refuse_processor() or refuse_rows(tokens) or refuse_watched_tokens(stage)
     if reason is not None:
         return Refused(reason)
     (images, size, dim), (height, width), extra = tokens.shape, shape, stage.num_extra

@@ -99,16 +99,23 @@ def test_detection(run, trained):
             assert row['memory_ratio'] == pytest.approx(row['peak_memory'] / dense['peak_memory'])
 
 
-def test_classification(run, trained, tmp_path):
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_classification(run, trained, tmp_path, dtype):
     result, printed = run('--suite', 'cls', '--archs', 'DeiT-tiny', '--shape', 64, 64, '--batch', 2, *trained,
-                          '--patterns', 'trained', '--dtype', 'bfloat16')
+                          '--patterns', 'trained', '--dtype', dtype)
     rows = result['groups'][0]['rows']
     assert list(rows) == ['dense', 'DGE trained', 'DGE finest', 'timm']
     # One region of 4 x 4 cells, and the class token.
     assert rows['DGE trained']['query_ratio'] == pytest.approx(2 / 17)
-    assert rows['timm']['max_difference'] < 0.1
+    assert 1e-4 < rows['timm']['max_difference'] < 0.1
     assert all(f'| {case} ' in printed.out for case in rows)
     assert all((tmp_path / 'out' / name).stat().st_size for name in ('benchmark.md', 'benchmark.png'))
+
+
+def test_products_are_rounded_for_tf32_only():
+    for to_tf32, precision in ((True, 'high'), (False, 'highest')):
+        benchmark.round_products(to_tf32)
+        assert torch.get_float32_matmul_precision() == precision and torch.backends.cudnn.allow_tf32 == to_tf32
 
 
 def test_training(run):
@@ -186,6 +193,7 @@ def test_what_is_missing_is_left_out(run, monkeypatch):
     (['--suite', 'cfvit', '--archs', 'PVT-tiny'], '--archs PVT-tiny: give FAMILY-SIZE with a FAMILY of DeiT'),
     (['--archs', 'PVT-tiny attention'], "--archs 'PVT-tiny attention': attention alone is compared of DPVT"),
     (['--batch', '0'], '--batch 0: give at least 1'),
+    (['--dtype', 'tf32'], '--dtype tf32 is a precision of CUDA devices: add --device cuda, or choose float32'),
     (['--device', 'cuda'], '--device cuda, but torch finds no CUDA device: use --device cpu'),
     (['--patterns', 'trained', '--trained-config', 'x.py'], 'No pattern is left: give --patterns'),
     (['--trained-checkpoint', 'missing.pth'], 'There is no checkpoint missing.pth: run `make demo`'),

@@ -61,6 +61,7 @@ from mmdyn.models.layers import DeformableAttention, deformable_sampling
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or else torch's profiler tells of each start and stop
 ROOT = Path(__file__).parents[2]
 FAMILIES = dict(PVT=PVT, DPVT=DPVT, DeiT=DeiT)
+AUTOCAST = dict(float32=None, tf32=None, bfloat16=torch.bfloat16, float16=torch.float16)  # by --dtype
 ATTENTION = ' attention'  # behind the name of an arch: its attention layers alone
 PYRAMIDS = ('PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium')
 SUITES = dict(
@@ -144,22 +145,34 @@ def peer_of(name: str, img_size, dense: torch.nn.Module) -> tuple:
     return theirs.eval(), package
 
 
-def inference(call: Callable, images: torch.Tensor, autocast: bool) -> Callable[[], object]:
-    """A function that runs one forward pass, in bfloat16 if ``autocast``."""
+def precision(images: torch.Tensor, autocast: Optional[torch.dtype]) -> torch.autocast:
+    """Autocast to a type, or as the weights are."""
+    return torch.autocast(images.device.type, autocast or torch.bfloat16, enabled=autocast is not None)
+
+
+def round_products(to_tf32: bool) -> None:
+    """Let CUDA round the float32 factors of products and convolutions to TF32, or not."""
+    torch.set_float32_matmul_precision('high' if to_tf32 else 'highest')
+    torch.backends.cudnn.allow_tf32 = to_tf32
+
+
+def inference(call: Callable, images: torch.Tensor, autocast: Optional[torch.dtype]) -> Callable[[], object]:
+    """A function that runs one forward pass, under autocast to a type if one is given."""
 
     def run():
-        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+        with torch.inference_mode(), precision(images, autocast):
             return call(images)
 
     return run
 
 
-def training_step(model: torch.nn.Module, images: torch.Tensor, autocast: bool) -> Callable[[], None]:
+def training_step(model: torch.nn.Module, images: torch.Tensor,
+                  autocast: Optional[torch.dtype]) -> Callable[[], None]:
     """A function that runs one forward and backward pass, and leaves no gradients."""
     model.train()
 
     def step():
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+        with precision(images, autocast):
             loss = sum(out.float().pow(2).mean() for out in model(images))
         loss.backward()
         model.zero_grad()
@@ -167,7 +180,7 @@ def training_step(model: torch.nn.Module, images: torch.Tensor, autocast: bool) 
     return step
 
 
-def backbone_case(model: torch.nn.Module, images: torch.Tensor, autocast: bool, exact: bool = False,
+def backbone_case(model: torch.nn.Module, images: torch.Tensor, autocast: Optional[torch.dtype], exact: bool = False,
                   step: Callable = inference) -> Case:
     """A pass of one of our backbones."""
     return Case(step(model.to(images.device), images, autocast), lambda: model.cost.spent.mean().item(),
@@ -176,7 +189,7 @@ def backbone_case(model: torch.nn.Module, images: torch.Tensor, autocast: bool, 
 
 def backbone_cases(suite: str, arch: str, images: torch.Tensor, args: argparse.Namespace) -> Dict[str, Case]:
     """The dense model, DGE, and where it is not trained the same by a peer and in bfloat16."""
-    shape, bfloat16 = tuple(images.shape[-2:]), args.dtype == 'bfloat16'
+    shape, autocast = tuple(images.shape[-2:]), AUTOCAST[args.dtype]
     # Of dense prediction the images have many sizes; position embeddings are of those that the backbone was trained on.
     img_size = (256, 256) if suite in ('det', 'seg') else shape
     dense, models = build(arch, img_size), {}
@@ -196,23 +209,23 @@ def backbone_cases(suite: str, arch: str, images: torch.Tensor, args: argparse.N
     if suite == 'train':
         models = {'dense': dense, **{f'DGE {mode}': dynamic(args.patterns[0], train_mode=mode)
                                      for mode in ('sparse', 'dense')}}
-        return {name: backbone_case(model, images, bfloat16, step=training_step) for name, model in models.items()}
+        return {name: backbone_case(model, images, autocast, step=training_step) for name, model in models.items()}
     theirs, package = peer_of(arch, img_size, dense)
-    cases = {'dense': backbone_case(dense, images, bfloat16)}
+    cases = {'dense': backbone_case(dense, images, autocast)}
     for pattern in args.patterns:
         models[pattern] = dynamic(pattern)
-        cases[f'DGE {pattern}'] = backbone_case(models[pattern], images, bfloat16)
-    cases['DGE finest'] = backbone_case(dynamic('clustered', query_ratio=1.), images, bfloat16, exact=True)
-    cases[package] = cases['dense']._replace(run=inference(theirs.to(images.device), images, bfloat16), exact=True)
-    if not bfloat16 and supports_bfloat16(images.device):
-        cases['dense bfloat16'] = backbone_case(dense, images, True, exact=True)
-        cases['DGE bfloat16'] = backbone_case(models[args.patterns[0]], images, True)
+        cases[f'DGE {pattern}'] = backbone_case(models[pattern], images, autocast)
+    cases['DGE finest'] = backbone_case(dynamic('clustered', query_ratio=1.), images, autocast, exact=True)
+    cases[package] = cases['dense']._replace(run=inference(theirs.to(images.device), images, autocast), exact=True)
+    if args.dtype == 'float32' and supports_bfloat16(images.device):
+        cases['dense bfloat16'] = backbone_case(dense, images, torch.bfloat16, exact=True)
+        cases['DGE bfloat16'] = backbone_case(models[args.patterns[0]], images, torch.bfloat16)
     return cases
 
 
 def attention_cases(arch: str, images: torch.Tensor, args: argparse.Namespace) -> Dict[str, Case]:
     """All attention layers of a dense DPVT on random tokens, beside their sampling by mmcv's fallback."""
-    autocast = args.dtype == 'bfloat16'
+    autocast = AUTOCAST[args.dtype]
     dense = build(arch, (256, 256))
     theirs, package = peer_of(arch, (256, 256), dense)
     inference(dense.to(images.device), images, autocast)()
@@ -232,7 +245,7 @@ def attention_cases(arch: str, images: torch.Tensor, args: argparse.Namespace) -
 def coarse_to_fine_cases(arch: str, images: torch.Tensor, args: argparse.Namespace) -> Dict[str, Case]:
     """timm's DeiT, and CF-ViT's classification at thresholds that none, half or all of the images reach."""
     import timm
-    autocast, shape = args.dtype == 'bfloat16', tuple(images.shape[-2:])
+    autocast, shape = AUTOCAST[args.dtype], tuple(images.shape[-2:])
     ours = build(arch, shape).to(images.device)
     inference(ours, images[:1], autocast)()
     theirs = timm.create_model(f'{arch.lower().replace("-", "_")}_patch16_224', img_size=shape).eval().to(images.device)
@@ -242,7 +255,8 @@ def coarse_to_fine_cases(arch: str, images: torch.Tensor, args: argparse.Namespa
     return cases
 
 
-def coarse_to_fine_case(arch: str, channels: int, exits: float, images: torch.Tensor, autocast: bool) -> Case:
+def coarse_to_fine_case(arch: str, channels: int, exits: float, images: torch.Tensor,
+                        autocast: Optional[torch.dtype]) -> Case:
     """CF-ViT's classification at a threshold that a share of the images reaches."""
     init_default_scope('mmpretrain')
     torch.manual_seed(0)
@@ -263,6 +277,7 @@ def coarse_to_fine_case(arch: str, channels: int, exits: float, images: torch.Te
 def measure(suite: str, arch: str, shape, batch: int, args: argparse.Namespace) -> dict:
     """Rows of one architecture, shape and batch."""
     torch.manual_seed(0)
+    round_products(args.dtype == 'tf32')
     images = torch.randn(batch, 3, *shape, device=args.device)
     if suite == 'cfvit':
         cases = coarse_to_fine_cases(arch, images, args)
@@ -271,7 +286,8 @@ def measure(suite: str, arch: str, shape, batch: int, args: argparse.Namespace) 
     else:
         cases = backbone_cases(suite, arch, images, args)
     rounds = args.rounds * SUITES[suite].get('runs', 1)  # short runs vary more
-    times = interleaved_times({name: case.run for name, case in cases.items()}, rounds, device=args.device)
+    times = interleaved_times({name: case.run for name, case in cases.items()}, rounds,
+                              warmup=3 if args.device == 'cuda' else 1, device=args.device)
     reference, rows = next(iter(cases)), {}
     expected = cases[reference].run() if any(case.exact for case in cases.values()) else None
     for name, case in cases.items():
@@ -316,8 +332,9 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument('--trained-checkpoint', help="its weights; default: those of `make demo`")
     parser.add_argument('--trained-images', default=str(ROOT / 'data/demo/imagenet/val'), help='folder of its images')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32',
-                        help='bfloat16 runs all cases under autocast; float32 has cases of bfloat16 beside the others')
+    parser.add_argument('--dtype', choices=AUTOCAST, default='float32',
+                        help='bfloat16 and float16 run all cases under autocast, tf32 rounds the factors of products '
+                             'on CUDA; float32 has cases of bfloat16 beside the others')
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--json', action='store_true', help='print JSON')
@@ -343,6 +360,8 @@ def parse(argv=None) -> argparse.Namespace:
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda, but torch finds no CUDA device: use --device cpu, or install a torch that is '
                      'built for the driver of this machine.')
+    if args.dtype == 'tf32' and args.device != 'cuda':
+        parser.error('--dtype tf32 is a precision of CUDA devices: add --device cuda, or choose float32.')
     args.command = shlex.join(['python', 'tools/analysis_tools/benchmark.py', *(argv or sys.argv[1:])])
     args.query_ratio = 0.5 if args.query_ratio is None else args.query_ratio
     args.patterns = args.patterns or [*PATTERNS, *['trained'][:args.suite not in ('cfvit', 'train')]]

@@ -127,7 +127,7 @@ class DynamicGrainedEncoder(nn.Module):
         queries = routing.compress(tokens)
         residual = block(queries, tokens, shape, num_extra, routing.lengths, points) - queries
         if gates is None:
-            self.decision = Decision(choice, torch.tensor(routing.lengths, device='cpu'))
+            self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
         else:
             gates = gates * F.one_hot(choice, len(self.granularities))
             self.decision = Decision(choice, self._count(gates, shape, num_extra))
@@ -164,9 +164,10 @@ class DynamicGrainedEncoder(nn.Module):
         self.decision = Decision(choice, self._count(gates, shape, num_extra))
 
         of_extra, *parts = residual.split([num_extra, *(math.prod(grid(side, shape)) for side in sides)], dim=1)
-        change = 0
+        changes = []
         for side, part in zip(sides, parts):
             rows_columns, k = grid(side, shape), self.granularities.index(side)
             gate = unpool(gates[..., k:k + 1], self.region // side, rows_columns)
-            change = change + unpool(part.unflatten(1, rows_columns) * gate.type_as(part), side, shape)
-        return tokens + torch.cat([of_extra, change.flatten(1, 2)], dim=1)
+            changes.append(unpool(part.unflatten(1, rows_columns) * gate.type_as(part), side, shape))
+        change = sum(changes[1:], changes[0]).flatten(1, 2)
+        return tokens + torch.cat([of_extra, change], dim=1)

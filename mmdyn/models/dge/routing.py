@@ -6,7 +6,6 @@ phi x phi patches, one query each; granularity 0 turns it into no query at all.
 On maps whose sides are not multiples of S, regions and patches hang over the bottom right edge: they consist of their
 valid cells only. A patch without valid cells is none.
 """
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,13 +44,13 @@ def centres(shape: tuple[int, int], device: torch.device | None = None) -> Tenso
 def count_patches(shape: tuple[int, int], granularities: Sequence[int], region: int,
                   device: torch.device | None = None) -> Tensor:
     """Queries that each granularity makes of each region: (rows, columns, K)."""
-    counts = torch.zeros(*grid(region, shape), len(granularities), dtype=torch.long, device=device)
+    counts = torch.zeros(*grid(region, shape), len(granularities), dtype=torch.long, device='cpu')
     for k, phi in enumerate(granularities):
         if phi:  # along each axis, the patches that begin in a region
-            rows, columns = (torch.arange(0, side, phi, device=device).div(region, rounding_mode='floor').bincount()
+            rows, columns = (torch.arange(0, side, phi, device='cpu').div(region, rounding_mode='floor').bincount()
                              for side in shape)
             counts[..., k] = rows[:, None] * columns
-    return counts
+    return counts.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,11 @@ class Routing:
         """Eq. 3: the packed queries, means of their tokens. (B or 1, E + H*W, C) -> (N, C)."""
         num, index = sum(self.lengths), self.query.flatten()
         tokens = tokens.expand(len(self.query), -1, -1).flatten(0, 1)
-        sums = tokens.new_zeros(num + 1, tokens.shape[1]).index_add(0, index, tokens)
-        return sums[:num] / index.bincount(minlength=num)[:num, None].to(sums.dtype)
+        full = torch.promote_types(tokens.dtype, torch.float32)  # a sum may not fit into half precision
+        sums = tokens.new_zeros(num + 1, tokens.shape[1], dtype=full).index_add(0, index, tokens.to(full))
+        # Not by bincount, which synchronises on an accelerator.
+        counts = sums.new_zeros(num + 1).index_add(0, index, sums.new_ones(1).expand(len(index)))
+        return (sums[:num] / counts[:num, None]).to(tokens.dtype)
 
     def decompress(self, change: Tensor, tokens: Tensor) -> Tensor:
         """Un-pooling plus the input: (N, C) changes of the queries, (B, E + H*W, C) -> (B, E + H*W, C)."""
@@ -92,7 +94,7 @@ def route(choice: Tensor, shape: tuple[int, int], granularities: Sequence[int], 
         num_extra: E.
     """
     device = choice.device
-    side = torch.tensor(granularities, dtype=torch.int32, device=device)[choice]
+    side = torch.tensor(granularities, dtype=torch.int32, device='cpu').to(device, non_blocking=True)[choice]
     side = unpool(side[..., None], region, shape)[..., 0]  # of the patch of each cell
     row, column = (torch.arange(length, dtype=torch.int32, device=device) for length in shape)
     step = side.clamp(min=1)

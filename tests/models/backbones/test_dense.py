@@ -37,7 +37,7 @@ def make_model(encoders):
 
 
 @pytest.fixture
-def make_detector(make_model):
+def make_detector(make_model, mmcv_operators):
     return lambda backbone: make_model('mask-rcnn_pvt-mini-dge_digits.py', 'mmdet', backbone)
 
 

@@ -1,15 +1,18 @@
-import itertools
+import copy
 import math
+import threading
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdyn.models.dge import DynamicGrainedEncoder, check_granularities
-from mmdyn.models.dge.encoder import Router, straight_through_gates
-from mmdyn.models.dge.grains import candidate_centres, patch_groups, region_table
-from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock, base
-from mmdyn.models.native import encoder as compiled
+from mmdyn.models.dge.routing import grid
+from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
+from mmdyn.models.stage import run_blocks
 
 MODES = ['eval', 'sparse', 'dense']
 OPTIONS = [
@@ -29,77 +32,28 @@ LAYOUTS = [((8, 8), 0, 1), ((5, 7), 1, 1), ((9, 6), 2, 2), ((4, 4), 0, 2), ((13,
 DIM = 8
 
 
-def make(mode='sparse', sr_ratio=1, drop_path_rate=0., **options):
+def make(mode='sparse', sr_ratio=1, drop_path_rate=0., with_cp=False, **options):
     """An encoder, whose router chooses by the image, and a block."""
     encoder = DynamicGrainedEncoder(DIM, train_mode='sparse' if mode == 'eval' else mode, **options)
-    torch.nn.init.normal_(encoder.router.weight, std=5.)
-    torch.nn.init.zeros_(encoder.router.bias)
+    nn.init.normal_(encoder.router.weight, std=5.)
+    nn.init.zeros_(encoder.router.bias)
     attn = Attention(DIM, 2, sr_ratio) if sr_ratio else DeformableAttention(DIM, 2, 3)
     if not sr_ratio:
         # In the beginning points depend on no query, and lie on integers, where gradients jump.
         for parameter in (*attn.offsets.parameters(), *attn.attn_weight.parameters()):
-            torch.nn.init.normal_(parameter)
-    block = EncoderBlock(DIM, attn, mlp_ratio=2, drop_path_rate=drop_path_rate)
+            nn.init.normal_(parameter)
+    block = EncoderBlock(DIM, attn, mlp_ratio=2, drop_path_rate=drop_path_rate, with_cp=with_cp)
     return encoder.train(mode != 'eval'), block.train(mode != 'eval')
 
 
-def gates_of_region(encoder, means, noise):
-    """Eq. 1 to 6 for one region: {index of a granularity that runs: gate}."""
-    logits = encoder.router.weight @ means + encoder.router.bias
-    if not encoder.training:
-        return {logits.argmax().item(): 1}
-    soft = ((logits + noise) / encoder.tau).softmax(0)
-    chosen = soft.argmax().item()
-    run = [chosen] if encoder.train_mode == 'sparse' else range(len(soft))
-    return {k: (k == chosen) + soft[k] - soft[k].detach() for k in run}
-
-
-def centre(area, width):
-    """Mean x and y of cells, given as indices."""
-    return [sum(cell % width for cell in area) / len(area), sum(cell // width for cell in area) / len(area)]
-
-
-def dge_by_loops(encoder, block, tokens, shape, num_extra, slow_change):
-    """Section 3.2, one image, one region and one patch after the other: the output, and eq. 7's number of queries."""
-    (height, width), side, phis = shape, encoder.region, encoder.granularities
-    regions = list(itertools.product(range(0, height, side), range(0, width, side)))
-    noise = torch.zeros(len(tokens), 1 if encoder.routing == 'layer' else len(regions), len(phis))
-    if encoder.training:
-        noise = -torch.log(torch.empty_like(noise).exponential_())
-    outputs, counts = [], []
-    for image, image_noise in zip(tokens, noise):
-        cells = image[num_extra:].unflatten(0, shape)
-        # Extra tokens are queries of their own.
-        queries, areas, gates = list(image[:num_extra]), [[extra] for extra in range(num_extra)], [1] * num_extra
-        for region_noise, (top, left) in zip(image_noise.expand(len(regions), -1), regions):
-            # Slices end with the map, so what hangs over its edge is left out of the means.
-            region = cells if encoder.routing == 'layer' else cells[top:top + side, left:left + side]
-            for k, gate in gates_of_region(encoder, region.mean((0, 1)), region_noise).items():
-                steps = range(0, side, phis[k]) if phis[k] else []
-                for row, column in itertools.product(steps, steps):
-                    # The cells of the patch that lie in the map, as indices of tokens.
-                    area = [num_extra + r * width + c for r in range(top + row, min(top + row + phis[k], height))
-                            for c in range(left + column, min(left + column + phis[k], width))]
-                    if area:
-                        queries.append(image[area].mean(0))
-                        areas.append(area)
-                        gates.append(gate)
-        output = list(image)
-        if queries:
-            points = tokens.new_tensor([centre(area, width) for area in areas]) if block.uses_points else None
-            change = slow_change(block, torch.stack(queries), image, shape, num_extra, points)
-            for area, gate, patch in zip(areas, gates, change):
-                for token in area:
-                    output[token] = output[token] + gate * patch
-        outputs.append(torch.stack(output))
-        counts.append(torch.as_tensor(sum(gates)))
-    return torch.stack(outputs), torch.stack(counts)
+def random_choice(encoder, shape):
+    return torch.randint(len(encoder.granularities), grid(encoder.region, shape))
 
 
 @pytest.mark.parametrize('shape, num_extra, sr_ratio', LAYOUTS)
 @pytest.mark.parametrize('options', OPTIONS, ids=lambda options: '-'.join(map(str, options.values())))
 @pytest.mark.parametrize('mode', MODES)
-def test_equals_the_loops_of_the_paper(mode, options, shape, num_extra, sr_ratio, slow_change):
+def test_equals_the_loops_of_the_paper(mode, options, shape, num_extra, sr_ratio, slow_dge):
     """In output, number of queries, and all gradients. In float64: only the router rounds to float32."""
     encoder, block = (module.double() for module in make(mode, sr_ratio, **options))
     weights, seen = [*block.parameters(), *encoder.parameters()], set()
@@ -109,7 +63,7 @@ def test_equals_the_loops_of_the_paper(mode, options, shape, num_extra, sr_ratio
         tokens = torch.randn(batch, num_extra + math.prod(shape), DIM, dtype=torch.double, requires_grad=True)
         weigh_tokens, weigh_counts = torch.randn_like(tokens), torch.randn(batch)
         results = []
-        for run in (encoder, lambda *args: dge_by_loops(encoder, *args, slow_change)):
+        for run in (encoder, partial(slow_dge, encoder)):
             torch.manual_seed(i)
             output = run(block, tokens, shape, num_extra)
             output, counts = output if isinstance(output, tuple) else (output, encoder.decision.queries)
@@ -123,100 +77,204 @@ def test_equals_the_loops_of_the_paper(mode, options, shape, num_extra, sr_ratio
 
 @pytest.mark.parametrize('shape, num_extra, sr_ratio', [*LAYOUTS, ((23, 17), 1, 2), ((23, 17), 0, None)])
 @pytest.mark.parametrize('options', OPTIONS, ids=lambda options: '-'.join(map(str, options.values())))
-@pytest.mark.parametrize('is_compiled', [False, True])
-@pytest.mark.parametrize('rows', [10, 10**6])
 @torch.no_grad()
-def test_inference_in_float32_equals_the_loops_of_the_paper(rows, is_compiled, options, shape, num_extra, sr_ratio,
-                                                            slow_change, monkeypatch):
-    """By the compiled encoder where there is one, and without it, about 10 queries at a time or all."""
-    if not is_compiled:
-        monkeypatch.setattr(compiled, 'takes', lambda rows: False)
-    monkeypatch.setattr(base, 'ROWS', rows)
+def test_inference_in_float32_equals_the_loops_of_the_paper(options, shape, num_extra, sr_ratio, slow_dge):
+    """In whichever way a stage runs it."""
     encoder, block = make('eval', sr_ratio, **options)
+    stage = SimpleNamespace(blocks=[block], dge=[encoder], num_extra=num_extra)
     tokens = torch.randn(3, num_extra + math.prod(shape), DIM)
-    output = encoder(block, tokens, shape, num_extra)
-    expected, counts = dge_by_loops(encoder, block, tokens, shape, num_extra, slow_change)
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(encoder.decision.queries, counts)
-    overwritten = tokens.clone()
-    assert encoder(block, overwritten, shape, num_extra, inplace=True) is overwritten
-    assert torch.equal(overwritten, output)
+    expected, counts = slow_dge(encoder, block, tokens, shape, num_extra)
+    for run in (run_blocks, run_blocks.plain):
+        encoder.decision = None
+        output = run(stage, tokens.clone(), shape)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(encoder.decision.queries, counts)
 
 
-def test_tokens_with_a_gradient_are_not_overwritten():
-    encoder, block = make('eval', granularities=(1, 2, 4))
-    tokens = torch.randn(2, 35, DIM, requires_grad=True)
-    before = tokens.detach().clone()
-    output = encoder(block, tokens, (5, 7), inplace=True)
-    assert torch.equal(tokens, before) and torch.equal(output, encoder(block, tokens, (5, 7)))
-    output.sum().backward()
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('options', [dict(granularities=(0, 1, 2)), dict(granularities=(1, 2, 4), routing='layer')],
+                         ids=['region', 'layer'])
+@pytest.mark.parametrize('sr_ratio, num_extra', [(2, 1), (None, 0)])
+def test_a_forced_choice_counts_in_place_of_the_routers(mode, options, sr_ratio, num_extra, slow_dge):
+    """Of all images; also where the router decides by layer. In training the logits have a gradient nevertheless."""
+    encoder, block = (module.double() for module in make(mode, sr_ratio, **options))
+    shape, results = (5, 7), []
+    encoder.forced = random_choice(encoder, shape)
+    tokens = torch.randn(3, num_extra + 35, DIM, dtype=torch.double, requires_grad=True)
+    weigh_tokens, weigh_counts = torch.randn_like(tokens), torch.randn(3)
+    leaves = [tokens, *block.parameters(), *encoder.parameters()]
+    for run in (encoder, partial(slow_dge, encoder)):
+        torch.manual_seed(0)
+        output = run(block, tokens, shape, num_extra)
+        output, counts = output if isinstance(output, tuple) else (output, encoder.decision.queries)
+        loss = (weigh_tokens * output).sum() + (weigh_counts * counts).sum()
+        results.append([output, counts.double(), *torch.autograd.grad(loss, leaves, allow_unused=True,
+                                                                      materialize_grads=True)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert torch.equal(encoder.decision.choice, encoder.forced.expand(3, -1, -1))
+    assert bool(results[0][-1].any()) == (mode != 'eval')
+    encoder.forced = None
+    encoder(block, tokens, shape, num_extra)
+    assert len({tuple(choice.flatten().tolist()) for choice in encoder.decision.choice}) > 1
 
 
-def test_gates_follow_the_distribution_of_the_logits():
-    """Gumbel noise makes the hard choice a sample of softmax(logits), whatever the temperature (eq. 4)."""
-    logits = torch.tensor([1., 0., -2.])
-    gates, choice = straight_through_gates(logits.expand(100_000, 3), tau=0.3)
-    assert torch.equal(gates, torch.nn.functional.one_hot(choice, 3).float())
-    frequency, expected = gates.mean(0), logits.softmax(0)
-    assert ((frequency - expected).abs() < 4 * (expected * (1 - expected) / 100_000).sqrt()).all()
+@pytest.mark.parametrize('train_mode', ['sparse', 'dense'])
+@pytest.mark.parametrize('granularities', [(1, 2, 4), (0, 1, 2)])
+def test_queries_of_a_decision_have_the_gradient_of_the_gates(train_mode, granularities):
+    """Of eq. 7's sum for a layer: patches of a granularity times its soft score; of the chosen one if it alone ran."""
+    encoder, block = make(train_mode, granularities=granularities)
+    tokens, shape = torch.randn(2, 1 + 8 * 8, DIM), (8, 8)
+    torch.manual_seed(3)
+    encoder(block, tokens, shape, 1)
+    found = torch.autograd.grad(encoder.decision.queries.sum(), [encoder.router.weight, encoder.router.bias])
+
+    torch.manual_seed(3)
+    side = encoder.region
+    means = tokens[:, 1:].unflatten(1, (8 // side, side, 8 // side, side)).mean((2, 4))
+    logits = means @ encoder.router.weight.T + encoder.router.bias
+    soft = (logits - torch.empty_like(logits).exponential_().log()).softmax(-1)
+    patches, choice = torch.tensor([(side // phi)**2 if phi else 0 for phi in granularities]), encoder.decision.choice
+    scores = soft * patches
+    scores = scores if train_mode == 'dense' else scores.gather(-1, choice[..., None])
+    expected = torch.autograd.grad(scores.sum(), [encoder.router.weight, encoder.router.bias])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    hard = 1 + patches[choice].sum((1, 2))
+    assert torch.equal(encoder.decision.queries.detach(), hard.float())
+    encoder.eval()(block, tokens, shape, 1)
+    assert not encoder.decision.queries.requires_grad and encoder.decision.queries.dtype == torch.long
 
 
-def test_gates_have_the_gradient_of_the_soft_score():
-    """d softmax(x / tau)_0 = s_0 (1[k=0] - s_k) / tau (eq. 5)."""
-    logits = torch.randn(3, requires_grad=True)
-    torch.manual_seed(1)
-    gates, _ = straight_through_gates(logits, tau=0.5)
-    torch.manual_seed(1)
-    soft = ((logits.detach() - torch.empty(3).exponential_().log()) / 0.5).softmax(0)
-    gates[0].backward()
-    torch.testing.assert_close(logits.grad, soft[0] * (torch.tensor([1., 0., 0.]) - soft) / 0.5, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('grad', [False, True])
+def test_a_hook_of_the_router_sees_the_means_and_decides(mode, grad):
+    """(0, 0) is the only region that is not skipped, whatever the weights say."""
+    encoder, block = make(mode, granularities=(0, 2))
+    tokens, seen = torch.randn(3, 1 + 24, DIM), []
+
+    def hook(router, args, logits):
+        seen.append(args[0].detach())
+        logits = torch.zeros_like(logits)
+        logits[..., 0] = 1e6
+        logits[:, 0, 0, 1] = 1e7
+        return logits
+
+    encoder.router.register_forward_hook(hook)
+    stage = SimpleNamespace(blocks=[block], dge=[encoder], num_extra=1)
+    with torch.set_grad_enabled(grad):
+        output = run_blocks(stage, tokens.clone(), (4, 6))
+    means = tokens[:, 1:].unflatten(1, (2, 2, 3, 2)).mean((2, 4))
+    torch.testing.assert_close(seen, [means], rtol=1e-5, atol=1e-6)
+    assert encoder.decision.choice.tolist() == [[[1, 0, 0], [0, 0, 0]]] * 3
+    assert encoder.decision.queries.tolist() == [2, 2, 2]
+    changed = (output != tokens).any(2)
+    assert [cell for cell in range(25) if changed[:, cell].all()] == [0, 1, 2, 7, 8] and changed.sum() == 3 * 5
 
 
-@pytest.mark.parametrize('granularities, probabilities', [((1, 2, 4), [.95, .025, .025]), ((1, 2), [.95, .05]),
-                                                          ((0, 1), [.05, .95]), ((0, 2, 4), [.025, .95, .025]),
-                                                          ((1, ), [1.])])
-def test_router_starts_with_the_finest_granularity(granularities, probabilities):
-    router = Router(4096, granularities)
-    torch.testing.assert_close(router(torch.zeros(4096)).softmax(0), torch.tensor(probabilities))
-    # The standard deviation of a sample of n has itself one of std / sqrt(2 n).
-    assert abs(router.weight.std() - 0.01) < 4 * 0.01 / (2 * router.weight.numel())**0.5
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('mode', MODES)
+def test_hooks_of_the_block_and_its_attention_see_the_queries(mode, grad):
+    """The packed ones, or all that dense training runs; what a hook of the block returns is the queries' new value."""
+    encoder, block = make(mode, granularities=(1, 2, 4))
+    tokens, seen = torch.randn(3, 2 + 35, DIM), []
+    block.register_forward_pre_hook(lambda _, args: seen.append(args))
+    block.attn.register_forward_pre_hook(lambda _, args: seen.append(args))
+    block.register_forward_hook(lambda _, args, output: args[0] + 1)
+    stage = SimpleNamespace(blocks=[block], dge=[encoder], num_extra=2)
+    with torch.set_grad_enabled(grad):
+        output = run_blocks(stage, tokens.clone(), (5, 7))
+    of_block, of_attention = seen
+    lengths = encoder.decision.queries.tolist()
+    shape = (3, 2 + 35 + 12 + 4, DIM) if mode == 'dense' else (sum(lengths), DIM)
+    for queries, keys, map_shape, num_extra, *rest in seen:
+        assert queries.shape == shape and keys.shape == tokens.shape and map_shape == (5, 7) and num_extra == 2
+        assert rest in ([], [None, None]) if mode == 'dense' else rest == [lengths, None]
+    assert torch.equal(of_block[1], tokens)
+    torch.testing.assert_close(of_attention[0], block.norm1(of_block[0]))
+    torch.testing.assert_close(of_attention[1], block.norm1(tokens))
+    torch.testing.assert_close(output, tokens + 1)
 
 
-def test_router_computes_in_float32_under_autocast():
-    router, regions = make()[0].router, torch.randn(2, 4, DIM)
-    expected = regions @ router.weight.T + router.bias
-    with torch.autocast('cpu', torch.bfloat16):
-        torch.testing.assert_close(router(regions), expected, rtol=1e-6, atol=1e-5)
+@pytest.mark.parametrize('mode', MODES)
+def test_decisions_are_the_threads_own(mode):
+    encoder, block = make(mode, granularities=(1, 2))
+    start, found = threading.Barrier(2), {}
+
+    def work(batch):
+        assert encoder.decision is None
+        encoder(block, torch.randn(batch, 35, DIM), (5, 7))
+        start.wait(timeout=60)
+        found[batch] = encoder.decision
+
+    threads = [threading.Thread(target=work, args=(batch, )) for batch in (2, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert encoder.decision is None
+    assert {batch: (len(decision.choice), len(decision.queries)) for batch, decision in found.items()} == {
+        2: (2, 2), 5: (5, 5)}
+
+
+def test_a_copy_has_no_decision():
+    """Which may hold a graph, that cannot be copied."""
+    encoder, block = make()
+    encoder(block, torch.randn(2, 35, DIM), (5, 7))
+    assert encoder.decision.queries.requires_grad
+    assert copy.deepcopy(encoder).decision is None
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('sr_ratio', [1, 2, None])
+@pytest.mark.parametrize('grad', [False, True])
+def test_no_images(mode, sr_ratio, grad):
+    encoder, block = make(mode, sr_ratio)
+    with torch.set_grad_enabled(grad):
+        assert encoder(block, torch.randn(0, 35, DIM), (5, 7)).shape == (0, 35, DIM)
+    assert encoder.decision.choice.shape == (0, 2, 2) and encoder.decision.queries.shape == (0, )
+    assert encoder.decision.queries.is_floating_point() == (mode != 'eval')
 
 
 @pytest.mark.parametrize('mode', ['eval', 'sparse'])
 @pytest.mark.parametrize('sr_ratio, num_extra', [(2, 1), (None, 0)])
-def test_granularity_1_is_the_block_itself(mode, sr_ratio, num_extra):
-    encoder, block = make(mode, sr_ratio, granularities=(1, 2, 4))
+@pytest.mark.parametrize('shape', [(5, 7), (8, 8), (1, 13)])
+def test_granularity_1_is_the_block_itself(shape, mode, sr_ratio, num_extra):
+    """tokens + (enc(q) - q), where q are the tokens: but for the rounding of a difference and a sum."""
+    encoder, block = make(mode, sr_ratio if min(shape) > 1 else sr_ratio and 1, granularities=(1, 2, 4))
     encoder.router.bias.data[0] = 1e4
-    tokens = torch.randn(2, num_extra + 5 * 7, DIM)
-    assert torch.equal(encoder(block, tokens, (5, 7), num_extra), block(tokens, (5, 7), num_extra))
+    tokens = torch.randn(2, num_extra + math.prod(shape), DIM)
+    expected = block(tokens, tokens, shape, num_extra)
+    torch.testing.assert_close(encoder(block, tokens, shape, num_extra), expected, rtol=1e-6, atol=1e-6)
+
+
+class Recorder(nn.Module):
+    """A block that changes nothing, and keeps its queries and points."""
+
+    def __init__(self, uses_points):
+        super().__init__()
+        self.uses_points, self.calls = uses_points, []
+
+    def forward(self, queries, tokens, shape, num_extra, lengths=None, points=None):
+        self.calls.append((queries, points))
+        return queries
 
 
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('num_extra', [0, 2])
-@pytest.mark.parametrize('with_cp', [False, True])
-def test_points_are_the_places_of_the_queries(mode, num_extra, with_cp):
+def test_points_are_the_places_of_the_queries(mode, num_extra):
     """Where the cells hold their own x and y, so do the queries that are pooled from them."""
-    encoder, _ = make(mode, granularities=(1, 2, 4), with_cp=with_cp)
+    encoder, _ = make(mode, granularities=(1, 2, 4))
     encoder.router.weight.data[:, :3] = 0
-    tokens, block = torch.randn(8, num_extra + 35, DIM), torch.nn.Identity()
+    tokens, blocks = torch.randn(8, num_extra + 35, DIM), [Recorder(True), Recorder(False)]
     tokens[:, num_extra:, 0], tokens[:, num_extra:, 1] = torch.arange(35) % 7, torch.arange(35) // 7
     tokens[..., 2] = torch.arange(num_extra + 35) < num_extra
-    calls, block.job = [], lambda *args: None
-    block.change = lambda queries, tokens, shape, lengths, num_extra, points: calls.append((queries, points)) or queries
-    for block.uses_points in (True, False):
-        encoder(block, tokens, (5, 7), num_extra)
-    (queries, points), (_, none) = calls
+    for block in blocks:
+        assert torch.equal(encoder(block, tokens, (5, 7), num_extra), tokens)
+    [(queries, points)], [(_, none)] = (block.calls for block in blocks)
     assert none is None and set(encoder.decision.choice.flatten().tolist()) == {0, 1, 2}
-    cells = queries[..., 2] == 0
-    assert (~cells).sum() == 8 * num_extra
-    torch.testing.assert_close(points.expand(*cells.shape, 2)[cells], queries[cells][:, :2], rtol=1e-6, atol=1e-6)
+    queries = queries.flatten(0, -2)
+    cells = queries[:, 2] == 0
+    assert len(points) == len(queries) and (~cells).sum() == 8 * num_extra
+    torch.testing.assert_close(points[cells], queries[cells][:, :2], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('drop_path_rate', [0., 0.5])
@@ -295,10 +353,7 @@ def test_with_cp_recomputes_the_block_and_changes_nothing(mode):
 
 @pytest.mark.parametrize('sr_ratio', [1, None])
 def test_runs_in_inference_mode_and_trains_afterwards(sr_ratio):
-    """What inference mode leaves in a cache must not break the backward pass of the same map later."""
-    region_table.cache_clear()
-    patch_groups.cache_clear()
-    candidate_centres.cache_clear()
+    """Nothing that inference mode made may be left for the backward pass of the same map."""
     encoder, block = make('eval', sr_ratio)
     tokens = torch.randn(2, 35, DIM)
     with torch.inference_mode():
@@ -339,12 +394,12 @@ def test_compiles(mode):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.cuda
 @pytest.mark.parametrize('mode', MODES)
 def test_synchronises_once(mode):
     encoder, block = (module.cuda() for module in make(mode, sr_ratio=2))
     tokens = torch.randn(3, 1 + 35, DIM, device='cuda')
-    encoder(block, tokens, (5, 7), 1)  # fills the caches
+    encoder(block, tokens, (5, 7), 1)  # the first call sets up the libraries
     torch.cuda.set_sync_debug_mode('warn')
     try:
         with pytest.warns(UserWarning, match='synchronizing') as warnings:  # noqa: PT031
@@ -365,8 +420,7 @@ def test_query_bounds_by_hand():
 @pytest.mark.parametrize('options, regions', [(dict(), 4), (dict(region_size=8), 1), (dict(routing='layer'), 1)])
 def test_macs_are_those_of_the_router(options, regions):
     """The library's counter sees them as the only product outside of the block."""
-    encoder, block = make('eval', granularities=(1, 2, 4), **options)
-    block.change = lambda queries, *_: queries
+    (encoder, _), block = make('eval', granularities=(1, 2, 4), **options), Recorder(False)
     with FlopCounterMode(display=False) as counter:
         encoder(block, torch.randn(1, 35, DIM), (5, 7))
     assert encoder.macs((5, 7)) == counter.get_total_flops() / 2 == regions * 3 * DIM

@@ -2,12 +2,10 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from mmdyn.models.layers import Attention, packed_attention
-from mmdyn.models.layers import attention as attention_module
-from mmdyn.models.layers.attention import attention_by_linear, class_attention, fused_is_slow, varlen_attention
-from mmdyn.models.layers.linear import ONEDNN, few_sizes
+from mmdyn.models.layers.attention import class_attention
 
 LENGTHS = [[3, 3, 3], [4, 1, 2], [0, 5, 0], [0, 0, 0]]
 
@@ -31,68 +29,9 @@ def test_packed_attention_equals_one_image_after_the_other(lengths):
     torch.testing.assert_close(packed_attention(query, key, value, lengths), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture
-def by_linear(monkeypatch):
-    """Let products be large from 10 scores on. The queries of each call of :func:`attention_by_linear`."""
-    calls = []
-
-    def count(query, key, value):
-        calls.append(len(query))
-        return attention_by_linear(query, key, value)
-
-    monkeypatch.setattr(attention_module, 'LARGE', 10)
-    monkeypatch.setattr(attention_module, 'FUSED_IS_SLOW', True)
-    monkeypatch.setattr(attention_module, 'attention_by_linear', count)
-    return calls
-
-
-@pytest.mark.parametrize('lengths', LENGTHS)
-def test_large_attention_by_products_equals_the_fused(lengths, by_linear):
-    """Without a gradient, in float32 and where there is oneDNN; [0, 0, 0] is not large."""
-    query, (key, value) = torch.randn(sum(lengths), 2, 4), torch.randn(2, 3, 2, 6, 4)
-    expected = slow_packed_attention(query, key, value, lengths)
-    with torch.no_grad():
-        torch.testing.assert_close(packed_attention(query, key, value, lengths), expected, rtol=1e-5, atol=1e-6)
-        assert by_linear == (lengths if torch.backends.mkldnn.is_available() and sum(lengths) else [])
-        by_linear.clear()
-        with torch.backends.mkldnn.flags(enabled=False):
-            torch.testing.assert_close(packed_attention(query, key, value, lengths), expected, rtol=1e-5, atol=1e-6)
-        doubled = packed_attention(query.double(), key.double(), value.double(), lengths)
-        torch.testing.assert_close(doubled.float(), expected, rtol=1e-5, atol=1e-6)
-    assert by_linear == []
-
-
-@pytest.mark.parametrize('slow', [False, True])
-@torch.no_grad()
-def test_large_attention_is_fused_where_that_is_fast(slow, by_linear, monkeypatch):
-    monkeypatch.setattr(attention_module, 'FUSED_IS_SLOW', slow)
-    packed_attention(torch.randn(7, 2, 4), *torch.randn(2, 1, 2, 6, 4), [7])
-    assert by_linear == ([7] if slow and torch.backends.mkldnn.is_available() else [])
-
-
-def test_fused_attention_is_slow_with_avx512_that_is_not_intels():
-    assert fused_is_slow('AVX512', 'AuthenticAMD')
-    for capability, vendor in (('AVX512', 'GenuineIntel'), ('AVX2', 'AuthenticAMD'), ('DEFAULT', ''), ('AVX512', '')):
-        assert not fused_is_slow(capability, vendor)
-
-
-@pytest.mark.parametrize('lengths', LENGTHS)
-@pytest.mark.parametrize('autocast', [True, False])
-@torch.no_grad()
-def test_large_attention_in_bfloat16_rounds_like_its_inputs(lengths, autocast, by_linear):
-    """Its softmax is computed in float32: weights and outputs are rounded once, each to eps / 2."""
-    query, (key, value) = torch.randn(sum(lengths), 2, 4).bfloat16(), torch.randn(2, 3, 2, 6, 4).bfloat16()
-    expected = slow_packed_attention(query.double(), key.double(), value.double(), lengths)
-    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-        out = packed_attention(query, key, value, lengths)
-    assert out.dtype == torch.bfloat16
-    assert by_linear == (lengths if torch.bfloat16 in ONEDNN and sum(lengths) else [])
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)
-
-
 @pytest.mark.parametrize('lengths', LENGTHS)
 @pytest.mark.parametrize('needed', range(3))
-def test_large_attention_has_gradients(lengths, needed, by_linear):
+def test_packed_attention_has_gradients(lengths, needed):
     """Of each of the query, the keys and the values, even if nothing else needs one."""
     tensors = [torch.randn(sum(lengths), 2, 4), *torch.randn(2, 3, 2, 6, 4)]
     tensors[needed].requires_grad_()
@@ -101,64 +40,23 @@ def test_large_attention_has_gradients(lengths, needed, by_linear):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('lengths, large', [([1, 1], False), ([2, 2], True), ([1, 2], True), ([1, 0], False)])
-@torch.no_grad()
-def test_attention_is_large_by_its_longest_image(lengths, large, by_linear):
-    packed_attention(torch.randn(sum(lengths), 2, 4), *torch.randn(2, 2, 2, 6, 4), lengths)
-    assert bool(by_linear) == (large and torch.backends.mkldnn.is_available())
+@pytest.mark.parametrize('lengths', LENGTHS)
+@pytest.mark.parametrize('autocast', [True, False])
+def test_packed_attention_in_bfloat16_rounds_like_its_inputs(lengths, autocast):
+    """Its softmax is computed in float32: weights and outputs are rounded once, each to eps / 2."""
+    query, (key, value) = torch.randn(sum(lengths), 2, 4).bfloat16(), torch.randn(2, 3, 2, 6, 4).bfloat16()
+    expected = slow_packed_attention(query.double(), key.double(), value.double(), lengths)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        out = packed_attention(query, key, value, lengths)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)
 
 
-@pytest.mark.parametrize('num, rows', [(0, 10), (1, 10), (64, 64), (65, 64), (130, 50), (199, 70), (331, 170),
-                                       (500, 7)])
-@torch.no_grad()
-def test_attention_by_linear_in_pieces(num, rows, monkeypatch):
-    """163 of 331 queries are the last piece, rounded up to 164: one is computed twice."""
-    sizes = []
-
-    def record(x, *args):
-        sizes.append(len(x))
-        return F.linear(x, *args)
-
-    monkeypatch.setattr(attention_module, 'PIECE', rows * 9)
-    monkeypatch.setattr(attention_module, 'linear', record)
-    query = torch.randn(num, 4, 2).transpose(1, 2)  # (num, 2, 4) that is not contiguous
-    key, value = torch.randn(2, 9, 2, 4).transpose(1, 2)
-    expected = F.scaled_dot_product_attention(query.transpose(0, 1), key, value).transpose(0, 1)
-    torch.testing.assert_close(attention_by_linear(query, key, value), expected, rtol=1e-5, atol=1e-6)
-    assert max(sizes) <= few_sizes(rows)
-    if num > rows:
-        assert all(few_sizes(size) == size for size in sizes)
+def test_packed_attention_of_no_images():
+    assert packed_attention(torch.randn(0, 2, 4), *torch.randn(2, 0, 2, 6, 4), []).shape == (0, 2, 4)
 
 
-@pytest.fixture
-def varlen_attn(monkeypatch):
-    """A stand-in for the kernel that needs a GPU, which is slow and checks what it is given."""
-
-    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
-        assert key.shape == value.shape and key.shape[1:] == query.shape[1:]
-        for ends, rows, most in ((cu_seq_q, query, max_q), (cu_seq_k, key, max_k)):
-            assert ends.dtype == torch.int32 and ends.device == query.device and ends.is_contiguous()
-            assert ends[0] == 0 and ends[-1] == len(rows) and ends.diff().min() >= 0
-            assert type(most) is int and ends.diff().max() == most
-        assert cu_seq_q.shape == cu_seq_k.shape
-        out = torch.empty_like(query)
-        pairs = (zip(ends.tolist(), ends.tolist()[1:]) for ends in (cu_seq_q, cu_seq_k))
-        for (first, last), (begin, end) in zip(*pairs):
-            scores = torch.einsum('qhd,khd->hqk', query[first:last], key[begin:end]) / query.shape[2]**0.5
-            out[first:last] = torch.einsum('hqk,khd->qhd', scores.softmax(-1), value[begin:end])
-        return out
-
-    monkeypatch.setattr(attention_module, 'varlen_attn', attend)
-
-
-@pytest.mark.parametrize('lengths', [[4, 1, 2], [0, 5, 0], [3, 3, 3], [0, 1, 7]])
-def test_varlen_attention_equals_one_image_after_the_other(lengths, varlen_attn):
-    query, (key, value) = torch.randn(sum(lengths), 2, 4), torch.randn(2, 3, 2, 6, 4)
-    expected = slow_packed_attention(query, key, value, lengths)
-    torch.testing.assert_close(varlen_attention(query, key, value, lengths), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.cuda
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('lengths', [[40, 1, 23], [0, 50, 0], [30, 30, 30], [0, 0, 0]])
 def test_packed_attention_on_a_gpu(lengths, dtype):
@@ -181,10 +79,10 @@ def test_attention_equals_a_slow_one(num_heads, sr_ratio, qkv_bias, shape, num_e
     tokens = torch.randn(3, num_extra + shape[0] * shape[1], 12)
     queries, lengths = torch.randn(9, 12), [2, 4, 3]
     expected = [slow_attention(attn, q, t, shape, num_extra) for q, t in zip(queries.split(lengths), tokens)]
-    packed = attn(queries, tokens, shape, lengths, num_extra)
+    packed = attn(queries, tokens, shape, num_extra, lengths)
     torch.testing.assert_close(packed, torch.cat(expected), rtol=1e-5, atol=1e-5)
-    dense = attn(queries.unflatten(0, (3, 3)), tokens, shape, None, num_extra)
-    torch.testing.assert_close(dense.flatten(0, 1), attn(queries, tokens, shape, [3, 3, 3], num_extra), rtol=0, atol=0)
+    dense = attn(queries.unflatten(0, (3, 3)), tokens, shape, num_extra)
+    torch.testing.assert_close(dense.flatten(0, 1), attn(queries, tokens, shape, num_extra, [3, 3, 3]), rtol=0, atol=0)
 
 
 def test_macs_by_hand():
@@ -214,44 +112,48 @@ def full_matrices(attn, tokens):
 @pytest.mark.parametrize('qkv_bias', [True, False])
 @pytest.mark.parametrize('num_heads', [1, 3, 4])
 def test_class_attention_is_a_row_of_the_full_matrix(qkv_bias, num_heads, randomise):
-    """The first token's, mean of the heads; it changes nothing else."""
+    """The first token's, mean of the heads, of dense queries and of packed ones; it changes nothing else."""
     attn = randomise(Attention(12, num_heads, qkv_bias=qkv_bias), std=0.5).double()
-    tokens = torch.randn(3, 8, 12, dtype=torch.double)
-    before = attn(tokens, tokens, (1, 7), None, 1)
-    assert attn.class_attention is None
-    attn.keeps_class_attention = True
-    assert torch.equal(attn(tokens, tokens, (1, 7), None, 1), before)
+    tokens, rows = torch.randn(3, 8, 12, dtype=torch.double), []
+    before = attn(tokens, tokens, (1, 7), 1)
+    assert torch.equal(attn(tokens, tokens, (1, 7), 1, class_rows=rows), before)
+    packed = torch.cat([tokens[0, :2], tokens[1, :1], tokens[2]])
+    attn(packed, tokens, (1, 7), 1, [2, 1, 8], class_rows=rows)
     expected = torch.stack([full_matrices(attn, image)[:, 0].mean(0) for image in tokens])
-    assert attn.class_attention.shape == (3, 8) and not attn.class_attention.requires_grad
-    torch.testing.assert_close(attn.class_attention, expected.float(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(attn.class_attention.sum(1), torch.ones(3))
-    attn.keeps_class_attention, attn.class_attention = False, None
-    attn(tokens, tokens, (1, 7), None, 1)
-    assert attn.class_attention is None
+    assert len(rows) == 2
+    for row in rows:
+        assert row.shape == (3, 8) and not row.requires_grad
+        torch.testing.assert_close(row, expected.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(row.sum(1), torch.ones(3))
+
+
+def test_class_attention_of_no_images():
+    attn, tokens, rows = Attention(12, 3), torch.randn(0, 8, 12), []
+    assert attn(tokens, tokens, (1, 7), 1, class_rows=rows).shape == (0, 8, 12)
+    assert [row.shape for row in rows] == [(0, 8)]
 
 
 def test_class_attention_of_a_map_of_keys_is_reduced_like_them(randomise):
     attn = randomise(Attention(12, 3, sr_ratio=2), std=0.5)
-    attn.keeps_class_attention, tokens = True, torch.randn(2, 1 + 20, 12)
-    attn(tokens, tokens, (4, 5), None, 1)
-    assert attn.class_attention.shape == (2, 1 + 4)
-    torch.testing.assert_close(attn.class_attention.sum(1), torch.ones(2))
+    tokens, rows = torch.randn(2, 1 + 20, 12), []
+    attn(tokens, tokens, (4, 5), 1, class_rows=rows)
+    assert [row.shape for row in rows] == [(2, 1 + 4)]
+    torch.testing.assert_close(rows[0].sum(1), torch.ones(2))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('autocast', [True, False])
 def test_class_attention_in_half_precision_is_a_softmax_in_float32(dtype, autocast, randomise):
     """Queries and keys are rounded, weights of attention are not: they sum to 1 over many keys."""
-    attn, tokens = randomise(Attention(12, 3), std=0.5), torch.randn(2, 1000, 12)
+    attn, tokens, rows = randomise(Attention(12, 3), std=0.5), torch.randn(2, 1000, 12), []
     expected = torch.stack([full_matrices(attn, image)[:, 0].mean(0) for image in tokens])
-    attn.keeps_class_attention = True
     if not autocast:
         attn, tokens = attn.to(dtype), tokens.to(dtype)
     with torch.autocast('cpu', dtype, enabled=autocast), torch.no_grad():
-        attn(tokens, tokens, (1, 999), None, 1)
-    assert attn.class_attention.dtype == torch.float32
-    torch.testing.assert_close(attn.class_attention.sum(1), torch.ones(2), rtol=1e-4, atol=0)
-    error = (attn.class_attention - expected).abs().sum(1) / expected.sum(1)
+        attn(tokens, tokens, (1, 999), 1, class_rows=rows)
+    assert rows[0].dtype == torch.float32
+    torch.testing.assert_close(rows[0].sum(1), torch.ones(2), rtol=1e-4, atol=0)
+    error = (rows[0] - expected).abs().sum(1) / expected.sum(1)
     assert (error < 32 * torch.finfo(dtype).eps).all()
 
 
@@ -269,3 +171,15 @@ def test_qkv_bias_may_be_left_out():
     assert with_bias.macs((5, 7), 1) == without.macs((5, 7), 1)
     tokens = torch.zeros(1, 7, 12)
     torch.testing.assert_close(without(tokens, tokens, (1, 7)), without.proj.bias.expand(1, 7, 12))
+
+
+@pytest.mark.parametrize('norm_eps', [1e-5, 0.1])
+def test_epsilon_is_that_of_the_norm_behind_the_reduction(norm_eps):
+    """Of a map of one value the norm is 0, and near it values shrink by the epsilon alone."""
+    attn = Attention(2, 1, sr_ratio=2, norm_eps=norm_eps)
+    nn.init.zeros_(attn.sr.weight)
+    attn.sr.bias.data = torch.tensor([0.3, -0.3])
+    keys = attn.reduce(torch.randn(1, 16, 2), (4, 4), 0)
+    expected = torch.tensor([0.3, -0.3]) / (0.09 + norm_eps)**0.5
+    torch.testing.assert_close(keys, expected.expand(1, 4, 2), rtol=1e-5, atol=1e-6)
+    assert Attention(2, 1, sr_ratio=2).norm.eps == 1e-5

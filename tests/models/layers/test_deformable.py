@@ -1,16 +1,12 @@
 import math
-import sys
 
 import pytest
 import torch
-from mmcv.ops import multi_scale_deform_attn as mmcv_ops
-from torch import nn
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdyn.models import native
-from mmdyn.models.layers import DeformableAttention, EncoderBlock, deformable, deformable_sampling
-from mmdyn.models.layers.deformable import SAMPLERS, StartLinear, scale_gradient
+from mmdyn.models.layers import DeformableAttention, EncoderBlock, deformable_sampling
+from mmdyn.models.layers.deformable import scale_gradient
 
 # Map, queries of each image, heads, points.
 LAYOUTS = [((5, 7), [3, 3], 2, 4), ((5, 7), [4, 0, 2], 3, 2), ((1, 3), [1, 2], 1, 4), ((4, 1), [0, 5, 0], 2, 1),
@@ -47,45 +43,19 @@ def inputs(shape, lengths, heads, num_points, dim=3, dtype=torch.double):
     return [x.requires_grad_() for x in (value, points, weights)]
 
 
-@pytest.fixture
-def operator(monkeypatch):
-    """mmcv's operator, replaced by its own function for the CPU behind the operator's contract; lists the calls."""
-    calls = []
-
-    def apply(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step):
-        images, cells, heads, _ = value.shape
-        queries, num_points = sampling_locations.shape[1], sampling_locations.shape[4]
-        assert sampling_locations.shape == (images, queries, heads, 1, num_points, 2)
-        assert attention_weights.shape == (images, queries, heads, 1, num_points)
-        assert spatial_shapes.shape == (1, 2) and spatial_shapes.prod() == cells
-        assert level_start_index.tolist() == [0]
-        assert spatial_shapes.dtype == level_start_index.dtype == torch.int64
-        assert value.dtype == sampling_locations.dtype == attention_weights.dtype
-        assert value.dtype in (torch.float32, torch.float64)
-        assert all(x.is_contiguous() for x in (value, spatial_shapes, level_start_index, sampling_locations,
-                                               attention_weights))
-        assert isinstance(im2col_step, int) and images % min(images, im2col_step) == 0
-        assert queries, 'a launch without threads'
-        calls.append(queries)
-        return mmcv_ops.multi_scale_deformable_attn_pytorch(value, spatial_shapes, sampling_locations,
-                                                            attention_weights)
-
-    monkeypatch.setattr(mmcv_ops.MultiScaleDeformableAttnFunction, 'apply', apply)
-    return calls
-
-
 @pytest.mark.parametrize('shape, lengths, heads, num_points', LAYOUTS)
-@pytest.mark.parametrize('sampler', SAMPLERS)
-def test_sampling_equals_a_loop_by_hand(shape, lengths, heads, num_points, sampler, operator):
-    arguments = inputs(shape, lengths, heads, num_points)
-    sampled = deformable_sampling(*arguments, shape, lengths, sampler)
+@pytest.mark.parametrize('dtype', [torch.double, torch.float])
+@pytest.mark.parametrize('grad', [False, True])
+def test_sampling_equals_a_loop_by_hand(grad, dtype, shape, lengths, heads, num_points):
+    arguments = inputs(shape, lengths, heads, num_points, dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        sampled = deformable_sampling(*arguments, shape, lengths)
     expected = by_hand(*arguments, shape, lengths)
     assert sampled.shape == (sum(lengths), heads * 3)
-    torch.testing.assert_close(sampled, expected, rtol=1e-9, atol=1e-9)
-    assert operator == ([max(1, *lengths)] if sampler == 'mmcv' else [])
+    tolerance = 1e-9 if dtype == torch.double else 1e-5
+    torch.testing.assert_close(sampled.detach(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize('sampler', SAMPLERS)
 @pytest.mark.parametrize('x, y, expected', [
     (0, 0, 1), (2, 0, 3), (0, 1, 10), (2, 1, 30),  # the corners themselves
     (1, 1, 20), (0.5, 0, 1.5), (2, 0.5, 16.5), (1.25, 0.5, 0.5 * 2.25 + 0.5 * 22.5),
@@ -93,17 +63,26 @@ def test_sampling_equals_a_loop_by_hand(shape, lengths, heads, num_points, sampl
     (-1, 0, 0), (3, 1, 0), (1, -1, 0), (1, 2, 0), (-1, -1, 0), (3, 2, 0),
     (-1.5, 0.5, 0), (3.001, 0, 0), (1, 2.5, 0), (1e4, -1e4, 0), (1e12, 1, 0), (1, -1e12, 0),
 ])
-def test_points_by_hand(x, y, expected, sampler, operator):
+def test_points_by_hand(x, y, expected):
     """A map of 1 2 3 and 10 20 30, which goes to 0 within a cell's side of the outermost centres."""
     value = torch.tensor([1., 2, 3, 10, 20, 30]).view(1, 6, 1, 1)
     points, weights = torch.tensor([x, y]).view(1, 1, 1, 2), torch.ones(1, 1, 1)
-    sampled = deformable_sampling(value, points, weights, (2, 3), [1], sampler)
-    assert sampled.item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for sampling in (deformable_sampling, deformable_sampling.plain):
+        assert sampling(value, points, weights, (2, 3), [1]).item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize('x, y', [(math.nan, 0), (0, math.nan), (math.inf, 0), (1, -math.inf)])
+def test_points_that_are_nowhere_have_no_value(x, y):
+    """Other queries have theirs."""
+    points = torch.tensor([[x, y], [1, 1]]).view(2, 1, 1, 2)
+    sampled = deformable_sampling(torch.ones(1, 6, 1, 5), points, torch.ones(2, 1, 1), (2, 3), [2])
+    assert sampled[0].isnan().all() and torch.equal(sampled[1], torch.ones(5))
 
 
 @pytest.mark.parametrize('shape, lengths, heads, num_points', LAYOUTS)
-def test_samplers_have_the_gradients_of_mmcvs_function(shape, lengths, heads, num_points, operator):
+def test_sampling_has_the_gradients_of_mmcvs_function(shape, lengths, heads, num_points):
     """Which samples one image after the other, at places in shares of the map."""
+    mmcv_ops = pytest.importorskip('mmcv.ops.multi_scale_deform_attn')
     arguments = inputs(shape, lengths, heads, num_points)
     value, points, weights = arguments
     sides = torch.tensor([shape])
@@ -112,21 +91,23 @@ def test_samplers_have_the_gradients_of_mmcvs_function(shape, lengths, heads, nu
         mmcv_ops.multi_scale_deformable_attn_pytorch(value[i:i + 1], sides, p[None, :, :, None], w[None, :, :, None])[0]
         for i, (p, w) in enumerate(zip(places.split(lengths), weights.split(lengths))) if lengths[i]
     ] or [value.new_zeros(0, 3 * heads) * (value.sum() + points.sum() + weights.sum())])
-    loss_weights = torch.randn_like(expected)
-    expected_gradients = torch.autograd.grad((loss_weights * expected).sum(), arguments)
-    for sampler in SAMPLERS:
-        sampled = deformable_sampling(*arguments, shape, lengths, sampler)
-        gradients = torch.autograd.grad((loss_weights * sampled).sum(), arguments)
-        torch.testing.assert_close([sampled, *gradients], [expected, *expected_gradients], rtol=1e-9, atol=1e-9)
+    loss_weights, results = torch.randn_like(expected), []
+    for sampled in (deformable_sampling(*arguments, shape, lengths), expected):
+        results.append([sampled, *torch.autograd.grad((loss_weights * sampled).sum(), arguments)])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('sampler', SAMPLERS)
 @pytest.mark.parametrize('shape, lengths, heads, num_points', LAYOUTS[:4])
-def test_gradients_are_those_of_differences(shape, lengths, heads, num_points, sampler, operator):
+def test_gradients_are_those_of_differences(shape, lengths, heads, num_points):
     """Away from integers, where the interpolation bends."""
     value, points, weights = inputs(shape, lengths, heads, num_points, dim=2)
     points = (points.detach().floor() + 0.1 + 0.8 * torch.rand_like(points)).requires_grad_()
-    assert gradcheck(lambda *args: deformable_sampling(*args, shape, lengths, sampler), (value, points, weights))
+    assert gradcheck(lambda *args: deformable_sampling(*args, shape, lengths), (value, points, weights))
+
+
+def test_sampling_of_no_images():
+    sampled = deformable_sampling(torch.randn(0, 6, 2, 3), torch.randn(0, 2, 4, 2), torch.randn(0, 2, 4), (2, 3), [])
+    assert sampled.shape == (0, 6)
 
 
 @pytest.mark.parametrize('shape, lengths', [((2, 4), [2]), ((2, 3), [1]), ((2, 3), [1, 1]), ((2, 3), [])])
@@ -138,112 +119,6 @@ def test_values_points_and_lengths_must_fit(shape, lengths):
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """The maps' shape in each call of the compiled function."""
-    if native.library() is None:
-        pytest.skip('mmdyn was installed without a compiler')
-    calls, sample = [], deformable.sample
-    monkeypatch.setattr(deformable, 'sample', lambda *args: calls.append(args[3]) or sample(*args))
-    return calls
-
-
-@pytest.mark.parametrize('shape, lengths, heads, num_points', [*LAYOUTS, ((30, 40), [500, 700], 3, 4)])
-@pytest.mark.parametrize('dim', [1, 3, 64])
-@torch.no_grad()
-def test_compiled_sampling_equals_embedding_bag(shape, lengths, heads, num_points, dim, compiled):
-    arguments = inputs(shape, lengths, heads, num_points, dim, torch.float)
-    expected = deformable_sampling(*(x.double() for x in arguments), shape, lengths, 'embedding_bag')
-    sampled = deformable_sampling(*arguments, shape, lengths)
-    assert compiled == [shape] and sampled.shape == (sum(lengths), heads * dim)
-    torch.testing.assert_close(sampled, expected.float(), rtol=1e-4, atol=1e-5)
-    strided = (torch.stack([x, x], -1)[..., 0] for x in arguments[1:])
-    assert torch.equal(deformable_sampling(arguments[0], *strided, shape, lengths), sampled)
-
-
-@pytest.mark.parametrize('x, y', [(math.nan, 0), (0, math.nan), (math.inf, 0), (1, -math.inf)])
-@torch.no_grad()
-def test_points_that_are_nowhere_have_no_value(x, y, compiled):
-    """As embedding_bag has it; other queries have theirs."""
-    points = torch.tensor([[x, y], [1, 1]]).view(2, 1, 1, 2)
-    for sampler in (None, 'embedding_bag'):
-        sampled = deformable_sampling(torch.ones(1, 6, 1, 5), points, torch.ones(2, 1, 1), (2, 3), [2], sampler)
-        assert sampled[0].isnan().all() and torch.equal(sampled[1], torch.ones(5))
-    assert compiled == [(2, 3)]
-
-
-def test_sampling_is_compiled_in_inference_only(compiled, monkeypatch):
-    value, points, weights = (x.detach() for x in inputs((2, 3), [2], 1, 1, dtype=torch.float))
-
-    def is_compiled(value, sampler=None):
-        compiled.clear()
-        assert deformable_sampling(value, points, weights, (2, 3), [2], sampler).dtype == value.dtype
-        return bool(compiled)
-
-    assert not is_compiled(value)
-    with torch.no_grad():
-        assert is_compiled(value) and is_compiled(value.bfloat16())
-        assert not is_compiled(value.double()) and not is_compiled(value, 'embedding_bag')
-        monkeypatch.setattr(native, 'library', lambda: None)
-        assert not is_compiled(value)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='mmcv compares its operator on a GPU only')
-@pytest.mark.parametrize('shape, lengths, heads, num_points', LAYOUTS)
-def test_mmcvs_operator_on_cuda(shape, lengths, heads, num_points):
-    arguments = [x.detach().float().cuda().requires_grad_() for x in inputs(shape, lengths, heads, num_points, dim=4)]
-    results = []
-    for sampler in (None, *SAMPLERS):
-        sampled = deformable_sampling(*arguments, shape, lengths, sampler)
-        results.append([sampled, *torch.autograd.grad(sampled.square().sum(), arguments)])
-    torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-5)
-    torch.testing.assert_close(results[1], results[2], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize('device, sampler', [('cpu', 'embedding_bag'), ('cuda', 'mmcv'), ('xpu', 'mmcv')])
-def test_the_sampler_depends_on_the_device(device, sampler, monkeypatch):
-    """Of the values, which claim to lie there."""
-
-    class Elsewhere(torch.Tensor):
-        device = torch.device('cpu')
-
-    Elsewhere.device, used = torch.device(device), []
-    for key in SAMPLERS:
-        monkeypatch.setitem(SAMPLERS, key, lambda value, *_, key=key: used.append(key) or value)
-    value = torch.randn(1, 4, 1, 1).as_subclass(Elsewhere)
-    deformable_sampling(value, torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1), (2, 2), [1])
-    assert used == [sampler]
-
-
-INSTALL = 'Deformable attention on cpu needs mmcv.* MMCV_WITH_OPS=1 FORCE_CUDA=1 pip install .*mmcv==2.1.0'
-
-
-def test_mmcv_has_no_operator_for_the_cpu():
-    with pytest.raises(ImportError, match=INSTALL) as error:
-        deformable_sampling(*inputs((5, 7), [3, 3], 2, 4), (5, 7), [3, 3], 'mmcv')
-    assert 'implementation for device cpu' in str(error.value.__cause__)
-
-
-@pytest.mark.parametrize('missing', ['mmcv.ops', 'mmcv.ops.multi_scale_deform_attn'])
-def test_mmcv_without_operators(missing, monkeypatch):
-    """As mmcv-lite, or as one that was compiled for another torch."""
-    if missing == 'mmcv.ops':
-        monkeypatch.delitem(sys.modules, 'mmcv.ops.multi_scale_deform_attn')
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=INSTALL):
-        deformable_sampling(*inputs((5, 7), [3, 3], 2, 4), (5, 7), [3, 3], 'mmcv')
-
-
-def test_other_errors_of_the_operator_stay_as_they_are(monkeypatch):
-
-    def apply(*_):
-        raise RuntimeError('CUDA out of memory')
-
-    monkeypatch.setattr(mmcv_ops.MultiScaleDeformableAttnFunction, 'apply', apply)
-    with pytest.raises(RuntimeError, match='CUDA out of memory'):
-        deformable_sampling(*inputs((5, 7), [3, 3], 2, 4), (5, 7), [3, 3], 'mmcv')
-
-
-@pytest.fixture
 def make_attention(randomise):
     """Attention whose points and weights depend on the query."""
     return lambda *args, **options: randomise(DeformableAttention(*args, **options), std=0.5)
@@ -251,22 +126,17 @@ def make_attention(randomise):
 
 @pytest.mark.parametrize('num_heads, num_points', [(1, 1), (3, 4), (4, 2)])
 @pytest.mark.parametrize('shape', [(6, 6), (5, 7), (1, 3)])
-@pytest.mark.parametrize('sampler', SAMPLERS)
-def test_attention_equals_a_slow_one(num_heads, num_points, shape, sampler, make_attention, slow_deformable_attention,
-                                     operator):
-    attn = make_attention(12, num_heads, num_points, sampler)
+def test_attention_equals_a_slow_one(num_heads, num_points, shape, make_attention, slow_deformable_attention):
+    attn = make_attention(12, num_heads, num_points)
     tokens = torch.randn(3, shape[0] * shape[1], 12)
-    queries, lengths, points = torch.randn(9, 12), [2, 0, 7], 7 * torch.rand(9, 2) - 1
-    expected = [slow_deformable_attention(attn, q, t, shape, p)
-                for q, t, p in zip(queries.split(lengths), tokens, points.split(lengths))]
-    packed = attn(queries, tokens, shape, lengths, points=points)
-    torch.testing.assert_close(packed, torch.cat(expected), rtol=1e-5, atol=1e-5)
-    # All images have the same points where they are not packed.
-    dense = attn(queries.unflatten(0, (3, 3)), tokens, shape, points=points[:3])
-    expected = [slow_deformable_attention(attn, q, t, shape, points[:3]) for q, t in zip(queries.split(3), tokens)]
-    torch.testing.assert_close(dense, torch.stack(expected), rtol=1e-5, atol=1e-5)
-    packed = attn(queries, tokens, shape, [3, 3, 3], points=points[:3].repeat(3, 1))
-    torch.testing.assert_close(dense.flatten(0, 1), packed, rtol=0, atol=1e-6)
+    queries, points = torch.randn(9, 12), 7 * torch.rand(9, 2) - 1
+    for lengths in ([2, 0, 7], [3, 3, 3]):
+        expected = torch.cat([slow_deformable_attention(attn, q, t, shape, p)
+                              for q, t, p in zip(queries.split(lengths), tokens, points.split(lengths))])
+        packed = attn(queries, tokens, shape, lengths=lengths, points=points)
+        torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
+    dense = attn(queries.unflatten(0, (3, 3)), tokens, shape, points=points)
+    torch.testing.assert_close(dense.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('shape', [(5, 7), (1, 3), (1, 1)])
@@ -280,9 +150,9 @@ def test_cells_are_their_own_reference_points(shape, make_attention, slow_deform
 def test_block_equals_a_slow_one(make_attention, slow_change, randomise):
     block = randomise(EncoderBlock(12, make_attention(12, 3), mlp_ratio=2))
     tokens, queries, lengths, points = torch.randn(3, 35, 12), torch.randn(7, 12), [2, 0, 5], 5 * torch.rand(7, 2)
-    expected = [slow_change(block, q, t, (5, 7), 0, p)
+    expected = [q + slow_change(block, q, t, (5, 7), 0, p)
                 for q, t, p in zip(queries.split(lengths), tokens, points.split(lengths))]
-    packed = block.change(queries, tokens, (5, 7), lengths, 0, points)
+    packed = block(queries, tokens, (5, 7), 0, lengths, points)
     torch.testing.assert_close(packed, torch.cat(expected), rtol=1e-5, atol=1e-5)
     assert block.uses_points
 
@@ -305,21 +175,22 @@ def test_starts_in_a_ring_with_equal_weights():
     torch.testing.assert_close(attn(tokens, tokens, (7, 7))[0, 3 * 7 + 3], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_start_linear_is_a_linear_layer_by_another_name():
-    layer, x = StartLinear(4, torch.randn(3)), torch.randn(2, 5, 4)
-    assert not isinstance(layer, nn.Linear) and layer.weight.shape == (3, 4) and not layer.weight.any()
-    nn.init.normal_(layer.weight)
-    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias, rtol=1e-5, atol=1e-6)
+def test_a_start_after_another_initialisation_is_the_first_one():
+    attn = DeformableAttention(8, 4, 3)
+    expected = {name: parameter.clone() for name, parameter in attn.named_parameters()}
+    for layer in (attn.offsets, attn.attn_weight):
+        torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
+    attn.start()
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in attn.named_parameters())
 
 
-@pytest.mark.parametrize('sampler', SAMPLERS)
-def test_offsets_learn_at_a_tenth_and_nothing_else_does(sampler, make_attention, monkeypatch, operator):
-    attn = make_attention(12, 3, sampler=sampler)
+def test_offsets_learn_at_a_tenth_and_nothing_else_does(make_attention, monkeypatch):
+    attn = make_attention(12, 3)
     queries, tokens, points = torch.randn(4, 12), torch.randn(2, 35, 12, requires_grad=True), torch.rand(4, 2)
     points.requires_grad_()
 
     def run():
-        output = attn(queries, tokens, (5, 7), [1, 3], points=points)
+        output = attn(queries, tokens, (5, 7), lengths=[1, 3], points=points)
         names, parameters = zip(*attn.named_parameters())
         gradients = torch.autograd.grad(output.square().sum(), [tokens, points, *parameters])
         return output, dict(zip(('tokens', 'points', *names), gradients))
@@ -361,10 +232,10 @@ def long_map(make_attention, dtype):
 def test_half_precision_places_points_as_float32(dtype, make_attention):
     """Only sums and products are rounded: some eps of the values' size, where a wrong place would change all of it."""
     attn, queries, tokens, points = long_map(make_attention, dtype)
-    expected = attn(queries, tokens, LONG, [1, 3], points=points)
+    expected = attn(queries, tokens, LONG, lengths=[1, 3], points=points)
     with torch.autocast('cpu', dtype):
-        autocast = attn(queries, tokens, LONG, [1, 3], points=points)
-    half = attn.to(dtype)(queries.to(dtype), tokens.to(dtype), LONG, [1, 3], points=points)
+        autocast = attn(queries, tokens, LONG, lengths=[1, 3], points=points)
+    half = attn.to(dtype)(queries.to(dtype), tokens.to(dtype), LONG, lengths=[1, 3], points=points)
     for output in (autocast, half):
         assert output.dtype == dtype
         error = (output.float() - expected).norm() / (expected - attn.proj.bias.float()).norm()
@@ -372,26 +243,29 @@ def test_half_precision_places_points_as_float32(dtype, make_attention):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('sampler', SAMPLERS)
-def test_sampling_in_half_precision_takes_places_in_float32(dtype, sampler, operator):
+@pytest.mark.parametrize('grad', [False, True])
+def test_sampling_in_half_precision_takes_places_in_float32(dtype, grad):
     """Of cells that are powers of two only the result is rounded."""
     value = torch.zeros(1, math.prod(LONG), 1, 1, dtype=dtype)
     value[0, 2 * 600 + 597], value[0, 2 * 600 + 598] = 1, 4
     points, weights = torch.tensor([[[[597.25, 2.]]]]), torch.ones(1, 1, 1, dtype=dtype)
-    with torch.autocast('cpu', dtype):
-        sampled = deformable_sampling(value, points, weights, LONG, [1], sampler)
+    with torch.autocast('cpu', dtype), torch.set_grad_enabled(grad):
+        sampled = deformable_sampling(value, points, weights, LONG, [1])
     assert sampled.dtype == dtype
     torch.testing.assert_close(sampled.item(), 1.75, rtol=torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_half_precision_takes_gradients(dtype, make_attention):
-    """As float32 has them, but for the rounding."""
-    attn, queries, tokens, points = long_map(make_attention, dtype)
-    gradients = []
+    """As float32 has them, but for the rounding, which must not take a point to another cell, where gradients jump."""
+    distance, gradients = 0, []
+    while distance < 0.02:
+        attn, queries, tokens, points = long_map(make_attention, dtype)
+        places = points[:, None] + attn.offsets(queries).unflatten(1, (8, 2))
+        distance = (places - places.round()).abs().min()
     for enabled in (False, True):
         with torch.autocast('cpu', dtype, enabled=enabled):
-            output = attn(queries, tokens, LONG, [1, 3], points=points)
+            output = attn(queries, tokens, LONG, lengths=[1, 3], points=points)
         gradients.append(torch.autograd.grad(output.float().sum(), list(attn.parameters())))
     for expected, gradient in zip(*gradients):
         assert (gradient - expected).norm() <= 16 * torch.finfo(dtype).eps * expected.norm()
@@ -408,7 +282,7 @@ def test_macs_are_the_linear_layers_and_the_neighbours(dim, num_heads, num_point
     attn = DeformableAttention(dim, num_heads, num_points)
     query, static = attn.macs((5, 7), 0)
     with FlopCounterMode(display=False) as counter:
-        attn(torch.randn(9, dim), torch.randn(2, 35, dim), (5, 7), [2, 7], points=torch.rand(9, 2))
+        attn(torch.randn(9, dim), torch.randn(2, 35, dim), (5, 7), lengths=[2, 7], points=torch.rand(9, 2))
     neighbours = sum(4 * dim // num_heads for _ in range(num_heads * num_points))
     assert 9 * query + 2 * static == counter.get_total_flops() / 2 + 9 * neighbours
     assert static == 35 * dim * dim
@@ -427,4 +301,4 @@ def test_heads_must_divide_the_channels():
 def test_extra_tokens_have_no_place():
     attn, tokens = DeformableAttention(12, 3), torch.randn(1, 36, 12)
     with pytest.raises(ValueError, match='there are 1 extra tokens, which have no place on it: use a model without'):
-        attn(tokens, tokens, (5, 7), None, 1)
+        attn(tokens, tokens, (5, 7), 1)

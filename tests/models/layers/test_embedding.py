@@ -1,26 +1,79 @@
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdyn.models.layers import ConvStem, PatchEmbed, Positions
+from mmdyn.models.layers import ConvStem, PatchEmbed, Positions, project_patches, to_maps
 
 
-@pytest.mark.parametrize('norm', [False, True])
-def test_patches_are_projected_one_by_one(norm, randomise):
+@pytest.mark.parametrize('norm, options, eps', [(False, {}, None), (True, {}, 1e-5), (True, dict(norm_eps=0.1), 0.1)])
+def test_patches_are_projected_one_by_one(norm, options, eps, randomise):
     """What is left at the bottom and on the right of a 9 x 14 map is no patch of 4 x 4."""
-    embed, x = randomise(PatchEmbed(2, 5, 4, norm)), torch.randn(3, 2, 9, 14)
+    embed, x = randomise(PatchEmbed(2, 5, 4, norm, **options)), torch.randn(3, 2, 9, 14)
     tokens, shape = embed(x)
     assert shape == (2, 3)
     patches = [x[:, :, row:row + 4, column:column + 4].flatten(1) for row in (0, 4) for column in (0, 4, 8)]
     expected = torch.stack([patch @ embed.proj.weight.flatten(1).T + embed.proj.bias for patch in patches], 1)
     if norm:
-        expected = (expected - expected.mean(-1, keepdim=True)) / (expected.var(-1, False, keepdim=True) + 1e-6).sqrt()
+        expected = (expected - expected.mean(-1, keepdim=True)) / (expected.var(-1, False, keepdim=True) + eps).sqrt()
         expected = expected * embed.norm.weight + embed.norm.bias
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
     assert embed.macs(shape) == 2 * 3 * 5 * 2 * 4 * 4
     embedding = torch.randn(1, 6, 5)
     added, shape = embed(x, Positions(embedding, (2, 3), 'bilinear'))
     torch.testing.assert_close(added, embedding + expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(8, 12), (9, 14), (11, 5), (4, 4)])
+@pytest.mark.parametrize('side', [1, 2, 4])
+@pytest.mark.parametrize('kind', ['image', 'tokens', 'crop'])
+@pytest.mark.parametrize('of_tokens', [False, True])
+def test_projected_patches_are_those_of_a_convolution(of_tokens, kind, side, shape):
+    """Of images, of tokens in the form of maps, and of what is neither, with all gradients; also without them."""
+    embed = PatchEmbed(3, 5, side, of_tokens=of_tokens)
+    proj, norm, positions = embed.proj, embed.norm, Positions(torch.randn(1, 6, 5), (2, 3), 'bilinear')
+    height, width = shape
+    maps = dict(image=lambda: torch.randn(2, 3, *shape),
+                tokens=lambda: torch.randn(2, height * width, 3).mT.unflatten(2, shape),
+                crop=lambda: torch.randn(2, 4, height, 2 * width)[:, 1:, :, ::2])[kind]()
+    maps.requires_grad_()
+    projected = project_patches(maps, proj, norm, positions)
+    convolved = F.conv2d(maps, proj.weight, proj.bias, stride=side)
+    expected = norm(convolved.flatten(2).mT) + positions.resized(tuple(convolved.shape[2:]))
+    leaves, weights = [maps, *proj.parameters(), *norm.parameters()], torch.randn_like(expected)
+    results = [[out, *torch.autograd.grad((weights * out).sum(), leaves)] for out in (projected, expected)]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(project_patches(maps, proj, norm, positions), expected, rtol=1e-4, atol=1e-5)
+        bare = project_patches(maps, proj, nn.Identity())
+        torch.testing.assert_close(bare, convolved.flatten(2).mT, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('of_tokens', [False, True])
+def test_weights_of_patches_are_those_of_a_convolution(of_tokens):
+    """Their order in memory is that of what they are multiplied with, whatever is loaded, copied or converted."""
+    conv, proj = nn.Conv2d(3, 5, 4, 4), PatchEmbed(3, 5, 4, of_tokens=of_tokens).proj
+    proj.load_state_dict(conv.state_dict())
+    for layer in (proj, copy.deepcopy(proj).double()):
+        assert torch.equal(layer.weight.float(), conv.weight)
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last if of_tokens else torch.contiguous_format)
+
+
+@pytest.mark.parametrize('shape', [(5, 7), (4, 8), (1, 16)])
+@pytest.mark.parametrize('grad', [False, True])
+def test_maps_hold_the_tokens_row_by_row(grad, shape):
+    """Contiguous, also if there is one cell too much in front of the tokens."""
+    tokens = torch.randn(2, 1 + shape[0] * shape[1], 3)
+    for cells in (tokens[:, 1:], tokens[:, 1:].clone()):
+        with torch.set_grad_enabled(grad):
+            maps = to_maps(cells, shape)
+        assert maps.shape == (2, 3, *shape) and maps.is_contiguous()
+        for row in range(shape[0]):
+            for column in range(shape[1]):
+                assert torch.equal(maps[:, :, row, column], cells[:, row * shape[1] + column])
 
 
 @pytest.mark.parametrize('height, width', [(3, 16), (16, 3)])

@@ -22,7 +22,7 @@ CORNER = dict(
 
 
 @pytest.fixture
-def make_model():
+def make_model(mmcv_operators):
     """The model for a config of its NMS."""
     pytest.importorskip('mmdet')
     init_default_scope('mmdet')

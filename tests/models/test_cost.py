@@ -1,5 +1,6 @@
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,8 +8,10 @@ import torch.nn.functional as F
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdyn.analysis.complexity import BackboneCost, CostMeter, LayerCost
 from mmdyn.models import PVT, DeiT
+from mmdyn.models.backbones.base import make_blocks
+from mmdyn.models.cost import BackboneCost, CostMeter, LayerCost, stage_cost
+from mmdyn.models.layers import Attention, EncoderBlock, PatchEmbed
 
 # Sides of the maps of the blocks of the small backbones, for images of 52 x 36.
 SHAPES = {'pvt': [(13, 9), (13, 9), (6, 4)], 'deit': [(13, 9)] * 3}
@@ -88,6 +91,21 @@ def test_known_models_at_256(cls, arch, billions, plain_attention):
     counted = FlopCountAnalysis(model, images).unsupported_ops_warnings(False).total()
     assert model.cost.dense == pytest.approx(billions * 1e9, rel=0.01)
     assert model.cost.dense == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize('dge, router', [(None, 0), (dict(granularities=(1, 2)), 3 * 4 * 2 * 12)])
+def test_cost_of_a_stage_by_hand(dge, router):
+    """12 channels; 5 x 7 cells, 3 x 4 regions of which have a router with 2 logits, and a class token."""
+    stage, asked = SimpleNamespace(num_extra=1, patch_embed=PatchEmbed(3, 12, 4)), []
+    make_blocks(stage, [EncoderBlock(12, Attention(12, 3), 2) for _ in range(2)], 12, dge)
+    cost = stage_cost(stage, 'stages.0.', (5, 7), lambda encoder: asked.append(encoder) or torch.tensor([9, 20]))
+    per_query, static = 2 * 144 + 2 * 36 * 12 + 2 * 12 * 24, 36 * 2 * 144
+    assert asked == (list(stage.dge) if dge else [None, None]) and cost.stem == 35 * 12 * 3 * 16
+    for i, layer in enumerate(cost.layers):
+        assert (layer.name, layer.per_query, layer.static) == (f'stages.0.blocks.{i}', per_query, static)
+        assert (layer.router, layer.dense_queries, layer.dynamic) == (router, 36, bool(dge))
+    expected = [35 * 12 * 48 + 2 * (static + router + per_query * queries) for queries in (9, 20)]
+    assert cost.spent.tolist() == expected
 
 
 def test_bounds_by_hand(name, make_backbone):

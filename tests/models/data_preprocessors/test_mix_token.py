@@ -6,9 +6,9 @@ from mmengine.registry import MODELS
 from mmdyn.models.layers import ConvStem, PatchEmbed
 
 pytest.importorskip('mmpretrain')
-from mmpretrain.structures import DataSample  # noqa: E402
+from mmpretrain.structures import DataSample
 
-from mmdyn.models.mix_token import exchange_, random_box  # noqa: E402
+from mmdyn.models.data_preprocessors.mix_token import exchange_, random_box
 
 BATCH = 5
 
