@@ -40,8 +40,8 @@ def refuse_processor() -> str | None:
 
 
 @lru_cache(maxsize=None)
-def sides_of(granularities: tuple[int, ...]) -> ctypes.Array:
-    """The sides of patches, as C reads them."""
+def as_numbers(granularities: tuple[int, ...]) -> ctypes.Array:
+    """Granularities, as C reads them."""
     return (Number * len(granularities))(*granularities)
 
 
@@ -51,24 +51,23 @@ class PreparedBlock(Prepared):
     Attributes:
         struct: what C reads, without what depends on the call.
         region: side of a region.
-        reduces: side of the patches that keys are made of, 1 if these are the tokens.
         has_points: whether its attention is deformable.
-        sides: granularities.
+        granularities: the memory that the struct refers to.
     """
 
     def __init__(self, block: nn.Module, encoder: nn.Module | None, index: int):
         super().__init__(f'blocks.{index}')
-        self.struct, self.region, self.reduces, self.sides = Block(), 0, 1, None
+        self.struct, self.region, self.granularities = Block(), 0, None
         self.module(block, '', EncoderBlock)
         if self.attribute(block, 'training'):
             raise Refusal(f'blocks.{index} is in training mode')
         self.prefix += '.'
         struct, dim = self.struct, len(block.norm1.weight) if isinstance(block.norm1, nn.LayerNorm) else 0
-        struct.dim, struct.scale = dim, self.attribute(block, 'residual_scale')
+        struct.dim, struct.residual_scale = dim, self.attribute(block, 'residual_scale')
         for number in (1, 2):
             norm = self.child(block, '', f'norm{number}', nn.LayerNorm)
             eps, addresses = self.norm(norm, f'norm{number}', dim)
-            setattr(struct, f'eps{number}', eps)
+            setattr(struct, f'norm{number}_eps', eps)
             self._set(f'norm{number}', addresses)
         ffn = self.child(block, '', 'ffn', FFN)
         if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'approximate') != 'none':
@@ -94,26 +93,26 @@ class PreparedBlock(Prepared):
             setattr(self.struct, f'{name}_{kind}', address)
 
     def _softmax(self, attn: Attention, dim: int) -> None:
-        self._set('query', self.linear(attn, 'attn', 'q', dim, dim))
-        self._set('memory', self.linear(attn, 'attn', 'kv', 2 * dim, dim))
-        self.struct.side = 1
+        self._set('q', self.linear(attn, 'attn', 'q', dim, dim))
+        self._set('kv', self.linear(attn, 'attn', 'kv', 2 * dim, dim))
+        self.struct.sr_ratio = 1
         if self.attribute(attn, 'sr_ratio') > 1:
             side, addresses = self.patches(self.child(attn, 'attn', 'sr', nn.Conv2d), 'attn.sr', dim, dim)
             if side != attn.sr_ratio:
                 raise Refusal(f'{self.prefix}attn.sr makes patches of another side than sr_ratio={attn.sr_ratio}')
-            self.reduces = self.struct.side = side
-            self._set('reduce', addresses)
-            self.struct.eps_keys, addresses = self.norm(self.child(attn, 'attn', 'norm', nn.LayerNorm), 'attn.norm', dim)
-            self._set('norm_keys', addresses)
+            self.struct.sr_ratio = side
+            self._set('sr', addresses)
+            self.struct.sr_norm_eps, addresses = self.norm(self.child(attn, 'attn', 'norm', nn.LayerNorm), 'attn.norm', dim)
+            self._set('sr_norm', addresses)
 
     def _deformable(self, attn: DeformableAttention, dim: int) -> None:
-        self.struct.side, self.struct.points = 1, self.attribute(attn, 'num_points')
+        self.struct.sr_ratio, self.struct.points = 1, self.attribute(attn, 'num_points')
         points = self.struct.heads * self.struct.points
         if not points:
             raise Refusal(f'{self.prefix}attn has no points')
-        self._set('query', self.linear(attn, 'attn', 'offsets', 2 * points, dim))
-        self._set('weights', self.linear(attn, 'attn', 'attn_weight', points, dim))
-        self._set('memory', self.linear(attn, 'attn', 'v', dim, dim))
+        self._set('offsets', self.linear(attn, 'attn', 'offsets', 2 * points, dim))
+        self._set('point_weights', self.linear(attn, 'attn', 'attn_weight', points, dim))
+        self._set('kv', self.linear(attn, 'attn', 'v', dim, dim))
 
     def _encoder(self, encoder: DynamicGrainedEncoder, path: str, dim: int) -> None:
         self.module(encoder, path, DynamicGrainedEncoder)
@@ -124,8 +123,8 @@ class PreparedBlock(Prepared):
         self._set('router', self.weights(router, f'{path}.router', len(granularities), dim))
         if self.struct.router_bias is None:
             raise Refusal(f'{path}.router has no bias')
-        self.sides = sides_of(granularities)
-        self.struct.options, self.struct.sides = len(granularities), ctypes.addressof(self.sides)
+        self.granularities = as_numbers(granularities)
+        self.struct.num_options, self.struct.granularities = len(granularities), ctypes.addressof(self.granularities)
 
 
 @run_blocks.register
@@ -149,12 +148,12 @@ def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: i
             return Refused(str(refusal))
         if prepared.struct.dim != dim:
             return Refused(f'the tokens have {dim} channels, not {prepared.struct.dim}')
-        if extra and (prepared.has_points or prepared.reduces > 1) or min(shape) < prepared.reduces:
+        if extra and (prepared.has_points or prepared.struct.sr_ratio > 1) or min(shape) < prepared.struct.sr_ratio:
             return Refused(f'blocks.{index}.attn takes no extra tokens here, and no map of {height} x {width} cells')
         blocks[place] = prepared.struct
         call_of, queries = blocks[place], torch.empty(images, dtype=torch.long, device='cpu')
         call_of.tokens, call_of.lengths = address, queries.data_ptr()
-        call_of.is_half = half and dim % 2 == prepared.struct.hidden % 2 == 0
+        call_of.is_bfloat16 = half and dim % 2 == prepared.struct.hidden % 2 == 0
         choice = None
         if encoder is not None:
             regions, forced = grid(prepared.region, shape), encoder.forced
@@ -162,7 +161,7 @@ def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: i
             call_of.chosen = choice.data_ptr()
             if forced is not None:
                 if (refuse_tensor(forced, 'forced', torch.long) or forced.shape != regions or forced.min() < 0
-                        or forced.max() >= call_of.options):
+                        or forced.max() >= call_of.num_options):
                     return Refused(f'dge.{index}.forced is no choice of {regions[0]} x {regions[1]} regions on the CPU')
                 kept.append(choice)
                 choice = forced.expand(images, -1, -1).contiguous()
