@@ -105,7 +105,7 @@ def runs(half: bool = False) -> None | Refused:
         return Refused(f'the processor ({platform.machine()}) lacks AVX-512, or the compiler did not know it')
     if half and torch.cpu._is_amx_tile_supported():
         return Refused('the processor has matrix units, with which oneDNN computes faster in bfloat16')
-    return None if not half or functions.runs_bfloat16() else Refused("the processor lacks AVX-512's bfloat16")
+    return None if not half or functions.runs_half() else Refused("the processor lacks AVX-512's bfloat16")
 
 
 _kept = threading.local()

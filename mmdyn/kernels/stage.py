@@ -4,18 +4,20 @@ Each thread works on panels of queries that stay in the cache of its core.
 """
 import ctypes
 from functools import lru_cache
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from ..models.dge import Decision, DynamicGrainedEncoder
+from ..models.dge.encoder import check_granularities
 from ..models.dge.router import Router
 from ..models.dge.routing import grid
 from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock
 from ..models.replaceable import Refused
 from ..models.stage import Stage, run_blocks
 from .library import Block, Map, Number, call, runs
-from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_rows, refuse_tensor
+from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_tensor, refuse_tokens
 
 _cache = Cache()
 
@@ -59,26 +61,27 @@ class PreparedBlock(Prepared):
         super().__init__(f'blocks.{index}')
         self.struct, self.region, self.granularities = Block(), 0, None
         self.module(block, '', EncoderBlock)
-        if self.attribute(block, 'training'):
+        if self.attribute(block, '', 'training'):
             raise Refusal(f'blocks.{index} is in training mode')
         self.prefix += '.'
-        struct, dim = self.struct, len(block.norm1.weight) if isinstance(block.norm1, nn.LayerNorm) else 0
-        struct.dim, struct.residual_scale = dim, self.attribute(block, 'residual_scale')
-        for number in (1, 2):
-            norm = self.child(block, '', f'norm{number}', nn.LayerNorm)
+        norms, struct = [self.child(block, '', f'norm{number}', nn.LayerNorm) for number in (1, 2)], self.struct
+        dim, = self.shape(norms[0], 'norm1', 1)
+        struct.dim, struct.residual_scale = dim, self.attribute(block, '', 'residual_scale', Real)
+        for number, norm in enumerate(norms, 1):
             eps, addresses = self.norm(norm, f'norm{number}', dim)
             setattr(struct, f'norm{number}_eps', eps)
             self._set(f'norm{number}', addresses)
         ffn = self.child(block, '', 'ffn', FFN)
-        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'approximate') != 'none':
+        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'ffn.act', 'approximate') != 'none':
             raise Refusal(f'{self.prefix}ffn.act approximates the GELU')
-        struct.hidden = getattr(ffn.fc1, 'out_features', 0)
-        if not struct.hidden:
+        fc1 = self.child(ffn, 'ffn', 'fc1', nn.Linear)
+        if vars(fc1).get('out_features') == 0:
             raise Refusal(f'{self.prefix}ffn has no hidden channels')
+        struct.hidden = self.shape(fc1, 'ffn.fc1', 2)[0]
         self._set('fc1', self.linear(ffn, 'ffn', 'fc1', struct.hidden, dim))
         self._set('fc2', self.linear(ffn, 'ffn', 'fc2', dim, struct.hidden))
         attn = self.child(block, '', 'attn', Attention, DeformableAttention)
-        struct.heads = self.attribute(attn, 'num_heads')
+        struct.heads = self.attribute(attn, 'attn', 'num_heads', int)
         if struct.heads < 1 or dim % struct.heads:
             raise Refusal(f'{self.prefix}attn has {struct.heads} heads for {dim} channels')
         self._set('proj', self.linear(attn, 'attn', 'proj', dim, dim))
@@ -96,7 +99,7 @@ class PreparedBlock(Prepared):
         self._set('q', self.linear(attn, 'attn', 'q', dim, dim))
         self._set('kv', self.linear(attn, 'attn', 'kv', 2 * dim, dim))
         self.struct.sr_ratio = 1
-        if self.attribute(attn, 'sr_ratio') > 1:
+        if self.attribute(attn, 'attn', 'sr_ratio', int) > 1:
             side, addresses = self.patches(self.child(attn, 'attn', 'sr', nn.Conv2d), 'attn.sr', dim, dim)
             if side != attn.sr_ratio:
                 raise Refusal(f'{self.prefix}attn.sr makes patches of another side than sr_ratio={attn.sr_ratio}')
@@ -106,9 +109,9 @@ class PreparedBlock(Prepared):
             self._set('sr_norm', addresses)
 
     def _deformable(self, attn: DeformableAttention, dim: int) -> None:
-        self.struct.sr_ratio, self.struct.points = 1, self.attribute(attn, 'num_points')
+        self.struct.sr_ratio, self.struct.points = 1, self.attribute(attn, 'attn', 'num_points', int)
         points = self.struct.heads * self.struct.points
-        if not points:
+        if points < 1:
             raise Refusal(f'{self.prefix}attn has no points')
         self._set('offsets', self.linear(attn, 'attn', 'offsets', 2 * points, dim))
         self._set('point_weights', self.linear(attn, 'attn', 'attn_weight', points, dim))
@@ -116,9 +119,14 @@ class PreparedBlock(Prepared):
 
     def _encoder(self, encoder: DynamicGrainedEncoder, path: str, dim: int) -> None:
         self.module(encoder, path, DynamicGrainedEncoder)
-        if self.attribute(encoder, 'training') or self.attribute(encoder, 'routing') != 'region':
+        if self.attribute(encoder, path, 'training') or self.attribute(encoder, path, 'routing') != 'region':
             raise Refusal(f'{path} is in training mode, or decides by layer')
-        granularities, self.region = self.attribute(encoder, 'granularities'), self.attribute(encoder, 'region')
+        granularities = self.attribute(encoder, path, 'granularities', tuple)
+        self.region = self.attribute(encoder, path, 'region', int)
+        try:
+            check_granularities(granularities, self.region)
+        except ValueError as error:
+            raise Refusal(f'{path}: {error}'.rstrip('.')) from error
         router = self.child(encoder, path, 'router', Router)
         self._set('router', self.weights(router, f'{path}.router', len(granularities), dim))
         if self.struct.router_bias is None:
@@ -131,13 +139,13 @@ class PreparedBlock(Prepared):
 def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
                   stop: int | None = None) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
-    reason = refuse_context() or refuse_processor() or refuse_rows(tokens)
+    reason = refuse_context() or refuse_processor() or refuse_tokens(tokens, shape, stage.num_extra)
     if reason is not None:
         return Refused(reason)
-    (images, size, dim), (height, width), extra = tokens.shape, shape, stage.num_extra
-    if size != extra + height * width:
-        return Refused(f'{size} tokens are no {extra} extra tokens and map of {height} x {width} cells')
+    (images, _, dim), (height, width), extra = tokens.shape, shape, stage.num_extra
     indices = range(len(stage.blocks))[start:stop]
+    if not indices:
+        return Refused('there are no blocks to run')
     blocks, decisions, kept = (Block * len(indices))(), [], []
     half, address = computes_in_half(), tokens.data_ptr()
     for place, index in enumerate(indices):

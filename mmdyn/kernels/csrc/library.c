@@ -22,17 +22,17 @@ EXPORT void layout(int64_t *numbers) {
 
 /* Whether this processor has the instructions of the encoder, and those for bfloat16. */
 EXPORT int runs(void);
-EXPORT int runs_bfloat16(void);
+EXPORT int runs_half(void);
 #if HAS_AVX512
 int runs(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
-int runs_bfloat16(void) {
+int runs_half(void) {
     return runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
 }
 #else
 int runs(void) { return 0; }
-int runs_bfloat16(void) { return 0; }
+int runs_half(void) { return 0; }
 #endif
