@@ -15,13 +15,14 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_v
 VENV_DONE := $(VENV)/.stamp-venv-$(PYTHON_VERSION)
 TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -v '^\#' requirements.txt | grep -E '^(torch|numpy|setuptools|wheel|ninja|psutil)' | cksum | cut -d' ' -f1)
 MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(shell grep '^mmcv==' requirements.txt))
-SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt setup.py $(wildcard mmdyn/kernels/csrc/*.[ch]) | cksum | cut -d' ' -f1)
+SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt pyproject.toml setup.py $$(find mmdyn -name '*.[ch]' | LC_ALL=C sort) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup test sanitize demo demo-det demo-seg demo-cls-cf bench clean
+.PHONY: help setup lint test sanitize demo demo-det demo-seg demo-cls-cf bench clean
 help:
 	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (10 to 20 minutes, once)'
-	echo 'make test       set up, then run the tests'
-	echo 'make sanitize   set up, then run the tests of the kernels, and a fuzz, with address and undefined-behaviour sanitizers'
+	echo 'make lint       set up, then check style, format and types of the Python files, and the format of the C files'
+	echo 'make test       set up, lint, then run the tests'
+	echo 'make sanitize   set up, then test and fuzz the compiled functions with address and undefined-behaviour sanitizers'
 	echo 'make demo       set up, then train PVT and PVT+DGE on the demo data, test them and draw the gates'
 	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
 	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
@@ -70,7 +71,13 @@ $(SETUP_DONE): $(MMCV_DONE)
 	$(BIN)/pip install --no-deps -e .
 	touch $@
 
-test: setup
+lint: setup
+	@$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	find mmdyn -name '*.[ch]' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+test: lint
 	@$(BIN)/python -m pytest tests
 
 # A copy of the package whose kernels are built with gcc's sanitizers. They must be loaded before all else, since Python is
@@ -82,7 +89,10 @@ FUZZ_CALLS ?= 4000
 FUZZ_SEED ?= 0
 sanitize: setup
 	@rm -rf $(SANITIZED)
-	CC=gcc CFLAGS='$(SANITIZERS)' LDFLAGS='$(SANITIZERS)' $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	mkdir -p $(SANITIZED)/lib
+	cp -r mmdyn $(SANITIZED)/lib
+	rm -f $(SANITIZED)/lib/mmdyn/kernels/_cpu*
+	CC=gcc CFLAGS='$(SANITIZERS)' LDFLAGS='$(SANITIZERS)' $(BIN)/python setup.py -q build_ext --build-temp $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
 	root=$$PWD
 	cd $(SANITIZED)/lib
 	export LD_PRELOAD="$$(for name in asan ubsan stdc++; do gcc -print-file-name=lib$$name.so; done | paste -sd' ')"
@@ -127,4 +137,4 @@ bench: setup $(TRAINED)
 	@$(BIN)/python tools/analysis_tools/benchmark.py --suite all --out docs
 
 clean:
-	rm -rf $(VENV) data/demo work_dirs/demo build *.egg-info .pytest_cache
+	rm -rf $(VENV) data/demo work_dirs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache

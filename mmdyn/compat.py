@@ -41,7 +41,7 @@ def statistic_of_history_buffer(owner, name: str):
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let torch's safe loader read what mmengine itself writes beside the weights: its log buffers, which hold numpy."""
+    """Let torch's safe loader read what mmengine writes beside the weights: its log buffers, which hold numpy."""
     from mmengine.logging import HistoryBuffer
     HistoryBuffer()  # the first one registers the statistics that every checkpoint names
     numpy_core = getattr(np, '_core', None) or np.core

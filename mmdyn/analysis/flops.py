@@ -56,17 +56,17 @@ def count_macs(model: nn.Module, shape: Tuple[int, int], proposals: int = 1000, 
             the DGE paper's totals agree with.
     """
     inputs = torch.zeros(1, 3, *shape)
-    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_BAGS, _embedding_bag_flops)) as counter:
-        # The math path of attention is made of matrix products, which the counter knows on every device.
-        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            if not hasattr(model, 'roi_head'):
-                model(inputs, mode='tensor')
-                return counter.get_total_flops() // 2
-            from mmengine.structures import InstanceData
-            features = model.extract_feat(inputs)
-            model.rpn_head(features)
-            boxes = torch.tensor([[0., 0., shape[1], shape[0]]]).expand(proposals, -1)
-            model.roi_head(features, [InstanceData(bboxes=boxes)])
+    # The math path of attention is made of matrix products, which the counter knows on every device.
+    counted = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_BAGS, _embedding_bag_flops))
+    with counted as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        if not hasattr(model, 'roi_head'):
+            model(inputs, mode='tensor')
+            return counter.get_total_flops() // 2
+        from mmengine.structures import InstanceData
+        features = model.extract_feat(inputs)
+        model.rpn_head(features)
+        boxes = torch.tensor([[0., 0., shape[1], shape[0]]]).expand(proposals, -1)
+        model.roi_head(features, [InstanceData(bboxes=boxes)])
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     masks = sum(flops for name, flops in counts.items() if name.endswith('.mask_head'))
     most = min(proposals, 100)  # mmdet's RoI heads look for masks in this many of the proposals

@@ -12,8 +12,8 @@ class DynamicFLOPs(BaseMetric):
     """What the dynamic backbone spent on the test set, beside any other metric and for any task.
 
     Reports, as averages over the images: ``gflops`` the backbone's multiply-adds in 1e9, ``gflops_dense`` those without
-    DGE, ``query_ratio`` beta of eq. 7, and ``query_ratio/<layer>`` for each layer with DGE. All forward passes of an image
-    count, as in test-time augmentation and slide inference; ``gflops`` is their sum.
+    DGE, ``query_ratio`` beta of eq. 7, and ``query_ratio/<layer>`` for each layer with DGE. All forward passes of an
+    image count, as in test-time augmentation and slide inference; ``gflops`` is their sum.
 
     Args:
         per_layer: whether to report each layer.

@@ -66,7 +66,7 @@ def test_one_device():
                         ('product of matrices, float32, GFLOP/s', '100'), ('copy, GB/s (read and written)', '20')):
         assert f'\n| {name} | {value} |\n' in text
     assert '\n0.4: the finest regions' in text and '](benchmark.png)' in text
-    rows = [line for line in text.splitlines() if line.startswith('| PVT-tiny 1') or line.startswith('| model')]
+    rows = [line for line in text.splitlines() if line.startswith(('| PVT-tiny 1', '| model'))]
     assert len({len(line) for line in rows[:3]}) == 1  # the columns are aligned
 
 

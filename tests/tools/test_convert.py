@@ -664,7 +664,7 @@ def test_config_that_fits(tool, tmp_path, capsys):
 def test_config_of_another_architecture(tool, tmp_path):
     arch = dict(PVT, embed_dims=(8, 16, 24, 40), depths=(2, 2, 1, 2))
     config = write_config(tmp_path / 'config.py', dict(PYRAMID, arch=arch), dict(LINEAR, in_channels=40))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match='in the model') as error:
         convert(tool, tmp_path, 'pvt', authors_pvt(), config=config)
     lines = [line.strip() for line in str(error.value).splitlines()]
     assert 'head.fc.weight: (5, 32) in SRC, (5, 40) in the model' in lines

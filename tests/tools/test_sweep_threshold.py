@@ -94,7 +94,7 @@ def test_curve_is_what_the_classifier_does(sweep, example):
     assert (curve['exit_share'][0], curve['exit_share'][-1]) == (1, 0)
     assert curve['macs'][-1] - curve['macs'][0] == result['fine_macs']
 
-    rows = list(csv.DictReader(open(example / 'out/curve.csv')))
+    rows = list(csv.DictReader((example / 'out/curve.csv').read_text().splitlines()))
     assert {name: [float(row[name]) for row in rows] for name in rows[0]} == curve
     table = [line.split() for line in printed.split('multiply-adds, G\n')[1].splitlines()[:11]]
     assert [float(row[0]) for row in table] == [i / 10 for i in range(11)]

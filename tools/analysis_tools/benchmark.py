@@ -378,7 +378,7 @@ def main() -> None:
         try:
             result = run(args)
         except ValueError as error:
-            raise SystemExit(f'benchmark.py: {error}')
+            raise SystemExit(f'benchmark.py: {error}') from None
         args.out.mkdir(parents=True, exist_ok=True)
         files = [args.out / 'benchmark.json', args.out / 'benchmark-cuda.json']
         files[args.device == 'cuda'].write_text(json.dumps(result, indent=1) + '\n')

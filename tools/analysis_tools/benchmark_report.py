@@ -202,7 +202,7 @@ def main() -> None:
     try:
         write_report(read(args.results), args.out or args.results[0].parent)
     except ValueError as error:
-        raise SystemExit(f'benchmark_report.py: {error}')
+        raise SystemExit(f'benchmark_report.py: {error}') from None
 
 
 if __name__ == '__main__':

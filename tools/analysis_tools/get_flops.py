@@ -40,7 +40,7 @@ def main() -> None:
     try:
         result = report(cfg, shape, ratio, args.images, args.checkpoint, args.detections)
     except ValueError as error:
-        raise SystemExit(f'get_flops.py: {error}')
+        raise SystemExit(f'get_flops.py: {error}') from None
     if args.json:
         print(json.dumps(result))
         return

@@ -24,7 +24,7 @@ def macs(text: str) -> int:
     try:
         return round(float(text[:-1]) * UNITS[text[-1]])
     except (ValueError, KeyError, IndexError):
-        raise argparse.ArgumentTypeError(f'{text!r}: give a number and K, M or G, e.g. 2.0G')
+        raise argparse.ArgumentTypeError(f'{text!r}: give a number and K, M or G, e.g. 2.0G') from None
 
 
 def run_both_stages(cfg: Config, checkpoint: str, work_dir: Path) -> dict:
@@ -100,7 +100,7 @@ def main() -> None:
     try:
         run = run_both_stages(cfg, args.checkpoint, out)
     except ValueError as error:
-        raise SystemExit(f'sweep_threshold.py: {error}')
+        raise SystemExit(f'sweep_threshold.py: {error}') from None
     swept = curve(**run, thresholds=torch.arange(1001, dtype=torch.double) / 1000)
     every = curve(**run, thresholds=operating_points(run['coarse_scores']))
     for name, wanted, find in (('flops', args.flops, most_accurate), ('top1', args.top1, cheapest)):

@@ -1,6 +1,7 @@
-from typing import Optional
+from typing import Any
 
 import torch
+from mmengine.runner import Runner
 
 from ...models.cost import CostMeter
 from ...models.backbones.base import find_backbones
@@ -13,8 +14,8 @@ from .loss_hook import LossHook
 class BudgetHook(LossHook):
     """Train any mmpretrain, mmdet or mmseg model with DGE towards a computational budget (eq. 7 and 8).
 
-    Adds ``loss_budget`` = weight * (beta - budget)^2 to the losses that the model returns, and ``query_ratio`` = beta to
-    the log. Beta is averaged over the batch and over all processes.
+    Adds ``loss_budget`` = weight * (beta - budget)^2 to the losses that the model returns, and ``query_ratio`` = beta
+    to the log. Beta is averaged over the batch and over all processes.
 
     Args:
         budget: gamma, the aspired ratio of the dynamic layers' complexity to that without DGE, in (0, 1].
@@ -25,14 +26,14 @@ class BudgetHook(LossHook):
             cannot reach the budget.
     """
 
-    def __init__(self, budget: float = 0.5, weight: float = 1.):
+    def __init__(self, budget: float = 0.5, weight: float = 1.) -> None:
         if not 0 < budget <= 1:
             raise ValueError(f'BudgetHook: budget={budget} must be greater than 0 and at most 1, the cost without DGE.')
         if weight < 0:
             raise ValueError(f'BudgetHook: weight={weight} must not be negative.')
         self.budget, self.weight = budget, weight
 
-    def prepare(self, runner, model: torch.nn.Module) -> None:
+    def prepare(self, runner: Runner, model: torch.nn.Module) -> None:
         """Check the budget against the model."""
         backbones = [backbone for backbone in find_backbones(model) if backbone.has_dge]
         if not backbones:
@@ -42,12 +43,12 @@ class BudgetHook(LossHook):
             least, most = backbone.ratio_bounds()
             if not least <= self.budget <= most:
                 raise ValueError(
-                    f'BudgetHook: budget={self.budget} cannot be reached: on images of img_size the granularities of the '
-                    f'{type(backbone).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a budget '
+                    f'BudgetHook: budget={self.budget} cannot be reached: on images of img_size the granularities of '
+                    f'the {type(backbone).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a budget '
                     'between them, or a coarser largest granularity.')
         self._meter = CostMeter(training=True, backbones=backbones)
 
-    def on_forward(self, model: torch.nn.Module, losses: Optional[dict], inputs: dict) -> None:
+    def on_forward(self, model: torch.nn.Module, losses: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
         """Add ``loss_budget`` and ``query_ratio``."""
         costs = self._meter.take()
         if costs and losses is not None:

@@ -1,4 +1,5 @@
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from ...models.backbones.base import find_backbones
 from ...models.backbones.cfvit import CFViT
@@ -19,13 +20,13 @@ class FineSelectionHook(Hook):
             training does not reach.
     """
 
-    def __init__(self, begin: int = 200):
+    def __init__(self, begin: int = 200) -> None:
         if begin < 0:
             raise ValueError(f'FineSelectionHook: begin={begin} must not be negative; 0 splits the informative patches '
                              'from the first epoch.')
         self.begin = begin
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Find the backbones, and check that the training reaches ``begin``."""
         backbones = find_backbones(unwrapped(runner.model))
         self._backbones = [backbone for backbone in backbones if isinstance(backbone, CFViT)]
@@ -37,12 +38,12 @@ class FineSelectionHook(Hook):
                              'no epoch would split only the informative patches, as the test does. Choose a begin less '
                              'than max_epochs; a training by iterations has one epoch.')
 
-    def before_train_epoch(self, runner) -> None:
+    def before_train_epoch(self, runner: Runner) -> None:
         """Choose by the epoch alone, so that a resumed training goes on as it was."""
         for backbone in self._backbones:
             backbone.split_all = runner.epoch < self.begin
 
-    def after_train(self, runner) -> None:
+    def after_train(self, runner: Runner) -> None:
         """Leave the model as it was."""
         for backbone in self._backbones:
             backbone.split_all = False

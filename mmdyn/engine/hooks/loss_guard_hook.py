@@ -1,6 +1,7 @@
-from typing import Optional
+from typing import Any
 
 import torch
+from mmengine.runner import Runner
 
 from ...registry import HOOKS
 from .loss_hook import LossHook
@@ -14,14 +15,14 @@ class LossGuardHook(LossHook):
         interval: look at the losses of each ``interval``-th iteration; a look synchronises an accelerator.
     """
 
-    def __init__(self, interval: int = 1):
+    def __init__(self, interval: int = 1) -> None:
         self.interval = interval
 
-    def prepare(self, runner, model: torch.nn.Module) -> None:
+    def prepare(self, runner: Runner, model: torch.nn.Module) -> None:
         """Keep the runner, which knows the iteration."""
         self._runner = runner
 
-    def on_forward(self, model: torch.nn.Module, losses: Optional[dict], inputs: dict) -> None:
+    def on_forward(self, model: torch.nn.Module, losses: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
         """Raise ValueError if a loss is not finite."""
         if losses is None or not self.every_n_train_iters(self._runner, self.interval):
             return

@@ -50,7 +50,7 @@ def test_names_the_first_spoilt_weight():
 def test_interval_evaluation_and_end_of_training():
     nan = dict(loss=torch.tensor(float('nan')))
     watched(nan, interval=2, iteration=0)[0](torch.zeros(1))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match='loss is nan'):
         watched(nan, interval=2, iteration=1)[0](torch.zeros(1))
     watched(nan)[0].eval()(torch.zeros(1))
     model, hook = watched(nan)

@@ -201,7 +201,7 @@ def test_with_cp_recomputes_blocks_and_changes_no_gradient(name, train_mode, mak
         calls = []
         for module in model.modules():
             if isinstance(module, EncoderBlock):
-                module.norm2.register_forward_pre_hook(lambda *_: calls.append(1))
+                module.norm2.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         results.append(train_step(model, images))
         runs.append(len(calls))
     torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -218,7 +218,7 @@ def test_with_cp_recomputes_blocks_and_changes_no_gradient(family, score, make_c
         model = make_cfvit(family, score=score, drop_path_rate=0.3, with_cp=with_cp).train()
         calls = []
         for block in model.blocks:
-            block.norm2.register_forward_pre_hook(lambda *_: calls.append(1))
+            block.norm2.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         images = images_of(model, 3)
         coarse, fine = model(images)
         (coarse.square().sum() + fine.square().sum()).backward()

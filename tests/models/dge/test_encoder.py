@@ -283,7 +283,7 @@ def test_with_cp_recomputes_the_block_and_changes_nothing(mode):
     for with_cp in (False, True):
         torch.manual_seed(0)
         encoder, block = make(mode, sr_ratio=2, drop_path_rate=0.3, with_cp=with_cp)
-        block.norm1.register_forward_pre_hook(lambda *_: calls.append(with_cp))
+        block.norm1.register_forward_pre_hook(lambda *_, with_cp=with_cp: calls.append(with_cp))
         tokens = torch.randn(3, 1 + 35, DIM, requires_grad=True)
         output = encoder(block, tokens, (5, 7), 1)
         output.square().sum().backward()
@@ -347,7 +347,7 @@ def test_synchronises_once(mode):
     encoder(block, tokens, (5, 7), 1)  # fills the caches
     torch.cuda.set_sync_debug_mode('warn')
     try:
-        with pytest.warns(UserWarning, match='synchronizing') as warnings:
+        with pytest.warns(UserWarning, match='synchronizing') as warnings:  # noqa: PT031
             encoder(block, tokens, (5, 7), 1)
             torch.ones(1, device='cuda').item()  # dense training may have none of its own
     finally:

@@ -59,7 +59,7 @@ def slow_counts(choice, shape, phis, region, num_extra):
 def members(groups):
     """The rows of each group, as lists."""
     ends = [*groups.starts.tolist(), len(groups.rows)]
-    return [groups.rows[start:end].tolist() for start, end in zip(ends, ends[1:])]
+    return [groups.rows[start:end].tolist() for start, end in itertools.pairwise(ends)]
 
 
 def check_routing(routing, choice, shape, phis, region, num_extra):

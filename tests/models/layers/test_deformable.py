@@ -53,7 +53,7 @@ def operator(monkeypatch):
     calls = []
 
     def apply(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step):
-        images, cells, heads, dim = value.shape
+        images, cells, heads, _ = value.shape
         queries, num_points = sampling_locations.shape[1], sampling_locations.shape[4]
         assert sampling_locations.shape == (images, queries, heads, 1, num_points, 2)
         assert attention_weights.shape == (images, queries, heads, 1, num_points)

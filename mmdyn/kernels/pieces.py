@@ -1,0 +1,176 @@
+"""The encoder blocks of a stage in inference on any CPU: pieces of rows that stay in cache, and products by oneDNN.
+
+torch's float32 products on a CPU are MKL's, which on some CPUs do not use their widest instructions. oneDNN's do, and
+apply the GELU to what they have just computed.
+"""
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from ..models.dge import Decision, DynamicGrainedEncoder, route
+from ..models.dge.router import choose
+from ..models.dge.routing import centres, grid
+from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock, deformable_sampling, packed_attention
+from ..models.replaceable import Refused
+from ..models.stage import Stage, run_blocks
+from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_tensor
+
+# Numbers of a piece in memory, and most rows: wide layers gain from many numbers, narrow ones do not.
+NUMBERS, ROWS = 2**20, 2**12
+_cache = Cache()
+
+
+def few_sizes(rows: int) -> int:
+    """``rows``, rounded up by at most 1/32 to one of a few numbers: oneDNN prepares for each number that it meets."""
+    step = min(2**max(rows.bit_length() - 6, 0), 64)
+    return -(-rows // step) * step
+
+
+def linear(x: Tensor, layer: nn.Linear, gelu: bool = False) -> Tensor:
+    """A linear layer, with a GELU behind it if ``gelu``: (..., C_in) -> (..., C_out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *(('gelu', [], 'none') if gelu else
+                                                                            ('none', [], '')))
+
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _linear_flops(x_shape, weight_shape, *args, **kwargs) -> int:
+        """Operations of oneDNN's operator, for torch's counter, which has no formula of its own."""
+        return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+class PreparedLayers(Prepared):
+    """The layers of an encoder block, and the encoder that wraps it or None, as they were made."""
+
+    def __init__(self, block: nn.Module, encoder: nn.Module | None, index: int):
+        super().__init__(f'blocks.{index}')
+        self.module(block, '', EncoderBlock)
+        self.prefix += '.'
+        self.modes = [block] if encoder is None else [block, encoder]
+        for name in ('norm1', 'norm2'):
+            self.child(block, '', name, nn.LayerNorm)
+        ffn = self.child(block, '', 'ffn', FFN)
+        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'approximate') != 'none':
+            raise Refusal(f'{self.prefix}ffn.act approximates the GELU')
+        attn = self.child(block, '', 'attn', Attention, DeformableAttention)
+        names = dict.fromkeys(name for name in attn._modules if name not in ('sr', 'norm'))
+        for parent, path, name in [(ffn, 'ffn', 'fc1'), (ffn, 'ffn', 'fc2'), *((attn, 'attn', name) for name in names)]:
+            layer = self.child(parent, path, name, nn.Linear)
+            for kind in ('weight', 'bias'):
+                self._plain(layer, f'{path}.{name}', kind)
+        if encoder is not None:
+            self.module(encoder, f'dge.{index}', DynamicGrainedEncoder)
+
+    def _plain(self, layer: nn.Module, path: str, name: str) -> None:
+        tensor = layer._parameters[name]
+        if tensor is not None:
+            self.parameter(layer, path, name, *tensor.shape)
+
+
+@run_blocks.register
+def run_in_pieces(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
+                  stop: int | None = None) -> Tensor | Refused:
+    """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
+    reason = refuse_context() or refuse_tensor(tokens, 'the tokens')
+    if reason is None and not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
+        reason = "oneDNN is switched off, or torch was built without it"
+    if reason is None and torch.is_autocast_enabled('cpu'):
+        reason = 'autocast is on'
+    if reason is not None:
+        return Refused(reason)
+    layers = []
+    for index in range(len(stage.blocks))[start:stop]:
+        block, encoder = stage.blocks[index], stage.dge[index] if len(stage.dge) else None
+        try:
+            _cache.get(block, (encoder, index), lambda: PreparedLayers(block, encoder, index))
+        except Refusal as refusal:
+            return Refused(str(refusal))
+        if block.training or encoder is not None and encoder.training:
+            return Refused(f'blocks.{index} is in training mode')
+        layers.append((block, encoder))
+    for block, encoder in layers:
+        tokens = encode(block, encoder, tokens.contiguous(), shape, stage.num_extra)
+    return tokens
+
+
+def encode(block: EncoderBlock, encoder: DynamicGrainedEncoder | None, tokens: Tensor, shape: tuple[int, int],
+           num_extra: int) -> Tensor:
+    """One block on tokens (B, E + H*W, C), which it changes."""
+    images, size, channels = tokens.shape
+    keys_values = _keys_values(block, tokens, shape, num_extra)
+    places = centres(shape).expand(images, -1, -1) if block.uses_points else None
+    rows = tokens.view(-1, channels)
+    if encoder is None:
+        points = None if places is None else places.flatten(0, 1)
+        for piece, change in _changes(block, rows, [size] * images, shape, keys_values, points):
+            rows[piece] += change
+        return tokens
+    choice = choose(encoder.router, tokens, shape, encoder.decision_side(shape), num_extra)
+    choice = (choice if encoder.forced is None else encoder.forced).expand(images, *grid(encoder.region, shape))
+    routing = route(choice, shape, encoder.granularities, encoder.region, num_extra)
+    num, lengths = sum(routing.lengths), routing.lengths.copy()
+    encoder.decision = Decision(choice, torch.tensor(routing.lengths))
+    surplus = few_sizes(num) - num
+    lengths[-1] += surplus  # queries of zeros, which serve no token
+    queries = F.pad(routing.compress(tokens), (0, 0, 0, surplus))
+    points = None if places is None else F.pad(routing.compress(places), (0, 0, 0, surplus))
+    changes = queries.new_zeros(len(queries) + 1, channels)
+    for piece, change in _changes(block, queries, lengths, shape, keys_values, points):
+        changes[piece] = change
+    changes[num] = 0  # of tokens without a query
+    index = routing.query.flatten()
+    for part, query in zip(rows.split(NUMBERS // channels), index.split(NUMBERS // channels)):
+        part += changes.index_select(0, query)
+    return tokens
+
+
+def _keys_values(block: EncoderBlock, tokens: Tensor, shape: tuple[int, int], num_extra: int) -> tuple[Tensor, ...]:
+    """What the queries attend to: tensors with a first dimension of images."""
+    attn, normed = block.attn, block.norm1(tokens)
+    if block.uses_points:
+        return (linear(normed, attn.v).unflatten(-1, (attn.num_heads, -1)), )
+    key_value = linear(attn.reduce(normed, shape, num_extra), attn.kv)
+    return tuple(key_value.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4))
+
+
+def _pieces(lengths: list[int], count: int) -> Iterator[tuple[slice, slice, list[int]]]:
+    """Split the packed rows of images into pieces of about ``count`` rows or fewer: whole images, or parts of one.
+
+    Yields:
+        the piece's rows, its images, and the rows of each of them.
+    """
+    row = first = 0
+    while first < len(lengths):
+        last, total = first + 1, lengths[first]
+        while last < len(lengths) and total + lengths[last] <= count:
+            total, last = total + lengths[last], last + 1
+        parts = max(-(-total // count), 1)
+        size = max(few_sizes(-(-total // parts)), 1)
+        for start in range(0, total, size):
+            end = min(start + size, total)
+            yield slice(row + start, row + end), slice(first, last), lengths[first:last] if parts == 1 else [end - start]
+        row, first = row + total, last
+
+
+def _changes(block: EncoderBlock, queries: Tensor, lengths: list[int], shape: tuple[int, int],
+             keys_values: tuple[Tensor, ...], points: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of pieces of packed queries (N, C), and what the block adds to them."""
+    attn, ffn, scale = block.attn, block.ffn, block.residual_scale
+    for piece, images, of_images in _pieces(lengths, min(max(NUMBERS // queries.shape[1], 1), ROWS)):
+        query, memory = queries[piece], [x[images] for x in keys_values]
+        normed = block.norm1(query)
+        if points is None:
+            heads = linear(normed, attn.q).unflatten(-1, (attn.num_heads, -1))
+            attended = packed_attention.plain(heads, *memory, of_images).flatten(1)
+        else:
+            offsets = linear(normed, attn.offsets).unflatten(-1, (attn.num_heads, attn.num_points, 2))
+            weights = linear(normed, attn.attn_weight).unflatten(-1, (attn.num_heads, attn.num_points)).softmax(-1)
+            attended = deformable_sampling(*memory, points[piece, None, None] + offsets, weights, shape, of_images)
+        attended = linear(attended, attn.proj).mul_(scale)
+        change = linear(linear(block.norm2(query + attended), ffn.fc1, gelu=True), ffn.fc2).mul_(scale)
+        yield piece, change.add_(attended)
