@@ -145,7 +145,8 @@ def sample_points(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[i
             weights.shape != points.shape[:3]):
         return Refused('values, points, weights and lengths do not fit each other')
     value, points, weights = value.contiguous(), points.contiguous(), weights.contiguous()
-    counts, out = torch.tensor(lengths, dtype=torch.long, device='cpu'), torch.empty(num, heads * channels, device='cpu')
+    counts = torch.tensor(lengths, dtype=torch.long, device='cpu')
+    out = torch.empty(num, heads * channels, device='cpu')
     library().sample(ctypes.byref(Sampling(*shape, heads, points.shape[2], channels)), value.data_ptr(),
                      points.data_ptr(), weights.data_ptr(), counts.data_ptr(), images, out.data_ptr())
     return out

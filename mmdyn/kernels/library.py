@@ -64,7 +64,8 @@ LAYOUT = [VERSION, *(number for struct in STRUCTS
                      for number in (ctypes.sizeof(struct), getattr(struct, struct._fields_[-1][0]).offset))]
 # The arguments of each function: addresses and numbers. Those for AVX-512 are missing where compilers do not know it.
 FUNCTIONS = dict(choose='aaaan', sample='aaaaana')
-AVX512 = dict(encode_blocks='ana', encode_blocks_workspace='an', project='aa', project_workspace='a', transpose_tokens='annna')
+AVX512 = dict(encode_blocks='ana', encode_blocks_workspace='an', project='aa', project_workspace='a',
+              transpose_tokens='annna')
 
 # glibc keeps as much free memory as twice the largest block that it has seen freed, of up to 32 MiB, and gives the rest
 # back to the system, whose fresh pages take time. It sees one of this size when the functions are loaded.

@@ -105,7 +105,8 @@ class PreparedBlock(Prepared):
                 raise Refusal(f'{self.prefix}attn.sr makes patches of another side than sr_ratio={attn.sr_ratio}')
             self.struct.sr_ratio = side
             self._set('sr', addresses)
-            self.struct.sr_norm_eps, addresses = self.norm(self.child(attn, 'attn', 'norm', nn.LayerNorm), 'attn.norm', dim)
+            norm = self.child(attn, 'attn', 'norm', nn.LayerNorm)
+            self.struct.sr_norm_eps, addresses = self.norm(norm, 'attn.norm', dim)
             self._set('sr_norm', addresses)
 
     def _deformable(self, attn: DeformableAttention, dim: int) -> None:

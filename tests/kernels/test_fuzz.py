@@ -1,8 +1,9 @@
-"""Random models and inputs, many of them broken: a kernel equals the plain function, refuses, or raises what that raises.
+"""Random models and inputs, many of them broken: a kernel equals the plain function, refuses, or raises what it raises.
 
 Each case comes from its seed alone. `make sanitize` runs thousands of them with the sanitizers, which find what is read
 or written outside of any tensor.
 """
+
 import math
 import os
 import random
@@ -25,12 +26,15 @@ from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock, Po
 CALLS, FIRST = int(os.environ.get('MMDYN_FUZZ_CALLS', 400)), int(os.environ.get('MMDYN_FUZZ_SEED', 0))
 GROUP = 50
 
-pytestmark = pytest.mark.skipif(isinstance(library(), Refused) and not os.environ.get('MMDYN_REQUIRE_KERNELS'),
-                                reason='there are no compiled functions')
+pytestmark = pytest.mark.skipif(
+    isinstance(library(), Refused) and not os.environ.get('MMDYN_REQUIRE_KERNELS'),
+    reason='there are no compiled functions',
+)
 
 
 class Case(NamedTuple):
     """A call: a kernel, the arguments by name, contexts around it, whether these ask for bfloat16, and threads."""
+
     kernel: Any
     arguments: dict
     contexts: list
@@ -39,7 +43,6 @@ class Case(NamedTuple):
 
 
 class Stage(nn.Module):
-
     def __init__(self, blocks, dge, num_extra):
         super().__init__()
         self.blocks, self.dge, self.num_extra = nn.ModuleList(blocks), nn.ModuleList(dge), num_extra
@@ -51,18 +54,19 @@ class Shifted(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         plain = [x.as_subclass(Tensor) + 1 if isinstance(x, cls) else x for x in args]
-        return func(*plain, **(kwargs or {})) if func is torch.nn.functional.linear else super().__torch_function__(
-            func, types, args, kwargs or {})
+        return (
+            func(*plain, **(kwargs or {}))
+            if func is torch.nn.functional.linear
+            else super().__torch_function__(func, types, args, kwargs or {})
+        )
 
 
 class DoubledLinear(nn.Linear):
-
     def forward(self, x):
         return super().forward(x) * 2
 
 
 class Wrapped(nn.Module):
-
     def __init__(self, module):
         super().__init__()
         self.module = module
@@ -77,8 +81,11 @@ def randomize(module: nn.Module) -> nn.Module:
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape)
             is_norm = parameter.ndim == 1 and name.endswith('weight')
-            parameter.copy_(1 + 0.2 * noise if is_norm else
-                            noise * (0.1 if parameter.ndim == 1 else max(math.prod(parameter.shape[1:]), 1)**-0.5))
+            parameter.copy_(
+                1 + 0.2 * noise
+                if is_norm
+                else noise * (0.1 if parameter.ndim == 1 else max(math.prod(parameter.shape[1:]), 1) ** -0.5)
+            )
     return module
 
 
@@ -99,21 +106,29 @@ def a_stage(r: random.Random) -> dict:
         extra = r.choice([0, 0, 1, 2])
     blocks = []
     for _ in range(num):
-        attn = dict(softmax=lambda: Attention(dim, heads, qkv_bias=r.random() < 0.7),
-                    reduced=lambda: Attention(dim, heads, r.choice([2, 3, 4]), qkv_bias=r.random() < 0.7),
-                    deformable=lambda: DeformableAttention(dim, heads, r.randint(1, 9)))[kind]()
+        attn = dict(
+            softmax=lambda: Attention(dim, heads, qkv_bias=r.random() < 0.7),
+            reduced=lambda: Attention(dim, heads, r.choice([2, 3, 4]), qkv_bias=r.random() < 0.7),
+            deformable=lambda: DeformableAttention(dim, heads, r.randint(1, 9)),
+        )[kind]()
         ratio = r.choice([0.5, 1, 2, 4, 4]) if r.random() < 0.9 else r.choice([0, r.random() * 5])
-        blocks.append(EncoderBlock(dim, attn, ratio, norm_eps=r.choice([1e-6, 1e-5, 1e-2]),
-                                   residual_scale=r.choice([1., 1, 0.5])))
+        blocks.append(
+            EncoderBlock(
+                dim, attn, ratio, norm_eps=r.choice([1e-6, 1e-5, 1e-2]), residual_scale=r.choice([1.0, 1, 0.5])
+            )
+        )
     dge = []
     if r.random() < 0.6:
-        granularities = r.choice([(1, 2, 4), (1, 2), (0, 1, 2), (2, ), (1, ), (0, 3), (2, 4), (1, 3)])
+        granularities = r.choice([(1, 2, 4), (1, 2), (0, 1, 2), (2,), (1,), (0, 3), (2, 4), (1, 3)])
         region = r.choice([None, None, max(granularities) * 2])
-        dge = [DynamicGrainedEncoder(dim, granularities, region, 'region' if r.random() < 0.95 else 'layer') for _ in blocks]
+        dge = [
+            DynamicGrainedEncoder(dim, granularities, region, 'region' if r.random() < 0.95 else 'layer')
+            for _ in blocks
+        ]
     stage_of = randomize(Stage(blocks, dge, extra)).eval()
     for encoder in dge:
         with torch.no_grad():
-            encoder.router.weight.normal_(std=2.)
+            encoder.router.weight.normal_(std=2.0)
         if r.random() < 0.2:
             rows, columns = (-(-side // encoder.region) for side in shape)
             encoder.forced = torch.randint(len(encoder.granularities), (rows, columns))
@@ -125,20 +140,33 @@ def a_stage(r: random.Random) -> dict:
 def a_choice(r: random.Random) -> dict:
     dim, shape, extra = r.randint(1, 70), a_map(r), r.choice([0, 0, 1, 2])
     router = randomize(Router(dim, range(1, r.randint(2, 5))))
-    return dict(router=router, tokens=torch.randn(r.randint(1, 4), extra + math.prod(shape), dim), shape=shape,
-                region=r.randint(1, 6), num_extra=extra)
+    return dict(
+        router=router,
+        tokens=torch.randn(r.randint(1, 4), extra + math.prod(shape), dim),
+        shape=shape,
+        region=r.randint(1, 6),
+        num_extra=extra,
+    )
 
 
 def a_projection(r: random.Random) -> dict:
-    side, depth, dim, images = r.choice([1, 2, 3, 4, 7]), r.choice([1, 2, 3, 4, 16, 33]), r.randint(1, 70), r.randint(1, 3)
+    side, depth, dim, images = (
+        r.choice([1, 2, 3, 4, 7]),
+        r.choice([1, 2, 3, 4, 16, 33]),
+        r.randint(1, 70),
+        r.randint(1, 3),
+    )
     proj, norm = nn.Conv2d(depth, dim, side, side, bias=r.random() < 0.8), r.choice([nn.LayerNorm(dim), nn.Identity()])
     height, width = (r.randint(1, 9) * side + r.choice([0, 0, 1, side - 1]) for _ in range(2))
     if r.random() < 0.5:
-        proj, maps = proj.to(memory_format=torch.channels_last), torch.randn(images, height, width, depth).permute(0, 3, 1, 2)
+        proj, maps = (
+            proj.to(memory_format=torch.channels_last),
+            torch.randn(images, height, width, depth).permute(0, 3, 1, 2),
+        )
     else:
         maps = torch.randn(images, depth, height, width)
     if r.random() < 0.3:
-        maps = torch.randn(images, depth, height + 2, width + 3)[..., 1:height + 1, 2:width + 2]
+        maps = torch.randn(images, depth, height + 2, width + 3)[..., 1 : height + 1, 2 : width + 2]
     positions = None
     if r.random() < 0.5:
         shape = (height // side, width // side) if r.random() < 0.5 else (r.randint(1, 9), r.randint(1, 9))
@@ -150,8 +178,13 @@ def a_sampling(r: random.Random) -> dict:
     shape, heads, points, dim = a_map(r), r.randint(1, 4), r.randint(1, 6), r.randint(1, 40)
     lengths = [r.randint(0, 40) for _ in range(r.randint(1, 4))]
     places = torch.randn(sum(lengths), heads, points, 2) * max(shape)
-    return dict(value=torch.randn(len(lengths), math.prod(shape), heads, dim), points=places,
-                weights=torch.rand(sum(lengths), heads, points), shape=shape, lengths=lengths)
+    return dict(
+        value=torch.randn(len(lengths), math.prod(shape), heads, dim),
+        points=places,
+        weights=torch.rand(sum(lengths), heads, points),
+        shape=shape,
+        lengths=lengths,
+    )
 
 
 def some_maps(r: random.Random) -> dict:
@@ -159,9 +192,13 @@ def some_maps(r: random.Random) -> dict:
     return dict(tokens=torch.randn(r.randint(1, 4), math.prod(shape), r.randint(1, 70)), shape=shape)
 
 
-MAKERS = [*[(stage.encode_blocks, a_stage)] * 4, (functions.choose_by_means, a_choice),
-          (functions.project_panels, a_projection), (functions.sample_points, a_sampling),
-          (functions.transpose_tokens, some_maps)]
+MAKERS = [
+    *[(stage.encode_blocks, a_stage)] * 4,
+    (functions.choose_by_means, a_choice),
+    (functions.project_panels, a_projection),
+    (functions.sample_points, a_sampling),
+    (functions.transpose_tokens, some_maps),
+]
 
 # Ways to break them.
 
@@ -197,9 +234,19 @@ def other_strides(r: random.Random, x: Tensor) -> Tensor:
 
 def other_kind(r: random.Random, x: Tensor) -> Tensor:
     """Another dtype, type, device or layout."""
-    return r.choice([
-        lambda: x.double(), lambda: x.bfloat16(), lambda: x.half(), lambda: x.int(), lambda: x.as_subclass(Shifted),
-        lambda: x.to('meta'), lambda: torch._neg_view(x), lambda: x.to_sparse(), lambda: x.to(torch.complex64)])()
+    return r.choice(
+        [
+            lambda: x.double(),
+            lambda: x.bfloat16(),
+            lambda: x.half(),
+            lambda: x.int(),
+            lambda: x.as_subclass(Shifted),
+            lambda: x.to('meta'),
+            lambda: torch._neg_view(x),
+            lambda: x.to_sparse(),
+            lambda: x.to(torch.complex64),
+        ]
+    )()
 
 
 def other_tensor(r: random.Random, x: Tensor) -> Tensor:
@@ -240,8 +287,12 @@ def break_module(r: random.Random, root: nn.Module) -> None:
         setattr(owner, key, value.detach())
 
     def attribute():
-        found = [(m, k) for _, m in modules for k, v in vars(m).items()
-                 if not k.startswith('_') and isinstance(v, (int, float, tuple, str))]
+        found = [
+            (m, k)
+            for _, m in modules
+            for k, v in vars(m).items()
+            if not k.startswith('_') and isinstance(v, (int, float, tuple, str))
+        ]
         target, k = r.choice(found)
         value = getattr(target, k)
         if isinstance(value, bool):
@@ -260,8 +311,9 @@ def break_module(r: random.Random, root: nn.Module) -> None:
         encoders = [m for _, m in modules if isinstance(m, DynamicGrainedEncoder)]
         if encoders:
             size = (r.randint(1, 4), r.randint(1, 4)) if r.random() < 0.5 else (1, r.randint(1, 3), r.randint(1, 3))
-            r.choice(encoders).forced = r.choice([
-                torch.randint(-1, 5, size), torch.randint(0, 2, size, dtype=torch.int32), torch.zeros(size)])
+            r.choice(encoders).forced = r.choice(
+                [torch.randint(-1, 5, size), torch.randint(0, 2, size, dtype=torch.int32), torch.zeros(size)]
+            )
 
     def own_forward():
         plain = module.forward
@@ -271,17 +323,27 @@ def break_module(r: random.Random, root: nn.Module) -> None:
         if type(owner) is nn.Linear and key == 'weight':
             r.choice([parametrizations.weight_norm, parametrizations.spectral_norm])(owner)
 
-    r.choice([
-        lambda: parameter(lambda x: other_tensor(r, x)), lambda: parameter(lambda x: other_tensor(r, x)),
-        lambda: parameter(lambda x: None), data, bare, attribute, attribute, forced, own_forward, parametrized,
-        lambda: module.register_forward_hook(lambda m, args, out: out * 2 if isinstance(out, Tensor) else out),
-        lambda: module.register_forward_pre_hook(lambda m, args: None),
-        lambda: setattr(owner, '__class__', DoubledLinear) if type(owner) is nn.Linear else None,
-        lambda: replace(Wrapped(module)),
-        lambda: replace(r.choice([nn.Identity(), nn.ReLU(), nn.GELU('tanh'), nn.Linear(8, 8), nn.LayerNorm(8)])),
-        lambda: module.to(r.choice([torch.double, torch.bfloat16])),
-        lambda: parent._modules.pop(name, None),
-    ])()
+    r.choice(
+        [
+            lambda: parameter(lambda x: other_tensor(r, x)),
+            lambda: parameter(lambda x: other_tensor(r, x)),
+            lambda: parameter(lambda x: None),
+            data,
+            bare,
+            attribute,
+            attribute,
+            forced,
+            own_forward,
+            parametrized,
+            lambda: module.register_forward_hook(lambda m, args, out: out * 2 if isinstance(out, Tensor) else out),
+            lambda: module.register_forward_pre_hook(lambda m, args: None),
+            lambda: setattr(owner, '__class__', DoubledLinear) if type(owner) is nn.Linear else None,
+            lambda: replace(Wrapped(module)),
+            lambda: replace(r.choice([nn.Identity(), nn.ReLU(), nn.GELU('tanh'), nn.Linear(8, 8), nn.LayerNorm(8)])),
+            lambda: module.to(r.choice([torch.double, torch.bfloat16])),
+            lambda: parent._modules.pop(name, None),
+        ]
+    )()
 
 
 def break_arguments(r: random.Random, arguments: dict) -> None:
@@ -289,17 +351,40 @@ def break_arguments(r: random.Random, arguments: dict) -> None:
     key = r.choice([key for key, value in arguments.items() if not isinstance(value, nn.Module) and value is not None])
     value = arguments[key]
     if isinstance(value, Positions):
-        arguments[key] = value._replace(**r.choice([
-            dict(embedding=other_tensor(r, value.embedding)), dict(shape=(value.shape[1], value.shape[0] + 1)),
-            dict(mode='nearest')]))
+        arguments[key] = value._replace(
+            **r.choice(
+                [
+                    dict(embedding=other_tensor(r, value.embedding)),
+                    dict(shape=(value.shape[1], value.shape[0] + 1)),
+                    dict(mode='nearest'),
+                ]
+            )
+        )
     elif isinstance(value, Tensor):
         arguments[key] = other_tensor(r, value)
     elif isinstance(value, tuple):
-        arguments[key] = r.choice([value[::-1], tuple(-side for side in value), (value[0] + 1, *value[1:]), (math.prod(value), 1),
-                                   value[:1], (0, *value[1:]), (float(value[0]), *value[1:])])
+        arguments[key] = r.choice(
+            [
+                value[::-1],
+                tuple(-side for side in value),
+                (value[0] + 1, *value[1:]),
+                (math.prod(value), 1),
+                value[:1],
+                (0, *value[1:]),
+                (float(value[0]), *value[1:]),
+            ]
+        )
     elif isinstance(value, list):
-        arguments[key] = r.choice([value[::-1], value[1:], value + [0], [float(x) for x in value],
-                                   [value[0] + 3, *value[1:-1], value[-1] - 3], [-x for x in value]])
+        arguments[key] = r.choice(
+            [
+                value[::-1],
+                value[1:],
+                [*value, 0],
+                [float(x) for x in value],
+                [value[0] + 3, *value[1:-1], value[-1] - 3],
+                [-x for x in value],
+            ]
+        )
     else:
         arguments[key] = r.choice([value + 1, value - 1, -value, 0, float(value), 1000])
 
@@ -311,19 +396,26 @@ def around(r: random.Random) -> tuple[list, bool]:
         contexts.append(lambda: torch.autocast('cpu', torch.bfloat16))
     elif r.random() < 0.02:
         contexts.append(lambda: torch.autocast('cpu', torch.float16))
-    contexts.append(r.choice([torch.no_grad, torch.no_grad, torch.inference_mode]) if r.random() < 0.98 else torch.enable_grad)
+    contexts.append(
+        r.choice([torch.no_grad, torch.no_grad, torch.inference_mode]) if r.random() < 0.98 else torch.enable_grad
+    )
     return contexts, half
 
 
 class Outcome(NamedTuple):
     """What a call returned or raised, and what the encoders decided."""
+
     result: Any
     error: Exception | None
     decisions: list
 
 
 def outcome(function: Any, arguments: dict, contexts: list) -> Outcome:
-    encoders = [m for m in arguments['stage'].modules() if isinstance(m, DynamicGrainedEncoder)] if 'stage' in arguments else []
+    encoders = (
+        [m for m in arguments['stage'].modules() if isinstance(m, DynamicGrainedEncoder)]
+        if 'stage' in arguments
+        else []
+    )
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context())
@@ -336,8 +428,17 @@ def outcome(function: Any, arguments: dict, contexts: list) -> Outcome:
 
 def plain_outcome(kernel: Any, arguments: dict, contexts: list) -> tuple[Outcome, list[Tensor]]:
     """The plain function all the way down, and the logits of the routers."""
-    function = next(f for f in (stage.run_blocks, functions.choose, functions.project_patches,
-                                functions.deformable_sampling, functions.to_maps) if kernel in f.kernels)
+    function = next(
+        f
+        for f in (
+            stage.run_blocks,
+            functions.choose,
+            functions.project_patches,
+            functions.deformable_sampling,
+            functions.to_maps,
+        )
+        if kernel in f.kernels
+    )
     logits: list[Tensor] = []
     for value in arguments.values():
         if isinstance(value, nn.Module):
@@ -418,7 +519,7 @@ def check(seed: int) -> str:
         assert torch.equal(mine.result, plain.result) or is_tie([(mine.result, plain.result)], logits)
         return 'ran'
     made = [(a, b) for a, b in zip(mine.decisions, plain.decisions) if b is not None]
-    for (a, b) in made:
+    for a, b in made:
         if half and not torch.equal(a.choice, b.choice):  # after a block in bfloat16 logits are not the same
             return 'ran'
         if not torch.equal(a.choice, b.choice):
@@ -427,7 +528,7 @@ def check(seed: int) -> str:
         assert torch.equal(a.queries, b.queries)
     assert mine.result.shape == plain.result.shape
     tolerance = 0.05 if half else 1e-4
-    scale = max(1., plain.result.abs().nan_to_num().amax().item())
+    scale = max(1.0, plain.result.abs().nan_to_num().amax().item())
     if not torch.allclose(mine.result.float(), plain.result.float(), tolerance, tolerance * scale, equal_nan=True):
         # A norm of few channels makes much of little errors: then the plain function's own are as large.
         exact = exact_result(seed)
@@ -454,9 +555,13 @@ def test_kernels_equal_the_plain_functions(first):
     assert counts['ran'] > GROUP / 5 and counts['refused'], counts
 
 
-@pytest.mark.skipif('MMDYN_SANITIZED' not in os.environ, reason='make sanitize builds the functions with the sanitizers')
+@pytest.mark.skipif(
+    'MMDYN_SANITIZED' not in os.environ, reason='make sanitize builds the functions with the sanitizers'
+)
 def test_sanitizers_see_what_lies_behind_a_tensor():
-    script = ("import torch; from mmdyn.kernels.library import library; maps = torch.empty(64 * 4); "
-              "library().transpose_tokens(torch.empty(63 * 4).data_ptr(), 1, 64, 4, maps.data_ptr())")
+    script = (
+        'import torch; from mmdyn.kernels.library import library; maps = torch.empty(64 * 4); '
+        'library().transpose_tokens(torch.empty(63 * 4).data_ptr(), 1, 64, 4, maps.data_ptr())'
+    )
     ended = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert ended.returncode and 'AddressSanitizer: heap-buffer-overflow' in ended.stderr

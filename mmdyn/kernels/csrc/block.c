@@ -89,25 +89,51 @@ static Needs needs_of(const Encoding *e) {
     const Block *b = &e->block;
     int64_t points = b->heads * b->points, hidden = max(b->hidden, 2 * points);
     int64_t pairs = b->is_bfloat16 ? max(b->dim, b->hidden) / 2 : 0;
-    return (Needs){e->queries, MAX_VECTORS, {b->dim, b->dim, max(b->dim, points), hidden, pairs},
-                   max((e->keys + b->dim / b->heads) * MAX_VECTORS, b->dim), 2 * b->dim * (b->dim + b->hidden)};
+    return (Needs){e->queries,
+                   MAX_VECTORS,
+                   {b->dim, b->dim, max(b->dim, points), hidden, pairs},
+                   max((e->keys + b->dim / b->heads) * MAX_VECTORS, b->dim),
+                   2 * b->dim * (b->dim + b->hidden)};
 }
 
 /* What makes keys and values, or values alone, of the normed tokens. */
 static Projection kv_projection(const Encoding *e) {
     const Block *b = &e->block;
     int64_t dim = b->dim, side = b->sr_ratio, line = dim * b->map.width;
-    Projection of_tokens = {
-        .images = 1, .height = 1, .width = b->map.images * e->size, .outer = 1, .inner = 1, .length = dim,
-        .channels = b->points ? dim : 2 * dim, .column_stride = dim, .eps_before = b->norm1_eps,
-        .norm_before = b->norm1, .linear = b->kv, .input = b->tokens, .output = e->kv};
-    Projection of_patches = {
-        .images = b->map.images, .height = b->map.height / side, .width = b->map.width / side,
-        .outer = side, .inner = side, .length = dim, .channels = dim, .kv_channels = 2 * dim,
-        .image_stride = e->size * dim, .row_stride = side * line, .column_stride = side * dim,
-        .outer_stride = line, .inner_stride = dim, .eps_before = b->norm1_eps, .eps_after = b->sr_norm_eps,
-        .norm_before = b->norm1, .linear = b->sr, .norm_after = b->sr_norm, .kv = b->kv,
-        .input = b->tokens, .output = e->kv};
+    Projection of_tokens = {.images = 1,
+                            .height = 1,
+                            .width = b->map.images * e->size,
+                            .outer = 1,
+                            .inner = 1,
+                            .length = dim,
+                            .channels = b->points ? dim : 2 * dim,
+                            .column_stride = dim,
+                            .eps_before = b->norm1_eps,
+                            .norm_before = b->norm1,
+                            .linear = b->kv,
+                            .input = b->tokens,
+                            .output = e->kv};
+    Projection of_patches = {.images = b->map.images,
+                             .height = b->map.height / side,
+                             .width = b->map.width / side,
+                             .outer = side,
+                             .inner = side,
+                             .length = dim,
+                             .channels = dim,
+                             .kv_channels = 2 * dim,
+                             .image_stride = e->size * dim,
+                             .row_stride = side * line,
+                             .column_stride = side * dim,
+                             .outer_stride = line,
+                             .inner_stride = dim,
+                             .eps_before = b->norm1_eps,
+                             .eps_after = b->sr_norm_eps,
+                             .norm_before = b->norm1,
+                             .linear = b->sr,
+                             .norm_after = b->sr_norm,
+                             .kv = b->kv,
+                             .input = b->tokens,
+                             .output = e->kv};
     Projection projection = b->sr.weight ? of_patches : of_tokens;
     if (e->scores)
         projection.router = b->router.weight, projection.num_options = b->num_options, projection.scores = e->scores;
@@ -159,10 +185,8 @@ static void write_choice(const Encoding *e) {
     const Block *b = &e->block;
     Map map = b->map;
     map.channels = b->dim, map.choice = b->chosen;
-    if (e->scores)
-        choose_by_scores(&map, e->scores, b->router.bias, b->num_options);
-    else
-        choose(&map, b->tokens, b->router.weight, b->router.bias, b->num_options);
+    if (e->scores) choose_by_scores(&map, e->scores, b->router.bias, b->num_options);
+    else choose(&map, b->tokens, b->router.weight, b->router.bias, b->num_options);
 }
 
 static void encode_block(const Block *b, float *workspace) {
@@ -171,8 +195,7 @@ static void encode_block(const Block *b, float *workspace) {
     Projection projection = kv_projection(&e);
     project(&projection, workspace + w.used);
     if (b->router.weight) write_choice(&e);
-    if (e.patches)
-        route(&b->map, b->granularities, e.patches, b->lengths);
+    if (e.patches) route(&b->map, b->granularities, e.patches, b->lengths);
     else
         for (int64_t i = 0; i < b->map.images; i++) b->lengths[i] = e.size;
     e.queries = 0;

@@ -11,12 +11,15 @@ enum { VERSION = 2 };
 
 /* The version, then the size of each struct and where its last field begins. The caller must have the same. */
 EXPORT void layout(int64_t *numbers) {
-    const int64_t all[] = {
-        VERSION,
-        sizeof(Map), offsetof(Map, choice),
-        sizeof(Sampling), offsetof(Sampling, channels),
-        sizeof(Block), offsetof(Block, lengths),
-        sizeof(Projection), offsetof(Projection, scores)};
+    const int64_t all[] = {VERSION,
+                           sizeof(Map),
+                           offsetof(Map, choice),
+                           sizeof(Sampling),
+                           offsetof(Sampling, channels),
+                           sizeof(Block),
+                           offsetof(Block, lengths),
+                           sizeof(Projection),
+                           offsetof(Projection, scores)};
     for (unsigned i = 0; i < sizeof(all) / sizeof(*all); i++) numbers[i] = all[i];
 }
 
@@ -29,9 +32,7 @@ int runs(void) {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
-int runs_half(void) {
-    return runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
-}
+int runs_half(void) { return runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
 #else
 int runs(void) { return 0; }
 int runs_half(void) { return 0; }

@@ -22,8 +22,8 @@ typedef struct {
 /* A thread's part of so many tasks, and of so many panels' columns of vectors: index i is panel i / MAX_VECTORS, vector
  * i % MAX_VECTORS. */
 #define SHARE(total, i)                                                                                                \
-    for (int64_t i = (total)*t->rank / t->size, i##_end = (total) * (t->rank + 1) / t->size; i < i##_end; i++)
-#define COLUMNS(panels, num, i) SHARE((num)*MAX_VECTORS, i) if (i % MAX_VECTORS < panels[i / MAX_VECTORS].vectors)
+    for (int64_t i = (total) * t->rank / t->size, i##_end = (total) * (t->rank + 1) / t->size; i < i##_end; i++)
+#define COLUMNS(panels, num, i) SHARE((num) * MAX_VECTORS, i) if (i % MAX_VECTORS < panels[i / MAX_VECTORS].vectors)
 
 static inline void wait_for_team(const Thread *t) {
     if (t->size > 1) {

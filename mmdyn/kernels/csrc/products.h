@@ -7,7 +7,7 @@ enum { MAX_VECTORS = 4 };
 /* Memory that the thread reads or writes soon. A product fetches some lines of it for each row that it makes, so that the
  * memory arrives while the product computes. */
 typedef struct {
-    const char *row; /* the first that is not completely fetched, */
+    const char *row;                                  /* the first that is not completely fetched, */
     int64_t rows, bytes, stride, lines_per_row, done; /* and how many of its bytes are */
 } Prefetch;
 

@@ -36,7 +36,8 @@ static void look_ahead(const Projection *g, const Panel *p, Prefetch *prefetch) 
     int64_t channels = g->kv.weight ? g->kv_channels : g->channels, number = sizeof(float);
     int64_t last = g->images * g->height * g->width - 1;
     const float *input = patch_at(g, min(p->first + p->count, last));
-    prefetch[0] = (Prefetch){(const char *)input, g->outer, p->count * g->column_stride * number, g->outer_stride * number};
+    prefetch[0] =
+        (Prefetch){(const char *)input, g->outer, p->count * g->column_stride * number, g->outer_stride * number};
     prefetch[1] = (Prefetch){(const char *)(g->output + p->first * channels), 1, p->count * channels * number};
     for (int i = 0; i < PREFETCHES; i++)
         prefetch[i].lines_per_row = ceil_div(prefetch[i].rows * prefetch[i].bytes / CACHE_LINE, g->channels);
@@ -51,8 +52,7 @@ TARGET static void write_scores(const Projection *g, const float *const *segment
     for (int64_t k = 0; k < g->num_options; k++) {
         const float *sum = (const float *)(sums + k * ld);
         float *scores = g->scores + k * tokens;
-        if (segments == 1)
-            memcpy(scores + (segment[0] - g->input) / g->length, sum, count * sizeof(float));
+        if (segments == 1) memcpy(scores + (segment[0] - g->input) / g->length, sum, count * sizeof(float));
         else
             for (int64_t j = 0; j < count; j++) scores[(segment[j] - g->input) / g->length] = sum[j];
     }
@@ -114,8 +114,11 @@ TARGET static void project_panels(const void *job, const Panel *panels, int64_t 
 static Needs needs_of(const Projection *g) {
     int64_t length = g->outer * g->inner * g->length;
     int64_t vectors = length > 2048 ? MAX_VECTORS / 2 : MAX_VECTORS; /* so that a panel's patches stay in cache */
-    return (Needs){g->images * g->height * g->width, vectors, {0, length, g->channels, g->kv_channels, 0},
-                   g->positions ? g->channels : 0, g->channels * (length + g->kv_channels)};
+    return (Needs){g->images * g->height * g->width,
+                   vectors,
+                   {0, length, g->channels, g->kv_channels, 0},
+                   g->positions ? g->channels : 0,
+                   g->channels * (length + g->kv_channels)};
 }
 
 int64_t project_workspace(const Projection *g) {

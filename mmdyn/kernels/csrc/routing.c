@@ -86,9 +86,8 @@ void choose_by_scores(const Map *map, const float *scores, const float *bias, in
 }
 
 static int64_t count_patches(Area area, int64_t granularity) {
-    return granularity
-               ? ceil_div(area.bottom - area.top, granularity) * ceil_div(area.right - area.left, granularity)
-               : 0;
+    return granularity ? ceil_div(area.bottom - area.top, granularity) * ceil_div(area.right - area.left, granularity)
+                       : 0;
 }
 
 /* Each thread has a part of the regions, and begins to write where the parts before it end. */

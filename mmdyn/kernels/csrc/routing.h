@@ -26,4 +26,5 @@ void choose_by_scores(const Map *map, const float *scores, const float *bias, in
 void route(const Map *map, const int64_t *granularities, Patch *patches, int64_t *lengths);
 
 /* The mean of a patch's cells, the first of which is given, on a map of this width. */
-void patch_mean(const float *cells, int64_t width, int64_t channels, int64_t rows, int64_t columns, float *restrict out);
+void patch_mean(const float *cells, int64_t width, int64_t channels, int64_t rows, int64_t columns,
+                float *restrict out);

@@ -19,7 +19,7 @@ typedef int32_t Integers __attribute__((vector_size(64)));
 enum { CHAINS = 4 };
 #define BY_CHAINS(rows, c, i)                                                                                          \
     for (int64_t c##_begin = 0; c##_begin < (rows); c##_begin += CHAINS)                                               \
-        UNROLL for (int64_t i = 0, c = c##_begin; i < CHAINS; i++, c++) if (c < (rows))
+    UNROLL for (int64_t i = 0, c = c##_begin; i < CHAINS; i++, c++) if (c < (rows))
 
 INLINE __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << min(LANES, count)) - 1); }
 
