@@ -146,7 +146,7 @@ def sample_points(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[i
         return Refused('values, points, weights and lengths do not fit each other')
     value, points, weights = value.contiguous(), points.contiguous(), weights.contiguous()
     counts = torch.tensor(lengths, dtype=torch.long, device='cpu')
-    out = torch.empty(num, heads * channels, device='cpu')
+    out = torch.empty(num, heads * channels, dtype=torch.float32, device='cpu')
     library().sample(ctypes.byref(Sampling(*shape, heads, points.shape[2], channels)), value.data_ptr(),
                      points.data_ptr(), weights.data_ptr(), counts.data_ptr(), images, out.data_ptr())
     return out

@@ -5,10 +5,9 @@ only if type, shape and order are those that the kernel reads. All else is refus
 """
 import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from operator import attrgetter, is_
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +23,24 @@ class Refusal(Exception):
     """The reason for which a kernel does not take a call."""
 
 
-def refuse_context() -> str | None:
+def refuse_watchers() -> str | None:
     """What must see all operators, so that no kernel may stand in for them; None if there is nothing."""
-    if torch.is_grad_enabled():
-        return 'gradients are on: call the model in torch.no_grad() or torch.inference_mode()'
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return 'a transform of functions, such as torch.func.vmap, is on'
     if forward_ad._current_level >= 0:
         return 'forward-mode derivatives are on'
     if torch._C._len_torch_dispatch_stack():
         return "a mode watches the operators, as torch's counter of operations does"
+    return None
+
+
+def refuse_context() -> str | None:
+    """Why no kernel for inference may stand in for modules here and now; None if one may."""
+    if torch.is_grad_enabled():
+        return 'gradients are on: call the model in torch.no_grad() or torch.inference_mode()'
+    watchers = refuse_watchers()
+    if watchers is not None:
+        return watchers
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return 'there are forward hooks for all modules'
     return None
@@ -87,7 +94,7 @@ class Prepared:
         self.prefix = prefix
         self._slots: list[tuple[Mapping, str]] = []  # where something was found,
         self._found: list[Any] = []  # and what
-        self._modules: list[nn.Module] = []
+        self._modules: list[ref[nn.Module]] = []  # the cache ends with the module that it is for
         self._types: list[type] = []
         self._hooks: list[Mapping] = []
         self._tensors: list[Tensor] = []
@@ -95,7 +102,8 @@ class Prepared:
 
     def _look(self, mapping: Mapping, path: str, name: str) -> Any:
         if name not in mapping:
-            raise Refusal(f'{self.prefix}{path} has no {name} of its own'.lstrip())
+            path = f'{self.prefix}{path}.' if path else self.prefix
+            raise Refusal(f'{path}{name} is not what it was when the layer was made')
         self._slots.append((mapping, name))
         self._found.append(mapping[name])
         return mapping[name]
@@ -109,7 +117,7 @@ class Prepared:
             raise Refusal(f'{name} has forward hooks')
         if 'forward' in module.__dict__:
             raise Refusal(f'{name} has a forward function of its own')
-        self._modules.append(module)
+        self._modules.append(ref(module))
         self._types.append(type(module))
         self._hooks += module._forward_hooks, module._forward_pre_hooks
         return module
@@ -118,16 +126,19 @@ class Prepared:
         """The module ``name`` of ``parent``, whose own name is ``path``."""
         return self.module(self._look(parent._modules, path, name), f'{path}.{name}' if path else name, *kinds)
 
-    def attribute(self, module: nn.Module, path: str, name: str, kind: type = object) -> Any:
-        """An attribute of this type, which the kernel takes as it is."""
+    def attribute(self, module: nn.Module, path: str, name: str, *kinds: type) -> Any:
+        """An attribute of these types that the kernel takes as it is: no tensor, whose value may change in place."""
         value = self._look(module.__dict__, path, name)
-        if not isinstance(value, kind):
-            raise Refusal(f'{self.prefix}{path}.{name} is a {type(value).__name__}, not a {kind.__name__}')
+        if not isinstance(value, kinds or (int, float, str, tuple)):
+            path = f'{self.prefix}{path}.' if path else self.prefix
+            raise Refusal(f'{path}{name} is a {type(value).__name__}, with which the kernel does not compute')
         return value
 
     def shape(self, module: nn.Module, path: str, num: int) -> torch.Size:
         """The shape of a module's weight, of so many dimensions."""
         weight, name = self._look(module._parameters, path, 'weight'), f'{self.prefix}{path}.weight'
+        if weight is None:
+            raise Refusal(f'{self.prefix}{path} has no weight')
         reason = refuse_tensor(weight, name)
         if reason is None and weight.ndim != num:
             reason = f'{name} has {weight.ndim} dimensions, not {num}'
@@ -135,8 +146,9 @@ class Prepared:
             raise Refusal(reason)
         return weight.shape
 
-    def parameter(self, module: nn.Module, path: str, name: str, *shape: int, order: tuple[int, ...] = ()) -> int | None:
-        """The address of a parameter of this shape, without gaps in this order of its dimensions; None if it is None."""
+    def parameter(self, module: nn.Module, path: str, name: str, *shape: int,
+                  order: tuple[int, ...] = ()) -> int | None:
+        """The address of a parameter of this shape, without gaps in this order of its dimensions; None for None."""
         tensor, name = self._look(module._parameters, path, name), f'{self.prefix}{path}.{name}'
         if tensor is None:
             return None
@@ -168,7 +180,7 @@ class Prepared:
         weight, bias = self.weights(norm, path, channels)
         if bias is None:
             raise Refusal(f'{self.prefix}{path} has no bias')
-        return self.attribute(norm, path, 'eps', Real), (weight, bias)
+        return self.attribute(norm, path, 'eps', int, float), (weight, bias)
 
     def patches(self, conv: nn.Module, path: str, rows: int, columns: int,
                 order: tuple[int, ...] = (0, 2, 3, 1)) -> tuple[int, tuple[int, int | None]]:
@@ -191,9 +203,10 @@ class Prepared:
 
     def is_current(self) -> bool:
         """Whether all is as it was."""
+        modules = [found() for found in self._modules]
         return (all(map(is_, [mapping.get(name) for mapping, name in self._slots], self._found))
-                and list(map(type, self._modules)) == self._types and not any(self._hooks)
-                and not any('forward' in module.__dict__ for module in self._modules) and self._looks() == self._facts)
+                and list(map(type, modules)) == self._types and not any(self._hooks)
+                and not any('forward' in module.__dict__ for module in modules) and self._looks() == self._facts)
 
 
 class Cache:

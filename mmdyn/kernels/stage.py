@@ -4,7 +4,6 @@ Each thread works on panels of queries that stay in the cache of its core.
 """
 import ctypes
 from functools import lru_cache
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +60,12 @@ class PreparedBlock(Prepared):
         super().__init__(f'blocks.{index}')
         self.struct, self.region, self.granularities = Block(), 0, None
         self.module(block, '', EncoderBlock)
+        self.prefix += '.'
         if self.attribute(block, '', 'training'):
             raise Refusal(f'blocks.{index} is in training mode')
-        self.prefix += '.'
         norms, struct = [self.child(block, '', f'norm{number}', nn.LayerNorm) for number in (1, 2)], self.struct
         dim, = self.shape(norms[0], 'norm1', 1)
-        struct.dim, struct.residual_scale = dim, self.attribute(block, '', 'residual_scale', Real)
+        struct.dim, struct.residual_scale = dim, self.attribute(block, '', 'residual_scale', int, float)
         for number, norm in enumerate(norms, 1):
             eps, addresses = self.norm(norm, f'norm{number}', dim)
             setattr(struct, f'norm{number}_eps', eps)
@@ -143,6 +142,8 @@ def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: i
     reason = refuse_context() or refuse_processor() or refuse_tokens(tokens, shape, stage.num_extra)
     if reason is not None:
         return Refused(reason)
+    if getattr(getattr(stage, 'patch_embed', None), '_forward_hooks', None):
+        return Refused('patch_embed has forward hooks, which may keep the tokens')
     (images, _, dim), (height, width), extra = tokens.shape, shape, stage.num_extra
     indices = range(len(stage.blocks))[start:stop]
     if not indices:

@@ -32,7 +32,7 @@ def fit_checkpoint(backbone: 'DynamicBackbone', state: dict, prefix: str, *_) ->
         r'cls_token|dist_token|norm\.(weight|bias)', name[len(prefix):])]
     for name in unused:
         del state[name]
-    new = [name for name in own if is_router(name) and name not in state]
+    new = [name for name in own if is_router(name) and name not in state and not own[name].is_meta]
     state.update({name: own[name] for name in new})
     if unused or new:
         print_log(f'{type(backbone).__name__}: the checkpoint lacks {len(new)} tensors of routers, which keep their '

@@ -13,6 +13,8 @@ def choose_arch(arch: str | dict, archs: dict) -> dict:
     if isinstance(arch, dict):
         if set(arch) != keys:
             raise ValueError(f'arch has the keys {sorted(arch)}, but needs exactly {sorted(keys)}.')
+        if len({len(numbers) for numbers in arch.values() if isinstance(numbers, (tuple, list))}) > 1:
+            raise ValueError(f'arch={arch} must have as many numbers for each key: one for each stage.')
         return arch
     if arch not in archs:
         raise ValueError(f'Unknown arch {arch!r}: choose from {sorted(archs)}, or give a dict of {sorted(keys)}.')

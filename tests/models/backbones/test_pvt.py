@@ -38,7 +38,7 @@ def from_mmdet(state):
 ])
 def test_dense_equals_mmdet(arch, img_size, sizes, randomise):
     """In float64, because the maps are not normed and errors grow with them."""
-    ours = PVT(arch, img_size).double().eval()
+    ours = PVT(arch, img_size, embed_norm_eps=1e-6).double().eval()
     numbers = SMALL if arch is SMALL else dict(
         embed_dims=(64, ), depths=(2, 2, 2, 2), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
     num = len(numbers['depths'])
@@ -120,7 +120,6 @@ def test_each_stage_may_have_its_own_granularities(make_backbone):
 @pytest.mark.parametrize('options, message', [
     (dict(out_type='cls_token', out_indices=0), "out_type='cls_token' returns the last stage only, but out_indices=0"),
     (dict(out_type='raw', out_indices=(0, 1)), "out_type='raw' returns the last stage only, but out_indices="),
-    (dict(arch=dict(SMALL, depths=(2, 1, 1))), 'must have as many numbers for each key: one for each stage'),
 ])
 def test_unfit_options(options, message, make_backbone):
     with pytest.raises(ValueError, match=message):
