@@ -96,7 +96,7 @@ sanitize: setup
 	root=$$PWD
 	cd $(SANITIZED)/lib
 	export LD_PRELOAD="$$(for name in asan ubsan stdc++; do gcc -print-file-name=lib$$name.so; done | paste -sd' ')"
-	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive
 	export MMDYN_SANITIZED=1 MMDYN_REQUIRE_KERNELS=1 MMDYN_FUZZ_CALLS=$(FUZZ_CALLS) MMDYN_FUZZ_SEED=$(FUZZ_SEED)
 	$$root/$(BIN)/python -m pytest --capture=sys -p no:cacheprovider $$root/tests/kernels
 

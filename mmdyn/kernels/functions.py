@@ -37,7 +37,9 @@ class PreparedRouter(Prepared):
     def __init__(self, router: nn.Module):
         super().__init__()
         self.module(router, 'router', Router)
-        self.options, self.channels = self.shape(router, 'router', 2)
+        if getattr(router.weight, 'ndim', 0) != 2:
+            raise Refusal('router.weight is no matrix')
+        self.options, self.channels = router.weight.shape
         self.addresses = self.weights(router, 'router', self.options, self.channels)
         if self.addresses[1] is None:
             raise Refusal('router has no bias')
@@ -78,7 +80,7 @@ class PreparedPatches(Prepared):
         super().__init__()
         self.module(proj, 'proj', nn.Conv2d)
         self.module(norm, 'norm', nn.LayerNorm, nn.Identity)
-        self.channels, self.depth = self.shape(proj, 'proj', 4)[:2]
+        self.channels, self.depth = (self.attribute(proj, 'proj', name, int) for name in ('out_channels', 'in_channels'))
         order = (0, 2, 3, 1) if of_tokens else (0, 1, 2, 3)
         self.side, self.weight = self.patches(proj, 'proj', self.channels, self.depth, order)
         self.eps, self.norm_weight = 0., (None, None)

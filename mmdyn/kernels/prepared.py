@@ -134,18 +134,6 @@ class Prepared:
             raise Refusal(f'{path}{name} is a {type(value).__name__}, with which the kernel does not compute')
         return value
 
-    def shape(self, module: nn.Module, path: str, num: int) -> torch.Size:
-        """The shape of a module's weight, of so many dimensions."""
-        weight, name = self._look(module._parameters, path, 'weight'), f'{self.prefix}{path}.weight'
-        if weight is None:
-            raise Refusal(f'{self.prefix}{path} has no weight')
-        reason = refuse_tensor(weight, name)
-        if reason is None and weight.ndim != num:
-            reason = f'{name} has {weight.ndim} dimensions, not {num}'
-        if reason is not None:
-            raise Refusal(reason)
-        return weight.shape
-
     def parameter(self, module: nn.Module, path: str, name: str, *shape: int,
                   order: tuple[int, ...] = ()) -> int | None:
         """The address of a parameter of this shape, without gaps in this order of its dimensions; None for None."""
@@ -185,7 +173,8 @@ class Prepared:
     def patches(self, conv: nn.Module, path: str, rows: int, columns: int,
                 order: tuple[int, ...] = (0, 2, 3, 1)) -> tuple[int, tuple[int, int | None]]:
         """The side, and the addresses of the parameters, of a convolution of patches whose weights lie in this order."""
-        side = self.shape(conv, path, 4)[2]
+        size = self.attribute(conv, path, 'kernel_size', tuple)
+        side = size[0] if size else 0
         for name, value in (('kernel_size', (side, side)), ('stride', (side, side)), ('padding', (0, 0)),
                             ('dilation', (1, 1)), ('groups', 1), ('padding_mode', 'zeros')):
             if self.attribute(conv, path, name) != value:

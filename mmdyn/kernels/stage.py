@@ -3,6 +3,7 @@
 Each thread works on panels of queries that stay in the cache of its core.
 """
 import ctypes
+import math
 from functools import lru_cache
 
 import torch
@@ -64,7 +65,7 @@ class PreparedBlock(Prepared):
         if self.attribute(block, '', 'training'):
             raise Refusal(f'blocks.{index} is in training mode')
         norms, struct = [self.child(block, '', f'norm{number}', nn.LayerNorm) for number in (1, 2)], self.struct
-        dim, = self.shape(norms[0], 'norm1', 1)
+        dim = math.prod(self.attribute(norms[0], 'norm1', 'normalized_shape', tuple))
         struct.dim, struct.residual_scale = dim, self.attribute(block, '', 'residual_scale', int, float)
         for number, norm in enumerate(norms, 1):
             eps, addresses = self.norm(norm, f'norm{number}', dim)
@@ -74,9 +75,9 @@ class PreparedBlock(Prepared):
         if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'ffn.act', 'approximate') != 'none':
             raise Refusal(f'{self.prefix}ffn.act approximates the GELU')
         fc1 = self.child(ffn, 'ffn', 'fc1', nn.Linear)
-        if vars(fc1).get('out_features') == 0:
+        struct.hidden = self.attribute(fc1, 'ffn.fc1', 'out_features', int)
+        if struct.hidden < 1:
             raise Refusal(f'{self.prefix}ffn has no hidden channels')
-        struct.hidden = self.shape(fc1, 'ffn.fc1', 2)[0]
         self._set('fc1', self.linear(ffn, 'ffn', 'fc1', struct.hidden, dim))
         self._set('fc2', self.linear(ffn, 'ffn', 'fc2', dim, struct.hidden))
         attn = self.child(block, '', 'attn', Attention, DeformableAttention)
