@@ -139,7 +139,7 @@ def sample_points(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[i
     reason = refuse_context() or refuse_library() or first(refuse_tensor(x, names[key]) for key, x in tensors.items())
     if reason is not None:
         return Refused(reason)
-    if (value.ndim, points.ndim, weights.ndim) != (4, 4, 3) or not are_counts([*lengths, *shape]):
+    if (value.ndim, points.ndim, weights.ndim, len(shape)) != (4, 4, 3, 2) or not are_counts([*lengths, *shape]):
         return Refused('values, points, weights, lengths and shape are not of the kinds that belong together')
     images, cells, heads, channels = value.shape
     num = sum(lengths)

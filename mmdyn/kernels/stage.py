@@ -99,7 +99,7 @@ class PreparedBlock(Prepared):
         self._set('q', self.linear(attn, 'attn', 'q', dim, dim))
         self._set('kv', self.linear(attn, 'attn', 'kv', 2 * dim, dim))
         self.struct.sr_ratio = 1
-        if self.attribute(attn, 'attn', 'sr_ratio', int) > 1:
+        if self.attribute(attn, 'attn', 'sr_ratio', int) != 1:
             side, addresses = self.patches(self.child(attn, 'attn', 'sr', nn.Conv2d), 'attn.sr', dim, dim)
             if side != attn.sr_ratio:
                 raise Refusal(f'{self.prefix}attn.sr makes patches of another side than sr_ratio={attn.sr_ratio}')

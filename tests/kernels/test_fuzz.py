@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import pytest
@@ -477,10 +477,11 @@ def build(seed: int, warm: bool) -> Case:
         outcome(kernel, tensors, contexts)
     for _ in range(r.choice([1, 1, 2])):
         module = r.choice([value for value in arguments.values() if isinstance(value, nn.Module)] or [None])
-        if module is not None and r.random() < 0.7:
-            break_module(r, module)
-        else:
-            break_arguments(r, arguments)
+        with suppress(RuntimeError, NotImplementedError):  # where torch cannot make such a tensor of what is broken already
+            if module is not None and r.random() < 0.7:
+                break_module(r, module)
+            else:
+                break_arguments(r, arguments)
     return Case(kernel, arguments, contexts, half, threads)
 
 
