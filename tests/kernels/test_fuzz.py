@@ -559,10 +559,12 @@ def test_kernels_equal_the_plain_functions(first):
 @pytest.mark.skipif(
     'MMDYN_SANITIZED' not in os.environ, reason='make sanitize builds the functions with the sanitizers'
 )
-def test_sanitizers_see_what_lies_behind_a_tensor():
+@pytest.mark.parametrize('read, written', [(63, 64), (64, 63)])
+def test_sanitizers_see_what_lies_behind_a_tensor(read, written):
     script = (
-        'import torch; from mmdyn.kernels.library import library; maps = torch.empty(64 * 4); '
-        'library().transpose_tokens(torch.empty(63 * 4).data_ptr(), 1, 64, 4, maps.data_ptr())'
+        'import torch; from mmdyn.kernels.library import library; '
+        f'tokens, maps = torch.empty({read} * 4), torch.empty({written} * 4); '
+        'library().transpose_tokens(tokens.data_ptr(), 1, 64, 4, maps.data_ptr())'
     )
     ended = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
-    assert ended.returncode and 'AddressSanitizer: heap-buffer-overflow' in ended.stderr
+    assert ended.returncode and 'ERROR: AddressSanitizer' in ended.stderr

@@ -1,6 +1,7 @@
 #include "common.h"
 #if HAS_AVX512
 #include "products.h"
+#include <string.h>
 
 static void fetch(Prefetch *prefetch, int64_t rows) {
     for (Prefetch *p = prefetch; p < prefetch + PREFETCHES; p++)
@@ -115,9 +116,12 @@ TARGET_BFLOAT16 void round_weights(const float *weight, int64_t count, uint16_t 
     int64_t vectors = ceil_div(count, LANES);
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < vectors; i++) {
-        __mmask16 lanes = first_lanes(count - i * LANES);
-        __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, weight + i * LANES));
-        _mm256_mask_storeu_epi16(rounded + i * LANES, lanes, half);
+        int64_t begin = i * LANES, left = min(LANES, count - begin);
+        __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)load_lanes(weight + begin, left));
+        if (left == LANES)
+            *(__m256i_u *)(rounded + begin) = half;
+        else
+            memcpy(rounded + begin, &half, left * sizeof(*rounded));
     }
 }
 #endif

@@ -25,9 +25,7 @@ INLINE void transpose_16x16(Vector *rows) {
 TARGET void load_rows(const float *const *rows, int64_t count, int64_t channels, Vector *out, int64_t ld) {
     for (int64_t c = 0; c < channels; c += LANES) {
         Vector block[LANES];
-        __mmask16 lanes = first_lanes(channels - c);
-        for (int i = 0; i < LANES; i++)
-            block[i] = i < count ? (Vector)_mm512_maskz_loadu_ps(lanes, rows[i] + c) : (Vector){};
+        for (int i = 0; i < LANES; i++) block[i] = i < count ? load_lanes(rows[i] + c, channels - c) : (Vector){};
         transpose_16x16(block);
         UNROLL for (int i = 0; i < LANES; i++)
             if (c + i < channels) out[(c + i) * ld] = block[i];
@@ -38,12 +36,11 @@ TARGET void store_rows(const Vector *in, int64_t ld, int64_t count, int64_t chan
                        float *const *rows) {
     for (int64_t c = 0; c < channels; c += LANES) {
         Vector block[LANES];
-        __mmask16 lanes = first_lanes(channels - c);
         UNROLL for (int i = 0; i < LANES; i++) block[i] = c + i < channels ? in[(c + i) * ld] : (Vector){};
         transpose_16x16(block);
         for (int64_t i = 0; i < count; i++) {
-            if (base[i]) block[i] += (Vector)_mm512_maskz_loadu_ps(lanes, base[i] + c);
-            _mm512_mask_storeu_ps(rows[i] + c, lanes, block[i]);
+            if (base[i]) block[i] += load_lanes(base[i] + c, channels - c);
+            store_lanes(rows[i] + c, channels - c, block[i]);
         }
     }
 }

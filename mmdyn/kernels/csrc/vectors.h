@@ -23,6 +23,26 @@ enum { CHAINS = 4 };
 
 INLINE __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << min(LANES, count)) - 1); }
 
+/* The next numbers of a row of which so many are left; the other lanes are zeros. Sanitizers do not see masked loads and
+ * stores. */
+INLINE Vector load_lanes(const float *row, int64_t left) {
+#ifdef __SANITIZE_ADDRESS__
+    Vector lanes = {};
+    for (int i = 0; i < min(LANES, left); i++) lanes[i] = row[i];
+    return lanes;
+#else
+    return (Vector)_mm512_maskz_loadu_ps(first_lanes(left), row);
+#endif
+}
+
+INLINE void store_lanes(float *row, int64_t left, Vector lanes) {
+#ifdef __SANITIZE_ADDRESS__
+    for (int i = 0; i < min(LANES, left); i++) row[i] = lanes[i];
+#else
+    _mm512_mask_storeu_ps(row, first_lanes(left), lanes);
+#endif
+}
+
 INLINE Vector select_lanes(Integers mask, Vector a, Vector b) {
     return (Vector)(((Integers)a & mask) | ((Integers)b & ~mask));
 }
