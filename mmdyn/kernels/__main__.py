@@ -1,4 +1,5 @@
-"""`python -m mmdyn.kernels`: what computes the models here. Kernels that are on take a small example; the others say why not."""
+"""`python -m mmdyn.kernels`: which kernels take a small example here, and why the others do not."""
+
 import platform
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from .library import library, runs
 
 
 def examples(device: str) -> list[tuple[Replaceable, tuple]]:
-    """Each replaceable function, and arguments that a model would call it with: 2 images, a map of 4 x 4, 16 channels."""
+    """Each replaceable function, and arguments that a model would call it with: 2 images of 4 x 4 cells."""
     dtype = torch.float32 if device == 'cpu' else torch.bfloat16
     with torch.device(device):
         tokens, maps = torch.zeros(2, 16, 16), torch.zeros(2, 3, 8, 8)
@@ -25,7 +26,10 @@ def examples(device: str) -> list[tuple[Replaceable, tuple]]:
             (choose, (Router(16, (1, 2)), tokens, (4, 4), 2, 0)),
             (project_patches, (maps, nn.Conv2d(3, 16, 2, 2), nn.LayerNorm(16))),
             (to_maps, (tokens, (4, 4))),
-            (deformable_sampling, (torch.zeros(2, 16, 2, 8), torch.zeros(5, 2, 4, 2), torch.zeros(5, 2, 4), (4, 4), [2, 3])),
+            (
+                deformable_sampling,
+                (torch.zeros(2, 16, 2, 8), torch.zeros(5, 2, 4, 2), torch.zeros(5, 2, 4), (4, 4), [2, 3]),
+            ),
             (packed_attention, (queries, keys, keys, [2, 3])),
         ]
 
@@ -38,7 +42,7 @@ def report() -> Iterator[str]:
     for kind, half in (('float32', False), ('bfloat16', True)):
         refused = runs(half)
         yield f'{kind:<11}{refused.reason if refused else "the stages run in compiled functions"}'
-    for device in ('cpu', 'cuda') if torch.cuda.is_available() else ('cpu', ):
+    for device in ('cpu', 'cuda') if torch.cuda.is_available() else ('cpu',):
         for function, args in examples(device):
             yield f'\n{function.__module__}.{function.__name__} on {device}'
             with torch.inference_mode():

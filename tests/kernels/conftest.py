@@ -1,7 +1,7 @@
 """Where the kernels run, and the lane in which their tests may not be skipped."""
+
 import ctypes
 import os
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -74,12 +74,18 @@ def built(run_here, *layout):
     def write(numbers):
         numbers[:] = layout or library.LAYOUT
 
-    return SimpleNamespace(_name='another build', layout=write, runs=lambda: run_here, runs_half=lambda: run_here, choose=lambda *args: 0,
-                           sample=lambda *args: 0)
+    return SimpleNamespace(
+        _name='another build',
+        layout=write,
+        runs=lambda: run_here,
+        runs_half=lambda: run_here,
+        choose=lambda *args: 0,
+        sample=lambda *args: 0,
+    )
 
 
 @pytest.fixture(params=['no compiler', 'no AVX-512', 'another version', 'another struct', 'no layout'])
-def missing(request, other_build):
+def missing(request, avx512, other_build):
     """Leave the models without the compiled functions; the reason."""
     version, *sizes = library.LAYOUT
     stale = r'was compiled for another version of mmdyn: install mmdyn again, by `make setup` or `pip install -e \.`'
@@ -90,8 +96,6 @@ def missing(request, other_build):
         'another struct': (built(1, version, *sizes[:-1], sizes[-1] + 8), stale),
         'no layout': (SimpleNamespace(runs=lambda: 1), stale),
     }[request.param]
-    if build and not find_spec('mmdyn.kernels._cpu'):
-        pytest.skip('there is no build to put another one in its place')
     other_build(build)
     return SimpleNamespace(kind=request.param, reason=reason)
 
@@ -101,13 +105,17 @@ def make_block():
     """A block in evaluation mode, no parameter of which is 0 or 1."""
 
     def make(kind='full', dim=12, heads=3, ratio=2, **options):
-        attn = dict(full=lambda: Attention(dim, heads), reduced=lambda: Attention(dim, heads, 2),
-                    unbiased=lambda: Attention(dim, heads, qkv_bias=False),
-                    deformable=lambda: DeformableAttention(dim, heads), points=lambda: DeformableAttention(dim, heads, 7))
+        attn = dict(
+            full=lambda: Attention(dim, heads),
+            reduced=lambda: Attention(dim, heads, 2),
+            unbiased=lambda: Attention(dim, heads, qkv_bias=False),
+            deformable=lambda: DeformableAttention(dim, heads),
+            points=lambda: DeformableAttention(dim, heads, 7),
+        )
         block = EncoderBlock(dim, attn[kind](), ratio, **options).eval()
         with torch.no_grad():
             for parameter in block.parameters():
-                parameter += (min(dim, 12) / dim)**0.5 * 0.3 * torch.randn_like(parameter)
+                parameter += (min(dim, 12) / dim) ** 0.5 * 0.3 * torch.randn_like(parameter)
         return block
 
     return make
@@ -117,4 +125,5 @@ def make_block():
 def stage_of():
     """A stage of some blocks, with encoders or without."""
     return lambda *blocks, dge=(), num_extra=0: SimpleNamespace(
-        blocks=nn.ModuleList(blocks), dge=nn.ModuleList(dge), num_extra=num_extra)
+        blocks=nn.ModuleList(blocks), dge=nn.ModuleList(dge), num_extra=num_extra
+    )

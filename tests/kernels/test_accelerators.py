@@ -1,4 +1,5 @@
-"""The operators of accelerators: here slow stand-ins that check what they are given, on a GPU the operators themselves."""
+"""The operators of accelerators; without a GPU, slow stand-ins that check what they are given."""
+
 import math
 import re
 import sys
@@ -29,7 +30,7 @@ def varlen_attn(monkeypatch):
         out = torch.empty_like(query)
         pairs = (zip(ends.tolist(), ends.tolist()[1:]) for ends in (cu_seq_q, cu_seq_k))
         for (first, last), (begin, end) in zip(*pairs):
-            scores = torch.einsum('qhd,khd->hqk', query[first:last], key[begin:end]) / query.shape[2]**0.5
+            scores = torch.einsum('qhd,khd->hqk', query[first:last], key[begin:end]) / query.shape[2] ** 0.5
             out[first:last] = torch.einsum('hqk,khd->qhd', scores.softmax(-1), value[begin:end])
         return out
 
@@ -51,7 +52,8 @@ def why_not(function, *args):
 def test_attention_on_cpus_is_plain():
     query, (key, value) = torch.randn(5, 2, 4), torch.randn(2, 2, 2, 6, 4)
     assert why_not(packed_attention, query, key, value, [2, 3]) == (
-        'the queries are torch.float32 on cpu, not of half precision on a GPU')
+        'the queries are torch.float32 on cpu, not of half precision on a GPU'
+    )
 
 
 @needs_gpu
@@ -60,7 +62,9 @@ def test_attention_on_a_gpu_that_is_plain(monkeypatch):
     assert 'torch.float32 on cuda' in why_not(packed_attention, query.float(), key.float(), value.float(), [2, 3])
     assert why_not(packed_attention, query[:4], key, value, [2, 2]) == 'all images have as many queries'
     monkeypatch.setattr(accelerators, 'varlen_attn', None)
-    assert why_not(packed_attention, query, key, value, [2, 3]) == 'torch has no attention of variable length before 2.10'
+    assert (
+        why_not(packed_attention, query, key, value, [2, 3]) == 'torch has no attention of variable length before 2.10'
+    )
 
 
 @needs_gpu
@@ -73,15 +77,22 @@ def test_packed_attention_on_a_gpu(lengths, dtype):
     for function, to in ((packed_attention, dtype), (packed_attention.plain, torch.double)):
         leaves = [x.to(to).requires_grad_() for x in tensors]
         out = function(*leaves, lengths) if sum(lengths) else leaves[0]
-        results.append([x.double() for x in (out, *torch.autograd.grad(out.sum() + sum(0 * x.sum() for x in leaves),
-                                                                       leaves))])
+        results.append(
+            [x.double() for x in (out, *torch.autograd.grad(out.sum() + sum(0 * x.sum() for x in leaves), leaves))]
+        )
     for found, expected in zip(*results):
         assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
 
 # Map, queries of each image, heads, points.
-LAYOUTS = [((5, 7), [3, 3], 2, 4), ((5, 7), [4, 0, 2], 3, 2), ((1, 3), [1, 2], 1, 4), ((4, 1), [0, 5, 0], 2, 1),
-           ((1, 1), [2], 2, 3), ((2, 9), [7], 1, 1)]
+LAYOUTS = [
+    ((5, 7), [3, 3], 2, 4),
+    ((5, 7), [4, 0, 2], 3, 2),
+    ((1, 3), [1, 2], 1, 4),
+    ((4, 1), [0, 5, 0], 2, 1),
+    ((1, 1), [2], 2, 3),
+    ((2, 9), [7], 1, 1),
+]
 
 
 def inputs(shape, lengths, heads, num_points, dim=3, dtype=torch.double):
@@ -99,7 +110,7 @@ def operator(monkeypatch):
     calls = []
 
     def apply(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step):
-        images, cells, heads, dim = value.shape
+        images, cells, heads, _ = value.shape
         queries, num_points = sampling_locations.shape[1], sampling_locations.shape[4]
         assert sampling_locations.shape == (images, queries, heads, 1, num_points, 2)
         assert attention_weights.shape == (images, queries, heads, 1, num_points)
@@ -108,13 +119,15 @@ def operator(monkeypatch):
         assert spatial_shapes.dtype == level_start_index.dtype == torch.int64
         assert value.dtype == sampling_locations.dtype == attention_weights.dtype
         assert value.dtype in (torch.float32, torch.float64)
-        assert all(x.is_contiguous() for x in (value, spatial_shapes, level_start_index, sampling_locations,
-                                               attention_weights))
+        assert all(
+            x.is_contiguous() for x in (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+        )
         assert isinstance(im2col_step, int) and images % min(images, im2col_step) == 0
         assert queries, 'a launch without threads'
         calls.append(queries)
-        return mmcv_ops.multi_scale_deformable_attn_pytorch(value, spatial_shapes, sampling_locations,
-                                                            attention_weights)
+        return mmcv_ops.multi_scale_deformable_attn_pytorch(
+            value, spatial_shapes, sampling_locations, attention_weights
+        )
 
     monkeypatch.setattr(mmcv_ops.MultiScaleDeformableAttnFunction, 'apply', apply)
     return calls
@@ -136,7 +149,7 @@ def test_half_precision_is_sampled_at_places_in_float32(dtype, operator):
     """Of cells that are powers of two only the result is rounded."""
     value = torch.zeros(1, 4 * 600, 1, 1, dtype=dtype)
     value[0, 2 * 600 + 597], value[0, 2 * 600 + 598] = 1, 4
-    points, weights = torch.tensor([[[[597.25, 2.]]]]), torch.ones(1, 1, 1, dtype=dtype)
+    points, weights = torch.tensor([[[[597.25, 2.0]]]]), torch.ones(1, 1, 1, dtype=dtype)
     sampled = mmcv_sampling(value, points, weights, (4, 600), [1])
     assert sampled.dtype == dtype
     torch.testing.assert_close(sampled.item(), 1.75, rtol=torch.finfo(dtype).eps, atol=0)

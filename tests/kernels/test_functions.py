@@ -1,4 +1,5 @@
 """The compiled functions beside the stage against their plain bodies in float64."""
+
 import copy
 import math
 import re
@@ -13,8 +14,15 @@ from mmdyn.models.dge.routing import grid, pool
 from mmdyn.models.layers import PatchEmbed, Positions, deformable_sampling, project_patches, to_maps
 
 # Map, queries of each image, heads, points.
-LAYOUTS = [((5, 7), [3, 3], 2, 4), ((5, 7), [4, 0, 2], 3, 2), ((1, 3), [1, 2], 1, 4), ((4, 1), [0, 5, 0], 2, 1),
-           ((1, 1), [2], 2, 3), ((2, 9), [7], 1, 1), ((30, 40), [500, 700], 3, 4)]
+LAYOUTS = [
+    ((5, 7), [3, 3], 2, 4),
+    ((5, 7), [4, 0, 2], 3, 2),
+    ((1, 3), [1, 2], 1, 4),
+    ((4, 1), [0, 5, 0], 2, 1),
+    ((1, 1), [2], 2, 3),
+    ((2, 9), [7], 1, 1),
+    ((30, 40), [500, 700], 3, 4),
+]
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 
 
@@ -33,8 +41,13 @@ def why_not(function, *args):
 CALLS = dict(
     choose=lambda: (choose, [Router(6, (1, 2, 4)), torch.randn(2, 35, 6), (5, 7), 4, 0], 1),
     project=lambda: (project_patches, [torch.randn(2, 3, 8, 9), nn.Conv2d(3, 5, 4, 4), nn.LayerNorm(5)], 0),
-    sample=lambda: (deformable_sampling, [torch.randn(2, 6, 3, 4), torch.rand(5, 3, 2, 2), torch.rand(5, 3, 2), (2, 3), [1, 4]], 0),
-    maps=lambda: (to_maps, [torch.randn(2, 32, 6), (4, 8)], 0))
+    sample=lambda: (
+        deformable_sampling,
+        [torch.randn(2, 6, 3, 4), torch.rand(5, 3, 2, 2), torch.rand(5, 3, 2), (2, 3), [1, 4]],
+        0,
+    ),
+    maps=lambda: (to_maps, [torch.randn(2, 32, 6), (4, 8)], 0),
+)
 
 
 @pytest.fixture(params=CALLS)
@@ -42,11 +55,15 @@ def call(request, avx512):
     return CALLS[request.param]()
 
 
-@pytest.mark.parametrize('change, reason', [
-    (lambda x: x.double(), 'is float64, not float32'),
-    (lambda x: x.as_subclass(Wrapped), 'is a Wrapped, whose numbers may lie elsewhere'),
-    (lambda x: x.to('meta'), 'is on meta'),
-    (lambda x: x[:0], 'is empty')])
+@pytest.mark.parametrize(
+    'change, reason',
+    [
+        (lambda x: x.double(), 'is float64, not float32'),
+        (lambda x: x.as_subclass(Wrapped), 'is a Wrapped, whose numbers may lie elsewhere'),
+        (lambda x: x.to('meta'), 'is on meta'),
+        (lambda x: x[:0], 'is empty'),
+    ],
+)
 @torch.no_grad()
 def test_tensors_that_are_not_read(change, reason, call):
     function, args, index = call
@@ -98,8 +115,12 @@ def test_no_images(call):
     if function is deformable_sampling:
         args[1:3], args[4] = (x[:0] for x in args[1:3]), []
     out = function(*args)
-    assert out.shape == dict(choose=(0, 2, 2), project_patches=(0, 4, 5), deformable_sampling=(0, 12),
-                             to_maps=(0, 6, 4, 8))[function.__name__]
+    assert (
+        out.shape
+        == dict(choose=(0, 2, 2), project_patches=(0, 4, 5), deformable_sampling=(0, 12), to_maps=(0, 6, 4, 8))[
+            function.__name__
+        ]
+    )
 
 
 @pytest.mark.parametrize('num_extra', [0, 2])
@@ -124,17 +145,32 @@ def test_choice_by_numbers_that_are_none_is_an_option(compiled):
     assert choice.unique().tolist() == [0]
 
 
-@pytest.mark.parametrize('change, reason', [
-    (lambda router: router.register_forward_hook(lambda *args: None), 'router has forward hooks'),
-    (lambda router: setattr(router, 'forward', lambda regions: regions), 'router has a forward function of its own'),
-    (lambda router: setattr(router, '__class__', type('Other', (Router, ), {})), 'router is a Other, not a Router'),
-    (lambda router: setattr(router, 'weight', nn.Parameter(torch.zeros(3, 5))),
-     'the tokens have 6 channels, not 5'),
-    (lambda router: setattr(router, 'weight', nn.Parameter(torch.zeros(6))), 'router.weight is no matrix'),
-    (lambda router: setattr(router.weight, 'data', torch.zeros(6, 3).mT), 'router.weight lies in memory in another order'),
-    (lambda router: setattr(router, 'bias', nn.Parameter(torch.zeros(2))), r'router.bias has the shape \(2,\), not \(3,\)'),
-    (lambda router: setattr(router, 'bias', None), 'router has no bias'),
-    (lambda router: router.double(), 'router.weight is float64, not float32')])
+@pytest.mark.parametrize(
+    'change, reason',
+    [
+        (lambda router: router.register_forward_hook(lambda *args: None), 'router has forward hooks'),
+        (
+            lambda router: setattr(router, 'forward', lambda regions: regions),
+            'router has a forward function of its own',
+        ),
+        (lambda router: setattr(router, '__class__', type('Other', (Router,), {})), 'router is a Other, not a Router'),
+        (
+            lambda router: setattr(router, 'weight', nn.Parameter(torch.zeros(3, 5))),
+            'the tokens have 6 channels, not 5',
+        ),
+        (lambda router: setattr(router, 'weight', nn.Parameter(torch.zeros(6))), 'router.weight is no matrix'),
+        (
+            lambda router: setattr(router.weight, 'data', torch.zeros(6, 3).mT),
+            'router.weight lies in memory in another order',
+        ),
+        (
+            lambda router: setattr(router, 'bias', nn.Parameter(torch.zeros(2))),
+            r'router.bias has the shape \(2,\), not \(3,\)',
+        ),
+        (lambda router: setattr(router, 'bias', None), 'router has no bias'),
+        (lambda router: router.double(), 'router.weight is float64, not float32'),
+    ],
+)
 @torch.no_grad()
 def test_routers_that_are_run(change, reason, compiled):
     router, tokens = Router(6, (1, 2, 4)), torch.randn(2, 35, 6)
@@ -143,17 +179,50 @@ def test_routers_that_are_run(change, reason, compiled):
     assert re.match(reason, why_not(choose, router, tokens, (5, 7), 4, 0))
 
 
+# A row less, one channel alone, float64, a subclass, another device, no strides, gaps.
+CHANGES = [
+    lambda x: x[:-1].clone(),
+    lambda x: x[:1].clone(),
+    lambda x: x.double(),
+    lambda x: x.as_subclass(Wrapped),
+    lambda x: x.to('meta'),
+    lambda x: x.to_sparse(),
+    lambda x: torch.stack([x, x], -1)[..., 0],
+]
+
+
+@pytest.mark.parametrize(
+    'kind, index, layer', [('choose', 0, 'router'), ('project', 1, 'proj'), ('project', 2, 'norm')]
+)
+@pytest.mark.parametrize('parameter', ['weight', 'bias'])
+@torch.no_grad()
+def test_any_parameter_of_another_shape_type_or_order(kind, index, layer, parameter, avx512):
+    """No address goes to C before what lies behind it was looked at."""
+    function, args, _ = CALLS[kind]()
+    kept = args[index]._parameters[parameter]
+    for change in CHANGES:
+        assert why_not(function, *args) is None
+        args[index]._parameters[parameter] = change(kept.detach())
+        reason = why_not(function, *args)
+        # A router of fewer granularities or channels is one, but for tokens of other channels.
+        assert reason and reason.startswith((f'{layer}.{parameter} ', 'tokens of shape', 'router.bias has the shape'))
+        args[index]._parameters[parameter] = kept
+
+
 @torch.no_grad()
 def test_tokens_that_do_not_fit_the_map(compiled):
     router, tokens = Router(6, (1, 2)), torch.randn(2, 35, 6)
     for shape, extra in (((5, 6), 0), ((5, 7), 1)):
         assert why_not(choose, router, tokens, shape, 4, extra) == (
-            f'35 tokens are no {extra} extra tokens and map of {shape[0]} x {shape[1]} cells')
+            f'35 tokens are no {extra} extra tokens and map of {shape[0]} x {shape[1]} cells'
+        )
     assert why_not(choose, router, tokens.mT.contiguous().mT, (5, 7), 4, 0) == 'the tokens is not contiguous'
 
 
 @pytest.mark.parametrize('has_norm', [False, True])
-@pytest.mark.parametrize('side, channels, shape', [(1, 20, (1, 50)), (2, 16, (10, 13)), (8, 40, (17, 33)), (3, 5, (3, 700))])
+@pytest.mark.parametrize(
+    'side, channels, shape', [(1, 20, (1, 50)), (2, 16, (10, 13)), (8, 40, (17, 33)), (3, 5, (3, 700))]
+)
 @torch.no_grad()
 def test_projection_of_patches_of_tokens(side, channels, shape, has_norm, avx512, threads):
     """As convolution and norm, of a map whose rest is left out and that is a part of a table."""
@@ -192,8 +261,9 @@ def test_patch_embeddings_are_projected_by_it(of_tokens, avx512):
     maps = maps if of_tokens else maps.contiguous()
     positions = Positions(torch.randn(1, 15, 5), (3, 5), 'bilinear')
     assert why_not(project_patches, maps, embed.proj, embed.norm, positions) is None
-    torch.testing.assert_close(embed(maps, positions)[0],
-                               project_patches.plain(maps, embed.proj, embed.norm, positions), **CLOSE)
+    torch.testing.assert_close(
+        embed(maps, positions)[0], project_patches.plain(maps, embed.proj, embed.norm, positions), **CLOSE
+    )
 
 
 def conv_of_tokens():
@@ -202,16 +272,29 @@ def conv_of_tokens():
 
 PROJECTIONS = [
     # Of the maps
-    (lambda maps, conv, norm: (maps[..., ::2], conv, norm, None), 'neither the channels of a pixel nor the pixels of a line'),
+    (
+        lambda maps, conv, norm: (maps[..., ::2], conv, norm, None),
+        'neither the channels of a pixel nor the pixels of a line',
+    ),
     (lambda maps, conv, norm: (maps[0], conv, norm, None), 'there are 3 dimensions, not 4'),
     (lambda maps, conv, norm: (maps.contiguous(), conv, norm, None), 'proj.weight lies in memory in another order'),
-    (lambda maps, conv, norm: (torch.randn(1, 6, 8, 8).permute(0, 3, 1, 2), conv, norm, None),
-     'a map of 8 x 6 x 8 holds no patch, or has not 16 channels'),
-    (lambda maps, conv, norm: (torch.randn(1, 1, 8, 16).permute(0, 3, 1, 2), conv, norm, None),
-     'a map of 16 x 1 x 8 holds no patch, or has not 16 channels'),
+    (
+        lambda maps, conv, norm: (torch.randn(1, 6, 8, 8).permute(0, 3, 1, 2), conv, norm, None),
+        'a map of 8 x 6 x 8 holds no patch, or has not 16 channels',
+    ),
+    (
+        lambda maps, conv, norm: (torch.randn(1, 1, 8, 16).permute(0, 3, 1, 2), conv, norm, None),
+        'a map of 16 x 1 x 8 holds no patch, or has not 16 channels',
+    ),
     # Of the layers
-    (lambda maps, conv, norm: (maps, nn.Conv2d(16, 4, 2, 2), norm, None), 'proj.weight lies in memory in another order'),
-    (lambda maps, conv, norm: (maps, nn.Conv2d(16, 4, 2, 1), norm, None), r'proj has stride=\(1, 1\), which does not make'),
+    (
+        lambda maps, conv, norm: (maps, nn.Conv2d(16, 4, 2, 2), norm, None),
+        'proj.weight lies in memory in another order',
+    ),
+    (
+        lambda maps, conv, norm: (maps, nn.Conv2d(16, 4, 2, 1), norm, None),
+        r'proj has stride=\(1, 1\), which does not make',
+    ),
     (lambda maps, conv, norm: (maps, nn.Conv2d(16, 4, 2, 2, 1), norm, None), r'proj has padding=\(1, 1\)'),
     (lambda maps, conv, norm: (maps, nn.Conv2d(16, 4, 2, 2, groups=2), norm, None), 'proj has groups=2'),
     (lambda maps, conv, norm: (maps, nn.Conv2d(16, 4, (2, 1), (2, 1)), norm, None), r'proj has kernel_size=\(2, 1\)'),
@@ -219,16 +302,26 @@ PROJECTIONS = [
     (lambda maps, conv, norm: (maps, conv, nn.LayerNorm(5), None), r'norm norms \(5,\), not 4 channels'),
     (lambda maps, conv, norm: (maps, conv, nn.Dropout(), None), 'norm is a Dropout, not a LayerNorm or Identity'),
     # Of the positions
-    (lambda maps, conv, norm: (maps, conv, norm, Positions(torch.zeros(1, 6, 4), (2, 3), 'bicubic')),
-     "position embeddings are resized by 'bicubic'"),
-    (lambda maps, conv, norm: (maps, conv, norm, Positions(torch.zeros(1, 6, 4).double(), (2, 3), 'bilinear')),
-     'the position embedding is float64, not float32'),
-    (lambda maps, conv, norm: (maps, conv, norm, Positions(torch.zeros(1, 5, 4), (2, 3), 'bilinear')),
-     'the position embedding has another shape than its map'),
-    (lambda maps, conv, norm: (maps, conv, norm, Positions(torch.zeros(1, 6, 5), (2, 3), 'bilinear')),
-     'the position embedding has another shape than its map'),
-    (lambda maps, conv, norm: (maps, conv, norm, Positions(torch.zeros(1, 4, 6).mT, (2, 3), 'bilinear')),
-     'the position embedding is not contiguous'),
+    (
+        lambda maps, conv, norm: (maps, conv, norm, Positions(torch.zeros(1, 6, 4), (2, 3), 'bicubic')),
+        "position embeddings are resized by 'bicubic'",
+    ),
+    (
+        lambda maps, conv, norm: (maps, conv, norm, Positions(torch.zeros(1, 6, 4).double(), (2, 3), 'bilinear')),
+        'the position embedding is float64, not float32',
+    ),
+    (
+        lambda maps, conv, norm: (maps, conv, norm, Positions(torch.zeros(1, 5, 4), (2, 3), 'bilinear')),
+        'the position embedding has another shape than its map',
+    ),
+    (
+        lambda maps, conv, norm: (maps, conv, norm, Positions(torch.zeros(1, 6, 5), (2, 3), 'bilinear')),
+        'the position embedding has another shape than its map',
+    ),
+    (
+        lambda maps, conv, norm: (maps, conv, norm, Positions(torch.zeros(1, 4, 6).mT, (2, 3), 'bilinear')),
+        'the position embedding is not contiguous',
+    ),
 ]
 
 
@@ -240,14 +333,24 @@ def test_projections_that_are_left_to_torch(change, reason, avx512):
     assert re.match(reason, why_not(project_patches, *change(maps, conv, norm)))
 
 
-@pytest.mark.parametrize('change, reason', [
-    (lambda conv, norm: conv.register_forward_pre_hook(lambda *args: None), 'proj has forward hooks'),
-    (lambda conv, norm: norm.register_forward_hook(lambda *args: None), 'norm has forward hooks'),
-    (lambda conv, norm: setattr(conv, 'stride', (1, 1)), r'proj has stride=\(1, 1\)'),
-    (lambda conv, norm: setattr(conv.weight, 'data', conv.weight.data[:3]), r'proj.weight has the shape \(3, 16, 2, 2\)'),
-    (lambda conv, norm: setattr(conv.weight, 'data', torch.zeros(4)), r'proj.weight has the shape \(4,\)'),
-    (lambda conv, norm: setattr(conv, 'bias', nn.Parameter(torch.zeros(3))), r'proj.bias has the shape \(3,\), not \(4,\)'),
-    (lambda conv, norm: setattr(norm, 'bias', None), 'norm has no bias')])
+@pytest.mark.parametrize(
+    'change, reason',
+    [
+        (lambda conv, norm: conv.register_forward_pre_hook(lambda *args: None), 'proj has forward hooks'),
+        (lambda conv, norm: norm.register_forward_hook(lambda *args: None), 'norm has forward hooks'),
+        (lambda conv, norm: setattr(conv, 'stride', (1, 1)), r'proj has stride=\(1, 1\)'),
+        (
+            lambda conv, norm: setattr(conv.weight, 'data', conv.weight.data[:3]),
+            r'proj.weight has the shape \(3, 16, 2, 2\)',
+        ),
+        (lambda conv, norm: setattr(conv.weight, 'data', torch.zeros(4)), r'proj.weight has the shape \(4,\)'),
+        (
+            lambda conv, norm: setattr(conv, 'bias', nn.Parameter(torch.zeros(3))),
+            r'proj.bias has the shape \(3,\), not \(4,\)',
+        ),
+        (lambda conv, norm: setattr(norm, 'bias', None), 'norm has no bias'),
+    ],
+)
 @torch.no_grad()
 def test_layers_of_projections_that_changed(change, reason, avx512):
     """After a call that the kernel took."""
@@ -261,7 +364,7 @@ def test_layers_of_projections_that_changed(change, reason, avx512):
 def test_epsilon_of_the_norm_is_read_anew(avx512):
     maps, conv, norm = torch.randn(1, 6, 8, 16).movedim(3, 1), conv_of_tokens(), nn.LayerNorm(4)
     before = project_panels(maps, conv, norm)
-    norm.eps = 1.
+    norm.eps = 1.0
     after = project_panels(maps, conv, norm)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, project_patches.plain(maps, conv, norm), **CLOSE)
@@ -270,8 +373,9 @@ def test_epsilon_of_the_norm_is_read_anew(avx512):
 @torch.no_grad()
 def test_projections_without_bias(avx512):
     maps, conv = torch.randn(2, 3, 8, 8), nn.Conv2d(3, 5, 4, 4, bias=False)
-    torch.testing.assert_close(project_panels(maps, conv, nn.Identity()),
-                               project_patches.plain(maps, conv, nn.Identity()), **CLOSE)
+    torch.testing.assert_close(
+        project_panels(maps, conv, nn.Identity()), project_patches.plain(maps, conv, nn.Identity()), **CLOSE
+    )
 
 
 @pytest.mark.parametrize('channels', [1, 2, 4])
@@ -313,15 +417,19 @@ def test_points_that_are_nowhere_have_no_value(x, y, compiled):
         assert sampled[0].isnan().all() and torch.equal(sampled[1], torch.ones(5))
 
 
-@pytest.mark.parametrize('change', [
-    lambda value, points, weights, shape, lengths: (value, points, weights, (3, 3), lengths),
-    lambda value, points, weights, shape, lengths: (value, points, weights, shape, [1, 3]),
-    lambda value, points, weights, shape, lengths: (value, points, weights, shape, [5]),
-    lambda value, points, weights, shape, lengths: (value, points[:4], weights, shape, lengths),
-    lambda value, points, weights, shape, lengths: (value, points[:, :2], weights, shape, lengths),
-    lambda value, points, weights, shape, lengths: (value, points[..., :1], weights, shape, lengths),
-    lambda value, points, weights, shape, lengths: (value, points, weights[:, :, :1], shape, lengths),
-    lambda value, points, weights, shape, lengths: (value[:, :, :2], points, weights, shape, lengths)])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda value, points, weights, shape, lengths: (value, points, weights, (3, 3), lengths),
+        lambda value, points, weights, shape, lengths: (value, points, weights, shape, [1, 3]),
+        lambda value, points, weights, shape, lengths: (value, points, weights, shape, [5]),
+        lambda value, points, weights, shape, lengths: (value, points[:4], weights, shape, lengths),
+        lambda value, points, weights, shape, lengths: (value, points[:, :2], weights, shape, lengths),
+        lambda value, points, weights, shape, lengths: (value, points[..., :1], weights, shape, lengths),
+        lambda value, points, weights, shape, lengths: (value, points, weights[:, :, :1], shape, lengths),
+        lambda value, points, weights, shape, lengths: (value[:, :, :2], points, weights, shape, lengths),
+    ],
+)
 @torch.no_grad()
 def test_samples_that_do_not_fit_are_not_read(change, compiled):
     args = *inputs((2, 3), [1, 4], 3, 2, 4), (2, 3), [1, 4]
@@ -333,8 +441,14 @@ def test_samples_that_do_not_fit_are_not_read(change, compiled):
 @torch.no_grad()
 def test_points_and_weights_of_another_type(compiled):
     value, points, weights = inputs((2, 3), [1, 4], 3, 2, 4)
-    assert why_not(deformable_sampling, value, points.double(), weights, (2, 3), [1, 4]) == 'the points is float64, not float32'
-    assert why_not(deformable_sampling, value, points, weights.half(), (2, 3), [1, 4]) == 'the weights is float16, not float32'
+    assert (
+        why_not(deformable_sampling, value, points.double(), weights, (2, 3), [1, 4])
+        == 'the points is float64, not float32'
+    )
+    assert (
+        why_not(deformable_sampling, value, points, weights.half(), (2, 3), [1, 4])
+        == 'the weights is float16, not float32'
+    )
 
 
 @pytest.mark.parametrize('batch, cells, channels', [(1, 16, 5), (3, 64, 48), (2, 1024, 16), (1, 16, 1)])
@@ -345,9 +459,13 @@ def test_transposed_tokens(batch, cells, channels, avx512, threads):
     assert torch.equal(maps, tokens.mT.unflatten(2, (cells // 8, 8))) and maps.is_contiguous()
 
 
-@pytest.mark.parametrize('cells, shape, reason', [
-    (17, (1, 17), '17 cells do not fill vectors of 16'),
-    (16, (4, 5), '16 tokens are no 0 extra tokens and map of 4 x 5 cells')])
+@pytest.mark.parametrize(
+    'cells, shape, reason',
+    [
+        (17, (1, 17), '17 cells do not fill vectors of 16'),
+        (16, (4, 5), '16 tokens are no 0 extra tokens and map of 4 x 5 cells'),
+    ],
+)
 @torch.no_grad()
 def test_cells_that_do_not_fill_vectors_are_left_to_torch(cells, shape, reason, avx512):
     assert why_not(to_maps, torch.randn(1, cells, 3), shape) == reason

@@ -477,7 +477,9 @@ def build(seed: int, warm: bool) -> Case:
         outcome(kernel, tensors, contexts)
     for _ in range(r.choice([1, 1, 2])):
         module = r.choice([value for value in arguments.values() if isinstance(value, nn.Module)] or [None])
-        with suppress(RuntimeError, NotImplementedError):  # where torch cannot make such a tensor of what is broken already
+        with suppress(
+            RuntimeError, NotImplementedError
+        ):  # where torch cannot make such a tensor of what is broken already
             if module is not None and r.random() < 0.7:
                 break_module(r, module)
             else:

@@ -27,8 +27,10 @@ def test_processors_with_matrix_units_leave_bfloat16_to_onednn(avx512, monkeypat
         library.runs.cache_clear()
 
 
-@pytest.mark.parametrize('required, possible, outcome', [
-    ('1', True, pytest.fail.Exception), ('1', False, pytest.skip.Exception), ('', True, pytest.skip.Exception)])
+@pytest.mark.parametrize(
+    'required, possible, outcome',
+    [('1', True, pytest.fail.Exception), ('1', False, pytest.skip.Exception), ('', True, pytest.skip.Exception)],
+)
 def test_lane_that_may_not_skip(required, possible, outcome, require, monkeypatch):
     monkeypatch.setenv('MMDYN_REQUIRE_KERNELS', required)
     with pytest.raises(outcome, match='no compiler'):
@@ -52,16 +54,28 @@ def new_pages():
 library()
 print([new_pages() for _ in range(8)][-1])
 """
-    environment = {name: value for name, value in os.environ.items()
-                   if not name.startswith(('MALLOC_', 'LD_PRELOAD', 'GLIBC_'))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'LD_PRELOAD', 'GLIBC_'))
+    }
     ran = subprocess.run([sys.executable, '-c', script], env=environment, check=True, capture_output=True, text=True)
     assert int(ran.stdout) < 400
 
 
-FUNCTIONS = ['stage.run_blocks', 'dge.router.choose', 'layers.embedding.project_patches', 'layers.embedding.to_maps',
-             'layers.deformable.deformable_sampling', 'layers.attention.packed_attention']
-COMPILED = ['stage.encode_blocks', 'functions.choose_by_means', 'functions.project_panels', 'functions.transpose_tokens',
-            'functions.sample_points']
+FUNCTIONS = [
+    'stage.run_blocks',
+    'dge.router.choose',
+    'layers.embedding.project_patches',
+    'layers.embedding.to_maps',
+    'layers.deformable.deformable_sampling',
+    'layers.attention.packed_attention',
+]
+COMPILED = [
+    'stage.encode_blocks',
+    'functions.choose_by_means',
+    'functions.project_panels',
+    'functions.transpose_tokens',
+    'functions.sample_points',
+]
 
 
 def test_command_tells_which_kernels_are_on(avx512):

@@ -18,14 +18,24 @@ class Wrapped(Tensor):
     """A tensor whose numbers may lie elsewhere."""
 
 
-@pytest.mark.parametrize('x, reason', [
-    (torch.ones(2, 3), None), (nn.Parameter(torch.ones(2, 3)), None), (torch.ones(3, 2).T, None),
-    (torch.ones(2, 3).as_subclass(Wrapped), 'x is a Wrapped, whose numbers may lie elsewhere'),
-    (nn.Parameter(torch.ones(2, 3).as_subclass(Wrapped)), 'x is a Wrapped, whose numbers may lie elsewhere'),
-    (torch.ones(2, device='meta'), 'x is on meta'), (torch.eye(2).to_sparse(), 'x is not dense'),
-    (torch.eye(2).to_mkldnn(), 'x is not dense'), (torch.ones(2, dtype=torch.cfloat).conj().imag, 'x is not dense'),
-    (torch.ones(2).double(), 'x is float64, not float32'), (torch.ones(2).long(), 'x is int64, not float32'),
-    (torch.ones(0, 3), 'x is empty')], ids=str)
+@pytest.mark.parametrize(
+    'x, reason',
+    [
+        (torch.ones(2, 3), None),
+        (nn.Parameter(torch.ones(2, 3)), None),
+        (torch.ones(3, 2).T, None),
+        (torch.ones(2, 3).as_subclass(Wrapped), 'x is a Wrapped, whose numbers may lie elsewhere'),
+        (nn.Parameter(torch.ones(2, 3).as_subclass(Wrapped)), 'x is a Wrapped, whose numbers may lie elsewhere'),
+        (torch.ones(2, device='meta'), 'x is on meta'),
+        (torch.eye(2).to_sparse(), 'x is not dense'),
+        (torch.eye(2).to_mkldnn(), 'x is not dense'),
+        (torch.ones(2, dtype=torch.cfloat).conj().imag, 'x is not dense'),
+        (torch.ones(2).double(), 'x is float64, not float32'),
+        (torch.ones(2).long(), 'x is int64, not float32'),
+        (torch.ones(0, 3), 'x is empty'),
+    ],
+    ids=str,
+)
 def test_tensors_whose_memory_may_be_read(x, reason):
     assert refuse_tensor(x, 'x') == reason
 
@@ -37,7 +47,6 @@ def test_rows_have_no_gaps():
 
 
 class PreparedLinear(Prepared):
-
     def __init__(self, parent):
         super().__init__('parent.')
         self.module(parent, '', nn.Module, nn.Sequential)
@@ -66,11 +75,15 @@ def test_what_did_not_change_is_prepared_once(cache):
     assert get(parent) is first and len(made) == 1 and first.address[0] == parent[0].weight.data_ptr()
 
 
-@pytest.mark.parametrize('change', [
-    lambda parent: setattr(parent[0], 'weight', nn.Parameter(torch.ones(2, 3))),
-    lambda parent: setattr(parent[0].weight, 'data', torch.ones(2, 3)),
-    lambda parent: parent.__setitem__(0, nn.Linear(3, 2)),
-    lambda parent: setattr(parent[0], 'bias', None)])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda parent: setattr(parent[0], 'weight', nn.Parameter(torch.ones(2, 3))),
+        lambda parent: setattr(parent[0].weight, 'data', torch.ones(2, 3)),
+        lambda parent: parent.__setitem__(0, nn.Linear(3, 2)),
+        lambda parent: setattr(parent[0], 'bias', None),
+    ],
+)
 def test_what_changed_is_prepared_anew(change, cache):
     (get, made), parent = cache, parent_of()
     first = get(parent)
@@ -101,8 +114,9 @@ def test_models_are_not_kept_alive(make_block, stage_of, compiled):
     project_patches(torch.randn(1, 3, 4, 4), conv, norm)
     assert len(pickle.dumps(stage)) == size
     twin = copy.deepcopy(stage)
-    torch.testing.assert_close(run_blocks(twin, torch.ones(1, 16, 12), (4, 4)),
-                               run_blocks(stage, torch.ones(1, 16, 12), (4, 4)))
+    torch.testing.assert_close(
+        run_blocks(twin, torch.ones(1, 16, 12), (4, 4)), run_blocks(stage, torch.ones(1, 16, 12), (4, 4))
+    )
     alive = [weakref.ref(module) for module in (block, block.attn, encoder, router, conv, norm)]
     del block, encoder, router, conv, norm, stage
     gc.collect()

@@ -104,7 +104,7 @@ class Attention(nn.Module):
         key_value = self.kv(self.reduce(tokens, shape, num_extra))
         key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if class_rows is not None:  # fused attention shows no weights
-            first = query.detach()[[0, *accumulate(lengths[:-1])]]
+            first = query.detach()[[0, *accumulate(lengths)][:-1]]
             class_rows.append(class_attention(first, key.detach()))
         return self.proj(packed_attention(query, key, value, lengths).flatten(1)).view_as(queries)
 

@@ -1,4 +1,5 @@
 """How checkpoints fit backbones of other options."""
+
 import copy
 
 import pytest
@@ -11,20 +12,30 @@ PVT_ARCH = dict(embed_dims=(8, 24), depths=(1, 2), num_heads=(2, 3), mlp_ratios=
 DPVT_ARCH = dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), num_points=(3, 2))
 
 
-def test_pretrained_classifier_of_another_size_initialises_dynamic_features(name, tmp_path, make_backbone, randomise,
-                                                                                resized):
+def test_pretrained_classifier_of_another_size_initialises_dynamic_features(
+    name, tmp_path, make_backbone, randomise, resized
+):
     """The features of PVT and DPVT have no class token and no norm; the routers are new."""
     classifier = randomise(make_backbone(name, out_type='raw')).state_dict()
-    checkpoint = dict(state_dict={'head.fc.weight': torch.randn(3, 4),
-                                  **{f'backbone.{key}': value for key, value in classifier.items()}})
+    checkpoint = dict(
+        state_dict={
+            'head.fc.weight': torch.randn(3, 4),
+            **{f'backbone.{key}': value for key, value in classifier.items()},
+        }
+    )
     torch.save(checkpoint, tmp_path / 'classifier.pth')
-    model = make_backbone(name, out_type='featmap', dge=DGE, img_size=(24, 48), init_cfg=dict(
-        type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth'), prefix='backbone.'))
+    model = make_backbone(
+        name,
+        out_type='featmap',
+        dge=DGE,
+        img_size=(24, 48),
+        init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth'), prefix='backbone.'),
+    )
     before = copy.deepcopy(model.state_dict())
     model.init_weights()
     for key, value in model.state_dict().items():
         if key.endswith('pos_embed'):
-            expected = resized(key, classifier[key], (24, 48))[:, -value.shape[1]:]
+            expected = resized(key, classifier[key], (24, 48))[:, -value.shape[1] :]
         else:
             expected = before[key] if 'router' in key else classifier[key]
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
@@ -33,8 +44,9 @@ def test_pretrained_classifier_of_another_size_initialises_dynamic_features(name
 
 
 @pytest.mark.parametrize('in_classifier', [False, True])
-def test_dense_and_dynamic_checkpoints_load_strictly_into_each_other(name, in_classifier, tmp_path, make_backbone, randomise,
-                                                                     classifier_of):
+def test_dense_and_dynamic_checkpoints_load_strictly_into_each_other(
+    name, in_classifier, tmp_path, make_backbone, randomise, classifier_of
+):
     """Through torch and mmengine. What is loaded stays as it is, and so do routers without a counterpart."""
     part_of = classifier_of if in_classifier else lambda backbone: backbone
     dense, dynamic = (randomise(part_of(make_backbone(name, dge=dge))) for dge in (None, DGE))
@@ -69,23 +81,43 @@ def test_position_embedding_of_a_checkpoint_must_be_square(name, make_backbone):
 
 def test_checkpoint_with_other_granularities(name, make_backbone):
     state = make_backbone(name, dge=dict(granularities=(1, 2))).state_dict()
-    with pytest.raises(ValueError, match=r'(?s)is of another architecture than this (D?PVT|DeiT|LVViT). Give the '
-                       r'arch and dge .*dge.0.router.weight: \(2, 16\) in the checkpoint, \(3, 16\) in the model'):
+    with pytest.raises(
+        ValueError,
+        match=r'(?s)is of another architecture than this (D?PVT|DeiT|LVViT). Give the '
+        r'arch and dge .*dge.0.router.weight: \(2, 16\) in the checkpoint, \(3, 16\) in the model',
+    ):
         make_backbone(name, dge=DGE).load_state_dict(state)
 
 
-@pytest.mark.parametrize('name, arch, messages', [
-    ('pvt', PVT_ARCH, [
-        'stages.0.patch_embed.proj.weight: (8, 3, 4, 4) in the checkpoint, (16, 3, 4, 4) in the model',
-        'stages.0.pos_embed: (1, 64, 8) in the checkpoint, (1, 64, 16) in the model',
-        'stages.0.blocks.1.*: only in the model', 'stages.1.blocks.1.*: only in the checkpoint']),
-    ('dpvt', DPVT_ARCH, [
-        'stages.0.blocks.1.attn.offsets.bias: (12,) in the checkpoint, (16,) in the model',
-        'stages.0.blocks.0.attn.attn_weight.weight: (6, 16) in the checkpoint, (8, 16) in the model']),
-    ('deit', dict(embed_dim=8, depth=4, num_heads=2, mlp_ratio=2), [
-        'cls_token: (1, 1, 8) in the checkpoint, (1, 1, 16) in the model', 'blocks.3.*: only in the checkpoint']),
-    ('deit', dict(embed_dim=16, depth=2, num_heads=2, mlp_ratio=2), ['blocks.2.*: only in the model']),
-])
+@pytest.mark.parametrize(
+    'name, arch, messages',
+    [
+        (
+            'pvt',
+            PVT_ARCH,
+            [
+                'stages.0.patch_embed.proj.weight: (8, 3, 4, 4) in the checkpoint, (16, 3, 4, 4) in the model',
+                'stages.0.pos_embed: (1, 64, 8) in the checkpoint, (1, 64, 16) in the model',
+                'stages.0.blocks.1.*: only in the model',
+                'stages.1.blocks.1.*: only in the checkpoint',
+            ],
+        ),
+        (
+            'dpvt',
+            DPVT_ARCH,
+            [
+                'stages.0.blocks.1.attn.offsets.bias: (12,) in the checkpoint, (16,) in the model',
+                'stages.0.blocks.0.attn.attn_weight.weight: (6, 16) in the checkpoint, (8, 16) in the model',
+            ],
+        ),
+        (
+            'deit',
+            dict(embed_dim=8, depth=4, num_heads=2, mlp_ratio=2),
+            ['cls_token: (1, 1, 8) in the checkpoint, (1, 1, 16) in the model', 'blocks.3.*: only in the checkpoint'],
+        ),
+        ('deit', dict(embed_dim=16, depth=2, num_heads=2, mlp_ratio=2), ['blocks.2.*: only in the model']),
+    ],
+)
 def test_checkpoint_of_another_architecture(name, arch, messages, make_backbone):
     with pytest.raises(ValueError, match='The checkpoint is of another architecture than this') as error:
         make_backbone(name, dge=DGE).load_state_dict(make_backbone(name, arch=arch).state_dict())

@@ -131,6 +131,11 @@ def test_there_is_no_class_token(out_type):
         DPVT('tiny', 64, out_type=out_type)
 
 
+def test_class_token_would_have_no_place():
+    with pytest.raises(ValueError, match='with_cls_token=True: DPVT has no class token, which would have no place'):
+        DPVT('tiny', 64, with_cls_token=True)
+
+
 def test_unknown_option():
     with pytest.raises(TypeError, match='sr_ratios'):
         DPVT('tiny', 64, sr_ratios=(8, 4, 2, 1))

@@ -131,8 +131,40 @@ def test_map_smaller_than_the_reduction():
         PVT(SMALL, 32)(torch.randn(1, 3, 4, 32))
 
 
+@pytest.mark.parametrize('embed, others, options', [
+    (1e-5, 1e-6, {}), (1e-2, 1e-3, dict(embed_norm_eps=1e-2, norm_eps=1e-3))])
+def test_epsilon_of_each_norm(embed, others, options, make_backbone):
+    """Patch embeddings and spatial reductions have one, blocks and the final norm another."""
+    model = make_backbone('pvt', out_type='raw', **options)
+    found = {name: module.eps for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+    assert len(found) == 2 + 2 + 3 * 2 + 1
+    for name, eps in found.items():
+        assert eps == (embed if name.endswith(('patch_embed.norm', 'attn.norm')) else others), name
+
+
+@pytest.mark.parametrize('out_type, with_cls_token, rows', [
+    ('featmap', None, 0), ('featmap', True, 1), ('featmap', False, 0), ('cls_token', None, 1), ('raw', None, 1),
+    ('raw', False, 0), ('avg_featmap', None, 0), ('avg_featmap', True, 1)])
 @torch.no_grad()
-def test_dense_compiles_as_one_graph():
-    model, images = PVT(SMALL, img_size=32).eval(), torch.randn(2, 3, 32, 48)
-    compiled = torch.compile(model, backend='eager', fullgraph=True)
-    torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
+def test_class_token_of_the_last_stage(out_type, with_cls_token, rows, make_backbone, randomise):
+    """Maps leave it out; the mean is that of all tokens."""
+    model = randomise(make_backbone('pvt', out_type=out_type, with_cls_token=with_cls_token)).eval()
+    assert [stage.num_extra for stage in model.stages] == [0, rows] and hasattr(model, 'cls_token') == bool(rows)
+    images = torch.randn(2, 3, 32, 32)
+    raw = make_backbone('pvt', out_type='raw', with_cls_token=bool(rows)).eval()
+    raw.load_state_dict(model.state_dict(), strict=False)
+    tokens, = raw(images)
+    assert tokens.shape == (2, rows + 16, 24)
+    expected = dict(cls_token=tokens[:, 0], raw=tokens, avg_featmap=tokens.mean(1))
+    output = model(images)[-1]
+    if out_type == 'featmap':
+        raw.norm = torch.nn.Identity()
+        cells = raw(images)[0][:, rows:]
+        torch.testing.assert_close(output, cells.mT.unflatten(2, (4, 4)), rtol=1e-5, atol=1e-5)
+    else:
+        torch.testing.assert_close(output, expected[out_type], rtol=1e-5, atol=1e-5)
+
+
+def test_class_token_that_is_returned_must_be_there(make_backbone):
+    with pytest.raises(ValueError, match="out_type='cls_token' returns the class token, but with_cls_token=False"):
+        make_backbone('pvt', out_type='cls_token', with_cls_token=False)
