@@ -85,7 +85,7 @@ test: lint
 # starts. Workspaces and tensors lie between guarded memory then, and each call of the fuzz has a workspace of its size.
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
-FUZZ_CALLS ?= 4000
+FUZZ_CALLS ?= 6000
 FUZZ_SEED ?= 0
 sanitize: setup
 	@rm -rf $(SANITIZED)
