@@ -381,7 +381,7 @@ def break_arguments(r: random.Random, arguments: dict) -> None:
                 value[1:],
                 [*value, 0],
                 [float(x) for x in value],
-                [value[0] + 3, *value[1:-1], value[-1] - 3],
+                [x + 3 * (-1) ** i for i, x in enumerate(value)],
                 [-x for x in value],
             ]
         )
