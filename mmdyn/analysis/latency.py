@@ -18,6 +18,7 @@ except ImportError:  # without kernels none keeps memory
 
     def release() -> None: ...
 
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or else torch's profiler tells of each start and stop
 ONEDNN = torch.backends.mkldnn.is_available()
 Outputs = Union[torch.Tensor, Sequence[torch.Tensor]]
 
