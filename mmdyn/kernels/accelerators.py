@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ..models.layers import deformable_sampling, packed_attention
 from ..models.replaceable import Refused
+from .prepared import refuse_watchers
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -20,6 +21,9 @@ def attention_of_variable_length(query: Tensor, key: Tensor, value: Tensor, leng
         return Refused('torch has no attention of variable length before 2.10')
     if len(set(lengths)) <= 1:
         return Refused('all images have as many queries')
+    reason = refuse_watchers()
+    if reason is not None:
+        return Refused(reason)
     return varlen_attention(query, key, value, lengths)
 
 
@@ -40,6 +44,15 @@ def sample_by_mmcv(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[
         return Refused("the values are on the CPU, for which mmcv's operator is not written")
     if sum(lengths) == 0:
         return Refused('there are no queries')
+    reason = refuse_watchers()
+    if reason is not None:
+        return Refused(reason)
+    return mmcv_sampling(value, points, weights, shape, lengths)
+
+
+def mmcv_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int],
+                  lengths: list[int]) -> Tensor | Refused:
+    """Values, points and weights as mmcv's operator takes them, or why there is no operator for them."""
     try:
         from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
     except ImportError as error:

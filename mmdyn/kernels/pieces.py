@@ -17,7 +17,7 @@ from ..models.dge.routing import centres, grid
 from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock, deformable_sampling, packed_attention
 from ..models.replaceable import Refused
 from ..models.stage import Stage, run_blocks
-from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_tensor
+from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_tensor, refuse_watched_tokens
 
 # Numbers of a piece in memory, and most rows: wide layers gain from many numbers, narrow ones do not.
 NUMBERS, ROWS = 2**20, 2**12
@@ -51,32 +51,25 @@ class PreparedLayers(Prepared):
         super().__init__(f'blocks.{index}')
         self.module(block, '', EncoderBlock)
         self.prefix += '.'
-        self.modes = [block] if encoder is None else [block, encoder]
         for name in ('norm1', 'norm2'):
             self.child(block, '', name, nn.LayerNorm)
         ffn = self.child(block, '', 'ffn', FFN)
-        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'approximate') != 'none':
+        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'ffn.act', 'approximate') != 'none':
             raise Refusal(f'{self.prefix}ffn.act approximates the GELU')
         attn = self.child(block, '', 'attn', Attention, DeformableAttention)
         names = dict.fromkeys(name for name in attn._modules if name not in ('sr', 'norm'))
         for parent, path, name in [(ffn, 'ffn', 'fc1'), (ffn, 'ffn', 'fc2'), *((attn, 'attn', name) for name in names)]:
             layer = self.child(parent, path, name, nn.Linear)
-            for kind in ('weight', 'bias'):
-                self._plain(layer, f'{path}.{name}', kind)
+            self.weights(layer, f'{path}.{name}', *self._look(layer._parameters, 'weight', f'{path}.{name}.').shape)
         if encoder is not None:
             self.module(encoder, f'dge.{index}', DynamicGrainedEncoder)
-
-    def _plain(self, layer: nn.Module, path: str, name: str) -> None:
-        tensor = layer._parameters[name]
-        if tensor is not None:
-            self.parameter(layer, path, name, *tensor.shape)
 
 
 @run_blocks.register
 def run_in_pieces(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
                   stop: int | None = None) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
-    reason = refuse_context() or refuse_tensor(tokens, 'the tokens')
+    reason = refuse_context() or refuse_tensor(tokens, 'the tokens') or refuse_watched_tokens(stage)
     if reason is None and not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
         reason = "oneDNN is switched off, or torch was built without it"
     if reason is None and torch.is_autocast_enabled('cpu'):
@@ -103,7 +96,7 @@ def encode(block: EncoderBlock, encoder: DynamicGrainedEncoder | None, tokens: T
     """One block on tokens (B, E + H*W, C), which it changes."""
     images, size, channels = tokens.shape
     keys_values = _keys_values(block, tokens, shape, num_extra)
-    places = centres(shape).expand(images, -1, -1) if block.uses_points else None
+    places = centres(shape, tokens.device).expand(images, -1, -1) if block.uses_points else None
     rows = tokens.view(-1, channels)
     if encoder is None:
         points = None if places is None else places.flatten(0, 1)
@@ -114,7 +107,7 @@ def encode(block: EncoderBlock, encoder: DynamicGrainedEncoder | None, tokens: T
     choice = (choice if encoder.forced is None else encoder.forced).expand(images, *grid(encoder.region, shape))
     routing = route(choice, shape, encoder.granularities, encoder.region, num_extra)
     num, lengths = sum(routing.lengths), routing.lengths.copy()
-    encoder.decision = Decision(choice, torch.tensor(routing.lengths))
+    encoder.decision = Decision(choice, torch.tensor(routing.lengths, device='cpu'))
     surplus = few_sizes(num) - num
     lengths[-1] += surplus  # queries of zeros, which serve no token
     queries = F.pad(routing.compress(tokens), (0, 0, 0, surplus))

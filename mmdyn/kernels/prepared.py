@@ -3,10 +3,11 @@
 A layer is taken only if it is exactly of the type that the kernel knows, unchanged and without hooks, and its parameters
 only if type, shape and order are those that the kernel reads. All else is refused, in a sentence.
 """
+import math
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,24 @@ class Refusal(Exception):
     """The reason for which a kernel does not take a call."""
 
 
-def refuse_context() -> str | None:
+def refuse_watchers() -> str | None:
     """What must see all operators, so that no kernel may stand in for them; None if there is nothing."""
-    if torch.is_grad_enabled():
-        return 'gradients are on: call the model in torch.no_grad() or torch.inference_mode()'
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return 'a transform of functions, such as torch.func.vmap, is on'
     if forward_ad._current_level >= 0:
         return 'forward-mode derivatives are on'
     if torch._C._len_torch_dispatch_stack():
         return "a mode watches the operators, as torch's counter of operations does"
+    return None
+
+
+def refuse_context() -> str | None:
+    """Why no kernel for inference may stand in for modules here and now; None if one may."""
+    if torch.is_grad_enabled():
+        return 'gradients are on: call the model in torch.no_grad() or torch.inference_mode()'
+    watchers = refuse_watchers()
+    if watchers is not None:
+        return watchers
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return 'there are forward hooks for all modules'
     return None
@@ -50,9 +59,36 @@ def refuse_tensor(x: Tensor, name: str, dtype: torch.dtype = torch.float32) -> s
     return None if x.numel() and x.data_ptr() else f'{name} is empty'
 
 
-def refuse_rows(x: Tensor, name: str = 'the tokens') -> str | None:
+def refuse_rows(x: Tensor, name: str) -> str | None:
     """As :func:`refuse_tensor`, of a tensor without gaps."""
     return refuse_tensor(x, name) or (None if x.is_contiguous() else f'{name} is not contiguous')
+
+
+def refuse_watched_tokens(stage: Any) -> str | None:
+    """Why the tokens of a stage may not be overwritten; None if nobody may have kept them."""
+    embedding = getattr(stage, 'patch_embed', None)
+    if embedding is not None and embedding._forward_hooks:
+        return 'patch_embed has forward hooks, which may keep the tokens'
+    return None
+
+
+def refuse_tokens(tokens: Tensor, shape: tuple[int, int], num_extra: int = 0) -> str | None:
+    """Why these are no tokens (B, E + H*W, C) of maps of this shape, without gaps; None if they are."""
+    reason = refuse_rows(tokens, 'the tokens')
+    if reason is not None:
+        return reason
+    if tokens.ndim != 3:
+        return f'the tokens have {tokens.ndim} dimensions, not 3'
+    if not are_counts(shape, 1) or len(shape) != 2 or not are_counts([num_extra]):
+        return f'a map of shape={shape} and {num_extra} extra tokens is none'
+    if tokens.shape[1] != num_extra + math.prod(shape):
+        return f'{tokens.shape[1]} tokens are no {num_extra} extra tokens and map of {shape[0]} x {shape[1]} cells'
+    return None
+
+
+def are_counts(numbers: Iterable[Any], least: int = 0) -> bool:
+    """Whether all are integers, and none is less than the least."""
+    return all(type(number) is int and number >= least for number in numbers)
 
 
 class Prepared:
@@ -66,13 +102,16 @@ class Prepared:
         self.prefix = prefix
         self._slots: list[tuple[Mapping, str]] = []  # where something was found,
         self._found: list[Any] = []  # and what
-        self._modules: list[nn.Module] = []
+        self._modules: list[ref[nn.Module]] = []  # the cache ends with the module that it is for
         self._types: list[type] = []
         self._hooks: list[Mapping] = []
         self._tensors: list[Tensor] = []
         self._facts: list[list] = []
 
-    def _look(self, mapping: Mapping, name: str) -> Any:
+    def _look(self, mapping: Mapping, path: str, name: str) -> Any:
+        if name not in mapping:
+            path = f'{self.prefix}{path}.' if path else self.prefix
+            raise Refusal(f'{path}{name} is not what it was when the layer was made')
         self._slots.append((mapping, name))
         self._found.append(mapping[name])
         return mapping[name]
@@ -86,22 +125,27 @@ class Prepared:
             raise Refusal(f'{name} has forward hooks')
         if 'forward' in module.__dict__:
             raise Refusal(f'{name} has a forward function of its own')
-        self._modules.append(module)
+        self._modules.append(ref(module))
         self._types.append(type(module))
         self._hooks += module._forward_hooks, module._forward_pre_hooks
         return module
 
     def child(self, parent: nn.Module, path: str, name: str, *kinds: type) -> nn.Module:
         """The module ``name`` of ``parent``, whose own name is ``path``."""
-        return self.module(self._look(parent._modules, name), f'{path}.{name}' if path else name, *kinds)
+        return self.module(self._look(parent._modules, path, name), f'{path}.{name}' if path else name, *kinds)
 
-    def attribute(self, module: nn.Module, name: str) -> Any:
-        """An attribute that the kernel takes as it is."""
-        return self._look(module.__dict__, name)
+    def attribute(self, module: nn.Module, path: str, name: str, *kinds: type) -> Any:
+        """An attribute of these types that the kernel takes as it is: no tensor, whose value may change in place."""
+        value = self._look(module.__dict__, path, name)
+        if not isinstance(value, kinds or (int, float, str, tuple)):
+            path = f'{self.prefix}{path}.' if path else self.prefix
+            raise Refusal(f'{path}{name} is a {type(value).__name__}, with which the kernel does not compute')
+        return value
 
-    def parameter(self, module: nn.Module, path: str, name: str, *shape: int, order: tuple[int, ...] = ()) -> int | None:
-        """The address of a parameter of this shape, without gaps in this order of its dimensions; None if it is None."""
-        tensor, name = self._look(module._parameters, name), f'{self.prefix}{path}.{name}'
+    def parameter(self, module: nn.Module, path: str, name: str, *shape: int,
+                  order: tuple[int, ...] = ()) -> int | None:
+        """The address of a parameter of this shape, without gaps in this order of its dimensions; None for None."""
+        tensor, name = self._look(module._parameters, path, name), f'{self.prefix}{path}.{name}'
         if tensor is None:
             return None
         reason = refuse_tensor(tensor, name)
@@ -127,20 +171,21 @@ class Prepared:
 
     def norm(self, norm: nn.Module, path: str, channels: int) -> tuple[float, tuple[int, int]]:
         """The epsilon and the addresses of a LayerNorm's parameters."""
-        if self.attribute(norm, 'normalized_shape') != (channels, ):
+        if self.attribute(norm, path, 'normalized_shape') != (channels, ):
             raise Refusal(f'{self.prefix}{path} norms {norm.normalized_shape}, not {channels} channels')
         weight, bias = self.weights(norm, path, channels)
         if bias is None:
             raise Refusal(f'{self.prefix}{path} has no bias')
-        return self.attribute(norm, 'eps'), (weight, bias)
+        return self.attribute(norm, path, 'eps', int, float), (weight, bias)
 
     def patches(self, conv: nn.Module, path: str, rows: int, columns: int,
                 order: tuple[int, ...] = (0, 2, 3, 1)) -> tuple[int, tuple[int, int | None]]:
         """The side, and the addresses of the parameters, of a convolution of patches whose weights lie in this order."""
-        side = self.attribute(conv, 'kernel_size')[0]
+        size = self.attribute(conv, path, 'kernel_size', tuple)
+        side = size[0] if size else 0
         for name, value in (('kernel_size', (side, side)), ('stride', (side, side)), ('padding', (0, 0)),
-                            ('dilation', (1, 1)), ('groups', 1)):
-            if self.attribute(conv, name) != value:
+                            ('dilation', (1, 1)), ('groups', 1), ('padding_mode', 'zeros')):
+            if self.attribute(conv, path, name) != value:
                 raise Refusal(f'{self.prefix}{path} has {name}={getattr(conv, name)}, which does not make patches')
         return side, self.weights(conv, path, rows, columns, side, side, order=order)
 
@@ -155,9 +200,10 @@ class Prepared:
 
     def is_current(self) -> bool:
         """Whether all is as it was."""
+        modules = [found() for found in self._modules]
         return (all(map(is_, [mapping.get(name) for mapping, name in self._slots], self._found))
-                and list(map(type, self._modules)) == self._types and not any(self._hooks)
-                and not any('forward' in module.__dict__ for module in self._modules) and self._looks() == self._facts)
+                and list(map(type, modules)) == self._types and not any(self._hooks)
+                and not any('forward' in module.__dict__ for module in modules) and self._looks() == self._facts)
 
 
 class Cache:

@@ -49,11 +49,18 @@ class Replaceable(Generic[P, R]):
         """The reasons of the kernels that refuse this call, by their names. The others run, on copies of the tensors."""
         reasons = {}
         for kernel in self.kernels:
-            copies, options = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+            copies, options = tree_map_only(Tensor, copy_with_strides, (args, kwargs))
             result = kernel(*copies, **options)
             if isinstance(result, Refused):
                 reasons[f'{kernel.__module__}.{kernel.__qualname__}'] = result.reason
         return reasons
+
+
+def copy_with_strides(x: Tensor) -> Tensor:
+    """A copy that lies in memory as ``x`` does, which a reason may depend on."""
+    if x.layout is not torch.strided or 0 in x.stride():
+        return x.clone()
+    return x.new_empty_strided(x.shape, x.stride()).copy_(x)
 
 
 def replaceable(function: Callable[P, R]) -> Replaceable[P, R]:

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, default=Path('work_dirs/profile'))
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
-        raise SystemExit('profile_pass.py: no device: torch finds no CUDA device.')
+        raise ValueError('no device: torch finds no CUDA device.')
     for name in args.models:
         try:
             arch_of(name)

@@ -108,7 +108,7 @@ def fit_checkpoint(
         adapted.append(f'the model has no use for {_names(unused, prefix)}')
     # Adapters alone, say, are in blocks and have no patch embedding beside them.
     is_whole = _first_convolution(own) in saved or not any('blocks.' in name for name in saved)
-    new = [name for name in own if is_whole and is_router(name) and name not in state]
+    new = [name for name in own if is_whole and is_router(name) and name not in state and not own[name].is_meta]
     state.update({name: own[name] for name in new})
     if new:
         adapted.append(f'the checkpoint has no {_names(new, prefix)}, which keep their initial values')

@@ -126,7 +126,7 @@ class PVT(DynamicBackbone):
             raise ValueError(f'frozen_stages={frozen_stages}: choose from -1 (none) to {num_stages}.')
 
         height, width = image_sides(img_size, patch_size * 2**last)
-        rates = torch.linspace(0, drop_path_rate, sum(arch['depths'])).tolist()
+        rates = torch.linspace(0, drop_path_rate, sum(arch['depths']), device='cpu').tolist()
         dims, dges = (in_channels, *arch['embed_dims']), dge_of_stages(dge, num_stages)
         self.stages = nn.ModuleList()
         for i, depth in enumerate(arch['depths']):

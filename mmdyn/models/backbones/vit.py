@@ -74,7 +74,7 @@ class PlainViT(DynamicBackbone):
         blocks = [
             EncoderBlock(dim, Attention(dim, arch['num_heads'], qkv_bias=kind['qkv_bias']), arch['mlp_ratio'], rate,
                          norm_eps, kind['residual_scale'], with_cp)
-            for rate in torch.linspace(0, drop_path_rate, depth).tolist()
+            for rate in torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         ]
         make_blocks(self, blocks, dim, dge_of_stages(dge, 1)[0])
         self.norm = nn.LayerNorm(dim, norm_eps)

@@ -1,17 +1,21 @@
 import copy
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import interpolate
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdyn.evaluation import DynamicFLOPs
 from mmdyn.models import CFViT
-from mmdyn.models.layers import EncoderBlock
+from mmdyn.models.layers import EncoderBlock, packed_attention, project_patches
+from mmdyn.models.stage import run_blocks
 
 FAMILIES = ['deit', 'lvvit']
 PLAIN = dict(embed_dim=16, depth=6, num_heads=2, mlp_ratio=2)
@@ -166,8 +170,89 @@ def test_an_image_does_not_depend_on_its_batch_nor_on_earlier_ones(family, make_
     alone = [torch.cat(outputs) for outputs in zip(*(model(image[None]) for image in images))]
     torch.testing.assert_close(together, tuple(alone), rtol=1e-8, atol=1e-8)
     assert all(map(torch.equal, together, model(images)))
-    # No attention stays behind, which would hold memory.
-    assert all(block.attn.class_attention is None and not block.attn.keeps_class_attention for block in model.blocks)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@torch.no_grad()
+def test_threads_have_results_and_costs_of_their_own(family, make_cfvit):
+    model = make_cfvit(family, out_type='cls_token').float()
+    images = [images_of(model, 1 + i % 3, torch.float) for i in range(8)]
+
+    @torch.no_grad()
+    def run(x):
+        coarse = model.coarse(x)
+        spent = model.cost.spent
+        tokens, chosen = model.fine(x, coarse)
+        return model.output(coarse.tokens), model.output(tokens), chosen, spent, model.cost.spent
+
+    expected, interval = list(map(run, images)), sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(run, images * 5))
+    finally:
+        sys.setswitchinterval(interval)
+    torch.testing.assert_close(found, expected * 5, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('options', [dict(reuse='class_token'), dict(reuse='uninformative', score='last'),
+                                     dict(reuse=None, score='random')], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float, torch.double])
+@pytest.mark.parametrize('training', [False, True])
+def test_batches_without_images(family, options, dtype, training, make_cfvit):
+    model = make_cfvit(family, **options).to(dtype).train(training)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            outputs, nothing = model(images_of(model, 1, dtype)), model(images_of(model, 0, dtype))
+        assert [x.shape for x in nothing] == [(0, *x.shape[1:]) for x in outputs]
+        assert model.cost.spent.shape == (0, )
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@torch.no_grad()
+def test_builds_on_the_meta_device_and_takes_the_tensors_of_a_checkpoint(family, make_cfvit):
+    model = make_cfvit(family)
+    with torch.device('meta'):
+        empty = CFViT(dict(PLAIN, family=family), 3, patch_size=4).eval()
+    assert all(value.is_meta for value in empty.state_dict().values())
+    empty.load_state_dict(model.state_dict(), assign=True)
+    images = images_of(model)
+    assert all(map(torch.equal, empty(images), model(images)))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_fake_tensors_leave_nothing_behind(family, make_cfvit):
+    model = make_cfvit(family)
+    images, twin = images_of(model), copy.deepcopy(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        outputs = model(mode.from_tensor(images))
+    assert [x.shape for x in outputs] == [x.shape for x in model(images)]
+    assert all(map(torch.equal, model(images), twin(images)))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@torch.no_grad()
+def test_hooks_fire_on_each_module_that_a_user_can_name(family, make_cfvit):
+    """In both stages, but for containers and for the reuse, which is of the fine stage alone."""
+    model, called = make_cfvit(family).float(), []
+    modules = {key: module for key, module in model.named_modules() if not isinstance(module, nn.ModuleList)}
+    for key, module in modules.items():
+        module.register_forward_hook(lambda module, args, output, key=key: called.append(key))
+    model(images_of(model, dtype=torch.float))
+    assert set(called) == set(modules)
+    assert all(called.count(f'blocks.{i}.attn') == 2 for i in range(6)) and called.count('reuse.mlp') == 1
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@torch.no_grad()
+def test_kernels_change_nothing_but_the_speed(family, make_cfvit, monkeypatch):
+    model = make_cfvit(family).float()
+    images = images_of(model, 3, torch.float)
+    found = model(images)
+    for function in (run_blocks, project_patches, packed_attention):
+        monkeypatch.setattr(function, 'kernels', [])
+    torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

@@ -57,7 +57,7 @@ def test_extra_parameters_of_dge(arch, dim):
 @pytest.mark.parametrize('distilled', [False, True])
 @pytest.mark.parametrize('out_indices, blocks', [(None, [2]), (0, [0]), (-2, [1]), ((0, 1, -1), [0, 1, 2])])
 def test_outputs_are_parts_of_the_raw_tokens(distilled, out_indices, blocks, grad, make_backbone):
-    """The norm is that of the last block only."""
+    """The norm is that of the last block only. With hooks all is computed by torch, without them maybe not."""
     images, num_extra = torch.randn(2, 3, 52, 36), 1 + distilled
     options = dict(out_indices=out_indices, distilled=distilled, dge=dict(granularities=(1, 2)))
     raw, of_block = make_backbone('deit', out_type='raw', **options).eval(), []
@@ -79,10 +79,10 @@ def test_outputs_are_parts_of_the_raw_tokens(distilled, out_indices, blocks, gra
     for tokens, featmap, mean, cls_token in zip(outputs, run('featmap'), run('avg_featmap'), run('cls_token')):
         cells = tokens[:, num_extra:]
         assert featmap.shape == (2, 16, 13, 9)
-        assert torch.equal(featmap[:, :, 4, 2], cells[:, 4 * 9 + 2])
-        torch.testing.assert_close(featmap.mean((2, 3)), mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(featmap[:, :, 4, 2], cells[:, 4 * 9 + 2], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(featmap.mean((2, 3)), mean, rtol=1e-5, atol=1e-5)
         extra = (tokens[:, 0], tokens[:, 1]) if distilled else (tokens[:, 0], )
-        assert all(map(torch.equal, cls_token if distilled else (cls_token, ), extra))
+        torch.testing.assert_close(cls_token if distilled else (cls_token, ), extra, rtol=1e-5, atol=1e-5)
 
 
 def test_granularities_may_be_given_for_the_one_stage(make_backbone):

@@ -159,11 +159,12 @@ def test_image_smaller_than_the_stride(size, message, make_backbone):
 
 def test_all_options_of_pvt_arrive(make_backbone):
     model = make_backbone('dpvt', img_size=(24, 48), in_channels=5, patch_size=2, drop_path_rate=0.4, frozen_stages=1,
-                          with_cp=True, interpolate_mode='nearest', norm_eps=1e-3, dge=DGE)
+                          with_cp=True, interpolate_mode='nearest', norm_eps=1e-3, embed_norm_eps=1e-2, dge=DGE)
     assert model.stage_shapes == [(12, 24), (6, 12)] and model.stages[0].patch_embed.proj.weight.shape == (16, 5, 2, 2)
     assert [block.drop_path_rate for stage in model.stages for block in stage.blocks] == pytest.approx([0, 0.2, 0.4])
+    assert model.stages[1].patch_embed.norm.eps == 1e-2
     assert (model.frozen_stages, model.interpolate_mode, model.stages[1].blocks[0].norm1.eps) == (1, 'nearest', 1e-3)
-    assert model.with_cp and model.stages[0].dge[0].with_cp
+    assert all(block.with_cp for stage in model.stages for block in stage.blocks)
     assert [x.shape for x in model(torch.randn(1, 5, 24, 48))] == [(1, 16, 12, 24), (1, 24, 6, 12)]
 
 

@@ -54,7 +54,7 @@ def test_both_branches_are_halved_and_queries_keys_and_values_have_no_bias(make_
     for layer, value in ((block.attn.proj, 1.), (block.ffn.fc2, 10.)):
         nn.init.zeros_(layer.weight)
         nn.init.constant_(layer.bias, value)
-    torch.testing.assert_close(block(tokens, (2, 3), 1), tokens + 5.5, rtol=0, atol=1e-6)
+    torch.testing.assert_close(block(tokens, tokens, (2, 3), 1), tokens + 5.5, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize('dge', [None, dict(granularities=(1, 2))])

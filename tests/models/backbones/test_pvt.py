@@ -160,8 +160,12 @@ def test_map_smaller_than_the_reduction():
         PVT(SMALL, 32)(torch.randn(1, 3, 4, 32))
 
 
-@torch.no_grad()
-def test_dense_compiles_as_one_graph():
-    model, images = PVT(SMALL, img_size=32).eval(), torch.randn(2, 3, 32, 48)
-    compiled = torch.compile(model, backend='eager', fullgraph=True)
-    torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize('embed, others, options', [
+    (1e-5, 1e-6, {}), (1e-2, 1e-3, dict(embed_norm_eps=1e-2, norm_eps=1e-3))])
+def test_epsilon_of_each_norm(embed, others, options, make_backbone):
+    """Patch embeddings and spatial reductions have one, blocks and the final norm another."""
+    model = make_backbone('pvt', out_type='raw', **options)
+    found = {name: module.eps for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+    assert len(found) == 2 + 2 + 3 * 2 + 1
+    for name, eps in found.items():
+        assert eps == (embed if name.endswith(('patch_embed.norm', 'attn.norm')) else others), name

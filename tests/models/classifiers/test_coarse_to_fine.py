@@ -1,5 +1,7 @@
 import copy
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -128,6 +130,41 @@ def test_each_image_stops_where_it_would_alone(family, every_stage, threshold, m
         if every_stage or not stop:
             torch.testing.assert_close(sample.fine_score, scores[i, 1], rtol=1e-8, atol=1e-10)
             assert torch.equal(sample.regions, regions[i])
+
+
+@pytest.mark.parametrize('family', HEADS)
+@torch.no_grad()
+def test_threads_have_predictions_of_their_own(family, make_model):
+    """With batches of which some images go on."""
+    model = make_model(family, dict(threshold=0.6)).float()
+    batches = [images_of(3 + i % 4, seed=i).float() for i in range(8)]
+
+    @torch.no_grad()
+    def run(images):
+        samples = model(images, mode='predict')
+        return ([sample.pred_score for sample in samples], [sample.exit_stage for sample in samples],
+                [sample.regions.tolist() if 'regions' in sample else None for sample in samples])
+
+    expected, interval = list(map(run, batches)), sys.getswitchinterval()
+    assert {stage for _, stages, _ in expected for stage in stages} == {0, 1}
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(run, batches * 5))
+    finally:
+        sys.setswitchinterval(interval)
+    for (scores, *decided), (one, *decision) in zip(found, expected * 5):
+        torch.testing.assert_close(scores, one, rtol=1e-4, atol=1e-5)
+        assert decided == decision
+
+
+@pytest.mark.parametrize('family', HEADS)
+@pytest.mark.parametrize('every_stage', [False, True])
+@torch.no_grad()
+def test_batches_without_images(family, every_stage, make_model):
+    model = make_model(family, dict(every_stage=every_stage))
+    assert [x.shape for x in model(images_of(0), mode='tensor')] == [(0, NUM_CLASSES)] * 2
+    assert model(images_of(0), mode='predict') == model(images_of(0), [], mode='predict') == []
 
 
 @torch.no_grad()

@@ -1,0 +1,67 @@
+"""Options that the backbones have in common."""
+
+import pytest
+
+PVT_ARCH = dict(embed_dims=(8, 24), depths=(1, 2), num_heads=(2, 3), mlp_ratios=(2, 3), sr_ratios=(2, 1))
+PVT_KEYS = 'depths.*embed_dims.*mlp_ratios.*num_heads.*sr_ratios'
+DPVT_KEYS = 'depths.*embed_dims.*mlp_ratios.*num_heads.*num_points'
+DEIT_KEYS = 'depth.*embed_dim.*mlp_ratio.*num_heads'
+
+
+@pytest.mark.parametrize(
+    'name, options, message',
+    [
+        ('pvt', dict(arch='huge'), rf"Unknown arch 'huge': choose from .*large.*medium.*small.*tiny.*{PVT_KEYS}"),
+        ('dpvt', dict(arch='huge'), rf"Unknown arch 'huge': choose from .*large.*medium.*small.*tiny.*{DPVT_KEYS}"),
+        ('deit', dict(arch='huge'), rf"Unknown arch 'huge': choose from .*base.*small.*tiny.*{DEIT_KEYS}"),
+        ('lvvit', dict(arch='base'), rf"Unknown arch 'base': choose from .*medium.*small.*{DEIT_KEYS}"),
+        ('pvt', dict(arch=dict(depths=(1, 1), width=3)), rf"arch has the keys \['depths', 'width'\], but .*{PVT_KEYS}"),
+        ('dpvt', dict(arch=PVT_ARCH), rf"arch has the keys .*'sr_ratios'\], but needs exactly .*{DPVT_KEYS}"),
+        (
+            'pvt',
+            dict(arch=dict(PVT_ARCH, depths=(2, 1, 1))),
+            'must have as many numbers for each key: one for each stage',
+        ),
+        ('deit', dict(arch=dict(depth=3)), rf"arch has the keys \['depth'\], but needs exactly .*{DEIT_KEYS}"),
+        (
+            'deit',
+            dict(arch=dict(embed_dim=16, depth=1, num_heads=3, mlp_ratio=2)),
+            '16 channels do not divide into 3 h',
+        ),
+        ('pvt', dict(img_size=7), 'img_size=7: give the side of a square, or .* of at least 8 pixels'),
+        ('deit', dict(img_size=(64, 3)), r'img_size=\(64, 3\): give the side .* of at least 4 pixels'),
+        ('deit', dict(img_size=(8, 8, 8)), r'img_size=\(8, 8, 8\): give the side of a square, or \(height, width\)'),
+    ],
+)
+def test_unfit_shapes(name, options, message, make_backbone):
+    with pytest.raises(ValueError, match=message):
+        make_backbone(name, **options)
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(dge=dict(granularity=(1, 2))), r"dge has no option \['granularity'\]: it takes \['granularities', 'reg"),
+        (dict(dge=dict(dim=3)), r"dge has no option \['dim'\]"),
+        (dict(dge=dict(granularities=((1, 2),) * 7)), r'are 7 sets for \d stages?: give one for each stage, or one'),
+        (dict(dge=dict(granularities=())), 'leave no query: give at least one side greater than 0'),
+        (dict(dge=dict(granularities=4)), 'granularities=4'),
+        (
+            dict(out_type='tokens'),
+            r"out_type='tokens':.* choose from \('featmap', ('cls_token', )?'avg_featmap', 'raw'",
+        ),
+        (dict(out_type='featmap', out_indices=3), 'out_indices=3: choose one or more of 0 to'),
+        (dict(out_type='featmap', out_indices=(0, -4)), r'out_indices=\(0, -4\): choose one or more of 0 to'),
+        (dict(out_type='featmap', out_indices=()), r'out_indices=\(\): choose one or more of 0 to'),
+        (dict(frozen_stages=4), r'frozen_stages=4: choose from -1 \(none\) to [23]'),
+        (dict(frozen_stages=-2), r'frozen_stages=-2: choose from -1 \(none\) to'),
+    ],
+)
+def test_unfit_options(name, options, message, make_backbone):
+    with pytest.raises(ValueError, match=message):
+        make_backbone(name, **options)
+
+
+def test_dge_must_be_a_dict(name, make_backbone):
+    with pytest.raises(TypeError, match=r'dge=\(1, 2, 4\): give None for the dense model, or a dict, e.g. dict\(gr'):
+        make_backbone(name, dge=(1, 2, 4))
