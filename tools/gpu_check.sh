@@ -55,7 +55,7 @@ all() {
 		$(grep -rl --include 'test_*.py' 'mark\.cuda' tests)
 	"$PYTHON" mmdyn/analysis/gpu/results.py "$RESULTS" tests cuda "$OUT/tests-cuda.xml"
 	step tests-models 75 env CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 "$PYTHON" "${tests[@]}" "${parallel[@]}" \
-		-m 'not cuda' --junitxml "$OUT/tests-models.xml" tests/models
+		-m 'not cuda' --junitxml "$OUT/tests-models.xml" tests/models tests/kernels
 	"$PYTHON" mmdyn/analysis/gpu/results.py "$RESULTS" tests models "$OUT/tests-models.xml"
 	# 4. to 6.
 	step benchmark 180 "$PYTHON" tools/gpu/benchmark_cases.py "$RESULTS"

@@ -12,7 +12,8 @@ LAZY = dict(
     BaseSegDataset='.segmentation',
     CocoDataset='.detection',
     CustomDataset='.classification',
-    ImageNet='.classification')
+    ImageNet='.classification',
+)
 
 
 def __getattr__(name: str) -> type:

@@ -28,7 +28,7 @@ def test_runs_in_turns_after_a_warm_up():
 
 
 def test_ratio_is_the_median_of_neighbours():
-    assert ratio(dict(a=[1., 4., 3.], b=[1., 2., 1.]), 'a', 'b') == 2.
+    assert ratio(dict(a=[1.0, 4.0, 3.0], b=[1.0, 2.0, 1.0]), 'a', 'b') == 2.0
 
 
 def test_measures_what_the_case_takes():
@@ -73,15 +73,17 @@ def test_peak_memory_has_what_kernels_keep():
 
 
 def test_largest_difference_is_relative_to_each_output():
-    a, b = torch.tensor([1., -10.]), torch.tensor([100., 0.])
+    a, b = torch.tensor([1.0, -10.0]), torch.tensor([100.0, 0.0])
     assert largest_difference((a, b), (a, b)) == 0
-    assert largest_difference((a + torch.tensor([0.5, 0.]), b + 1), (a, b)) == pytest.approx(0.05)
-    assert largest_difference(a * 2, (a, )) == pytest.approx(1)
+    assert largest_difference((a + torch.tensor([0.5, 0.0]), b + 1), (a, b)) == pytest.approx(0.05)
+    assert largest_difference(a * 2, (a,)) == pytest.approx(1)
 
 
 def test_limits_count_operations_and_bytes(monkeypatch):
-    monkeypatch.setattr('mmdyn.analysis.latency.interleaved_times',
-                        lambda cases, rounds, device: {name: [0.001] * rounds for name in cases})
+    monkeypatch.setattr(
+        'mmdyn.analysis.latency.interleaved_times',
+        lambda cases, rounds, device: {name: [0.001] * rounds for name in cases},
+    )
     found = limits(side=100, megabytes=3, rounds=2)
     assert found.pop('copy') == pytest.approx(2 * 3e6 / 0.001 / 1e9)
     assert {'float32'} <= set(found) <= {'float32', 'bfloat16', 'oneDNN float32'}
