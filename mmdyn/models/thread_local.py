@@ -12,7 +12,7 @@ class ThreadLocal(Generic[T]):
     """An attribute of modules whose value is the thread's own, so that passes in several threads do not mix.
 
     It is None until the thread has set it, and as an attribute of the class. Copies of a module start without a value.
-    Compilers follow attributes, but no tables of threads: the value of a compiled pass is the module's, for all threads.
+    Compilers follow attributes, but no tables of threads: a compiled pass's value is the module's, for all threads.
     """
 
     def __init__(self) -> None:
