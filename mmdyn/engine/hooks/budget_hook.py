@@ -13,6 +13,7 @@ from ..collapse import CollapseWatch, look
 from .loss_hook import LossHook
 
 SCHEDULES = 'constant', 'linear', 'cosine'
+ROUNDING = 1e-5  # of a model's query ratio, a sum of many float32
 
 
 @HOOKS.register_module()
@@ -78,7 +79,7 @@ class BudgetHook(LossHook):
             least, most = backbone.ratio_bounds()
             targets = {'budget': self.budget} | ({} if self.schedule == 'constant' else {'start': self.start})
             for name, target in targets.items():
-                if not least <= target <= most:
+                if not least - ROUNDING <= target <= most + ROUNDING:
                     raise ValueError(
                         f'BudgetHook: {name}={target} cannot be reached: on images of img_size the granularities of '
                         f'the {type(backbone).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a '
