@@ -17,11 +17,12 @@ TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -v '^\#' requirements.txt | grep
 MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(shell grep '^mmcv==' requirements.txt))
 SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt pyproject.toml setup.py $$(find mmdyn -name '*.[ch]' | LC_ALL=C sort) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup lint test demo demo-det demo-seg demo-cls-cf bench gpu-kit clean
+.PHONY: help setup lint test sanitize demo demo-det demo-seg demo-cls-cf bench gpu-kit clean
 help:
 	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (10 to 20 minutes, once)'
 	echo 'make lint       set up, then check style, format and types of the Python files, and the format of the C files'
 	echo 'make test       set up, lint, then run the tests'
+	echo 'make sanitize   set up, then test and fuzz the compiled functions with address and undefined-behaviour sanitizers'
 	echo 'make demo       set up, then train PVT and PVT+DGE on the demo data, test them and draw the gates'
 	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
 	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
@@ -79,6 +80,26 @@ lint: setup
 
 test: lint
 	@$(BIN)/python -m pytest tests
+
+# A copy of the package whose kernels are built with gcc's sanitizers. They must be loaded before all else, since Python is
+# not built with them; what Python leaks is its own business. The copy comes first on the path because it is where Python
+# starts. Workspaces and tensors lie between guarded memory then, and each call of the fuzz has a workspace of its size.
+SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+FUZZ_CALLS ?= 6000
+FUZZ_SEED ?= 0
+sanitize: setup
+	@rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)/lib
+	cp -r mmdyn $(SANITIZED)/lib
+	rm -f $(SANITIZED)/lib/mmdyn/kernels/_cpu*
+	CC=gcc CFLAGS='$(SANITIZERS)' LDFLAGS='$(SANITIZERS)' $(BIN)/python setup.py -q build_ext --build-temp $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
+	root=$$PWD
+	cd $(SANITIZED)/lib
+	export LD_PRELOAD="$$(for name in asan ubsan stdc++; do gcc -print-file-name=lib$$name.so; done | paste -sd' ')"
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive
+	export MMDYN_SANITIZED=1 MMDYN_REQUIRE_KERNELS=1 MMDYN_FUZZ_CALLS=$(FUZZ_CALLS) MMDYN_FUZZ_SEED=$(FUZZ_SEED)
+	$$root/$(BIN)/python -m pytest --capture=sys -p no:cacheprovider $$root/tests/kernels
 
 # $(call run-demo,configs,the one of them whose gates are drawn,images,masks,options of draw_gates.py)
 define run-demo

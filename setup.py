@@ -41,8 +41,9 @@ class BuildWithMim(build_py):
 setup(
     # Without a compiler mmdyn runs the same in plain PyTorch.
     ext_modules=[
-        Extension('mmdyn.kernels._cpu', [str(path.relative_to(ROOT)) for path in KERNELS.glob('*.c')],
+        Extension('mmdyn.kernels._cpu', [str(path.relative_to(ROOT)) for path in sorted(KERNELS.glob('*.c'))],
                   depends=[str(path.relative_to(ROOT)) for path in KERNELS.glob('*.h')],
-                  extra_compile_args=['-O3', '-fopenmp'], extra_link_args=['-fopenmp'], optional=True)
+                  extra_compile_args=['-O3', '-fopenmp', '-fvisibility=hidden'],
+                  extra_link_args=['-fopenmp'], optional=True)
     ] if KERNELS.is_dir() else [],
     cmdclass=dict(build_py=BuildWithMim))

@@ -59,7 +59,8 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             message = message_for_user(error, tool)
             if message is None:
                 raise
-            print(f'{Path(tool["__file__"]).name}: {message}', file=sys.stderr)
+            message = f'{Path(tool["__file__"]).name}: {message}'
+            print(message, file=sys.stderr)
             end = SystemExit(message)
             end.code = 2
             raise end from error

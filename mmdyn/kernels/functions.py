@@ -10,7 +10,8 @@ from ..models.dge.routing import grid
 from ..models.layers import Positions, deformable_sampling, project_patches, to_maps
 from ..models.replaceable import Refused
 from .library import Map, Projection, Sampling, call, library
-from .prepared import Cache, Prepared, Refusal, first, refuse_context, refuse_rows, refuse_tensor
+from .prepared import (Cache, Prepared, Refusal, are_counts, first, refuse_context, refuse_rows, refuse_tensor,
+                       refuse_tokens)
 from .stage import refuse_processor
 
 _cache = Cache()
@@ -48,16 +49,18 @@ class PreparedRouter(Prepared):
 def choose_by_means(router: Router, tokens: Tensor, shape: tuple[int, int], region: int,
                     num_extra: int) -> Tensor | Refused:
     """:func:`~mmdyn.models.dge.router.choose` without a table of means."""
-    reason = refuse_context() or refuse_library() or refuse_rows(tokens)
+    reason = refuse_context() or refuse_library() or refuse_tokens(tokens, shape, num_extra)
+    if reason is None and not are_counts([region], 1):
+        reason = f'region={region} is no number of cells'
     if reason is not None:
         return Refused(reason)
     try:
         prepared = _cache.get(router, None, lambda: PreparedRouter(router))
     except Refusal as refusal:
         return Refused(str(refusal))
-    images, size, channels = tokens.shape
-    if size != num_extra + math.prod(shape) or channels != prepared.channels:
-        return Refused(f'tokens of shape {tuple(tokens.shape)} do not fit the map or the router')
+    images, _, channels = tokens.shape
+    if channels != prepared.channels:
+        return Refused(f'the tokens have {channels} channels, not {prepared.channels}')
     choice = torch.empty(images, *grid(region, shape), dtype=torch.long, device='cpu')
     regions = Map(images, num_extra, *shape, region, channels, choice.data_ptr())
     library().choose(ctypes.byref(regions), tokens.data_ptr(), *prepared.addresses, prepared.options)
@@ -77,7 +80,7 @@ class PreparedPatches(Prepared):
         super().__init__()
         self.module(proj, 'proj', nn.Conv2d)
         self.module(norm, 'norm', nn.LayerNorm, nn.Identity)
-        self.channels, self.depth = proj.out_channels, proj.in_channels
+        self.channels, self.depth = (self.attribute(proj, 'proj', name, int) for name in ('out_channels', 'in_channels'))
         order = (0, 2, 3, 1) if of_tokens else (0, 1, 2, 3)
         self.side, self.weight = self.patches(proj, 'proj', self.channels, self.depth, order)
         self.eps, self.norm_weight = 0., (None, None)
@@ -87,10 +90,12 @@ class PreparedPatches(Prepared):
 
 def _refuse_positions(positions: Positions, channels: int) -> str | None:
     embedding = positions.embedding
-    if embedding.shape != (1, math.prod(positions.shape), channels):
+    reason = refuse_rows(embedding, 'the position embedding')
+    if reason is not None:
+        return reason
+    if not are_counts(positions.shape, 1) or embedding.shape != (1, math.prod(positions.shape), channels):
         return 'the position embedding has another shape than its map'
-    return refuse_rows(embedding, 'the position embedding') or (
-        None if positions.mode == 'bilinear' else f'position embeddings are resized by {positions.mode!r}')
+    return None if positions.mode == 'bilinear' else f'position embeddings are resized by {positions.mode!r}'
 
 
 @project_patches.register
@@ -134,13 +139,15 @@ def sample_points(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[i
     reason = refuse_context() or refuse_library() or first(refuse_tensor(x, names[key]) for key, x in tensors.items())
     if reason is not None:
         return Refused(reason)
+    if (value.ndim, points.ndim, weights.ndim, len(shape)) != (4, 4, 3, 2) or not are_counts([*lengths, *shape]):
+        return Refused('values, points, weights, lengths and shape are not of the kinds that belong together')
     images, cells, heads, channels = value.shape
     num = sum(lengths)
     if (images, cells) != (len(lengths), math.prod(shape)) or points.shape != (num, heads, points.shape[2], 2) or (
             weights.shape != points.shape[:3]):
         return Refused('values, points, weights and lengths do not fit each other')
     value, points, weights = value.contiguous(), points.contiguous(), weights.contiguous()
-    counts = torch.tensor(lengths, device='cpu')
+    counts = torch.tensor(lengths, dtype=torch.long, device='cpu')
     out = torch.empty(num, heads * channels, dtype=torch.float32, device='cpu')
     library().sample(ctypes.byref(Sampling(*shape, heads, points.shape[2], channels)), value.data_ptr(),
                      points.data_ptr(), weights.data_ptr(), counts.data_ptr(), images, out.data_ptr())
@@ -150,11 +157,11 @@ def sample_points(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[i
 @to_maps.register
 def transpose_tokens(tokens: Tensor, shape: tuple[int, int]) -> Tensor | Refused:
     """:func:`~mmdyn.models.layers.embedding.to_maps` by vectors of 16 cells."""
-    reason = refuse_context() or refuse_processor() or refuse_rows(tokens)
+    reason = refuse_context() or refuse_processor() or refuse_tokens(tokens, shape)
     if reason is not None:
         return Refused(reason)
     images, cells, channels = tokens.shape
-    if cells != math.prod(shape) or cells % 16:
+    if cells % 16:
         return Refused(f'{cells} cells do not fill vectors of 16')
     maps = torch.empty(images, channels, *shape, dtype=torch.float32, device='cpu')
     if maps.data_ptr() % 64:

@@ -1,4 +1,4 @@
-"""The functions that were compiled when mmdyn was installed, and the memory that they work in."""
+"""The functions that were compiled when mmdyn was installed, and the workspace that they compute in."""
 import ctypes
 import platform
 import threading
@@ -10,8 +10,8 @@ import torch
 
 from ..models.replaceable import Refused
 
-# Of the functions' arguments and structs, in csrc and here; a change of either is another version.
-VERSION = 1
+# Of the functions' arguments and structs; csrc/library.c has the same. A change of either is another version.
+VERSION = 2
 
 Number, Address, Real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -27,21 +27,22 @@ def parameters(names: str) -> list[tuple[str, type]]:
 
 
 class Map(ctypes.Structure):
-    """As in cpu.h."""
-    _fields_ = [*fields(Number, 'images extra height width side channels'), ('choice', Address)]
+    """As in routing.h."""
+    _fields_ = [*fields(Number, 'images num_extra height width region channels'), ('choice', Address)]
 
 
 class Sampling(ctypes.Structure):
-    """As in cpu.h."""
+    """As in sampling.h."""
     _fields_ = fields(Number, 'height width heads points channels')
 
 
 class Block(ctypes.Structure):
     """As in block.h."""
     _fields_ = [
-        *fields(Number, 'dim hidden heads points side'), *fields(Real, 'eps1 eps2 eps_keys scale'),
-        *parameters('norm1 query weights proj norm2 fc1 fc2 reduce norm_keys memory'), ('is_half', Number),
-        ('tokens', Address), ('map', Map), ('sides', Address), *parameters('router'), ('options', Number),
+        *fields(Number, 'dim hidden heads points sr_ratio'),
+        *fields(Real, 'norm1_eps norm2_eps sr_norm_eps residual_scale'),
+        *parameters('norm1 q kv sr sr_norm offsets point_weights proj norm2 fc1 fc2'), ('is_bfloat16', Number),
+        ('tokens', Address), ('map', Map), ('granularities', Address), *parameters('router'), ('num_options', Number),
         *fields(Address, 'chosen lengths')
     ]
 
@@ -49,18 +50,22 @@ class Block(ctypes.Structure):
 class Projection(ctypes.Structure):
     """As in projection.h."""
     _fields_ = [
-        *fields(Number, 'images height width outer inner length channels then_channels image_stride line_stride '
-                'patch_stride outer_stride inner_stride'),
-        *fields(Real, 'eps_before eps_after'), *parameters('before weights after then'),
-        *fields(Address, 'table out positions'), *fields(Number, 'lines columns'),
-        ('router', Address), ('options', Number), ('scores', Address)
+        *fields(Number, 'images height width outer inner length channels kv_channels image_stride row_stride '
+                'column_stride outer_stride inner_stride'),
+        *fields(Real, 'eps_before eps_after'), *parameters('norm_before linear norm_after kv'),
+        *fields(Address, 'input output positions'), *fields(Number, 'positions_height positions_width'),
+        ('router', Address), ('num_options', Number), ('scores', Address)
     ]
 
 
 STRUCTS = (Map, Sampling, Block, Projection)
+# What csrc/library.c must say: the size of each, and where its last field begins.
+LAYOUT = [VERSION, *(number for struct in STRUCTS
+                     for number in (ctypes.sizeof(struct), getattr(struct, struct._fields_[-1][0]).offset))]
 # The arguments of each function: addresses and numbers. Those for AVX-512 are missing where compilers do not know it.
 FUNCTIONS = dict(choose='aaaan', sample='aaaaana')
-AVX512 = dict(encode_blocks='ana', encode_blocks_memory='an', project='aa', project_memory='a', transpose_tokens='annna')
+AVX512 = dict(encode_blocks='ana', encode_blocks_workspace='an', project='aa', project_workspace='a',
+              transpose_tokens='annna')
 
 # glibc keeps as much free memory as twice the largest block that it has seen freed, of up to 32 MiB, and gives the rest
 # back to the system, whose fresh pages take time. It sees one of this size when the functions are loaded.
@@ -76,12 +81,12 @@ def library() -> ctypes.CDLL | Refused:
                        'again')
     np.empty(LARGEST, np.uint8)
     functions = ctypes.CDLL(spec.origin)
-    built = (Number * (1 + len(STRUCTS)))()
+    built = (Number * len(LAYOUT))()
     try:
         functions.layout(built)
     except AttributeError:
         built[0] = 0
-    if [*built] != [VERSION, *map(ctypes.sizeof, STRUCTS)]:
+    if [*built] != LAYOUT:
         return Refused(f'{spec.origin} was compiled for another version of mmdyn: install mmdyn again, by `make setup` or '
                        '`pip install -e .`')
     types = dict(a=Address, n=Number)
@@ -108,15 +113,17 @@ _kept = threading.local()
 
 
 def release() -> None:
-    """Give back the memory that the calling thread keeps for the functions; the next call takes it again."""
-    _kept.memory = ()
+    """Give back the workspace that the calling thread keeps for the functions; the next call takes it again."""
+    _kept.workspace = ()
 
 
 def call(name: str, *job: object) -> None:
-    """Call a function with memory that the thread keeps."""
+    """Call a function with a workspace that the thread keeps, which begins at a multiple of 64 bytes."""
     functions = library()
-    numbers = getattr(functions, f'{name}_memory')(*job) + 16
-    if numbers > len(getattr(_kept, 'memory', ())):
-        _kept.memory = torch.empty(numbers, dtype=torch.float32, device='cpu')
-    address = _kept.memory.data_ptr()
-    getattr(functions, name)(*job, address + -address % 64)
+    numbers = getattr(functions, f'{name}_workspace')(*job)
+    if numbers > len(getattr(_kept, 'workspace', ())):
+        _kept.workspace = torch.empty(numbers, dtype=torch.float32, device='cpu')
+        if _kept.workspace.data_ptr() % 64:
+            room = torch.empty(numbers + 16, dtype=torch.float32, device='cpu')
+            _kept.workspace = room[-room.data_ptr() % 64 // 4:][:numbers]
+    getattr(functions, name)(*job, _kept.workspace.data_ptr())

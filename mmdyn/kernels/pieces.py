@@ -54,7 +54,7 @@ class PreparedLayers(Prepared):
         for name in ('norm1', 'norm2'):
             self.child(block, '', name, nn.LayerNorm)
         ffn = self.child(block, '', 'ffn', FFN)
-        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'approximate') != 'none':
+        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'ffn.act', 'approximate') != 'none':
             raise Refusal(f'{self.prefix}ffn.act approximates the GELU')
         attn = self.child(block, '', 'attn', Attention, DeformableAttention)
         names = dict.fromkeys(name for name in attn._modules if name not in ('sr', 'norm'))

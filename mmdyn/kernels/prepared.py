@@ -3,6 +3,7 @@
 A layer is taken only if it is exactly of the type that the kernel knows, unchanged and without hooks, and its parameters
 only if type, shape and order are those that the kernel reads. All else is refused, in a sentence.
 """
+import math
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
 from typing import Any
@@ -58,7 +59,7 @@ def refuse_tensor(x: Tensor, name: str, dtype: torch.dtype = torch.float32) -> s
     return None if x.numel() and x.data_ptr() else f'{name} is empty'
 
 
-def refuse_rows(x: Tensor, name: str = 'the tokens') -> str | None:
+def refuse_rows(x: Tensor, name: str) -> str | None:
     """As :func:`refuse_tensor`, of a tensor without gaps."""
     return refuse_tensor(x, name) or (None if x.is_contiguous() else f'{name} is not contiguous')
 
@@ -69,6 +70,25 @@ def refuse_watched_tokens(stage: Any) -> str | None:
     if embedding is not None and embedding._forward_hooks:
         return 'patch_embed has forward hooks, which may keep the tokens'
     return None
+
+
+def refuse_tokens(tokens: Tensor, shape: tuple[int, int], num_extra: int = 0) -> str | None:
+    """Why these are no tokens (B, E + H*W, C) of maps of this shape, without gaps; None if they are."""
+    reason = refuse_rows(tokens, 'the tokens')
+    if reason is not None:
+        return reason
+    if tokens.ndim != 3:
+        return f'the tokens have {tokens.ndim} dimensions, not 3'
+    if not are_counts(shape, 1) or len(shape) != 2 or not are_counts([num_extra]):
+        return f'a map of shape={shape} and {num_extra} extra tokens is none'
+    if tokens.shape[1] != num_extra + math.prod(shape):
+        return f'{tokens.shape[1]} tokens are no {num_extra} extra tokens and map of {shape[0]} x {shape[1]} cells'
+    return None
+
+
+def are_counts(numbers: Iterable[Any], least: int = 0) -> bool:
+    """Whether all are integers, and none is less than the least."""
+    return all(type(number) is int and number >= least for number in numbers)
 
 
 class Prepared:
@@ -88,9 +108,10 @@ class Prepared:
         self._tensors: list[Tensor] = []
         self._facts: list[list] = []
 
-    def _look(self, mapping: Mapping, name: str, owner: str = '') -> Any:
+    def _look(self, mapping: Mapping, path: str, name: str) -> Any:
         if name not in mapping:
-            raise Refusal(f'{self.prefix}{owner}{name} is not what it was when the layer was made')
+            path = f'{self.prefix}{path}.' if path else self.prefix
+            raise Refusal(f'{path}{name} is not what it was when the layer was made')
         self._slots.append((mapping, name))
         self._found.append(mapping[name])
         return mapping[name]
@@ -111,18 +132,20 @@ class Prepared:
 
     def child(self, parent: nn.Module, path: str, name: str, *kinds: type) -> nn.Module:
         """The module ``name`` of ``parent``, whose own name is ``path``."""
-        return self.module(self._look(parent._modules, name, path and f'{path}.'), f'{path}.{name}' if path else name, *kinds)
+        return self.module(self._look(parent._modules, path, name), f'{path}.{name}' if path else name, *kinds)
 
-    def attribute(self, module: nn.Module, name: str) -> Any:
-        """An attribute that the kernel takes as it is: no tensor, whose value may change in place."""
-        value = self._look(module.__dict__, name)
-        if not isinstance(value, (int, float, str, tuple)):
-            raise Refusal(f'{self.prefix}{name} is a {type(value).__name__}, whose value may change')
+    def attribute(self, module: nn.Module, path: str, name: str, *kinds: type) -> Any:
+        """An attribute of these types that the kernel takes as it is: no tensor, whose value may change in place."""
+        value = self._look(module.__dict__, path, name)
+        if not isinstance(value, kinds or (int, float, str, tuple)):
+            path = f'{self.prefix}{path}.' if path else self.prefix
+            raise Refusal(f'{path}{name} is a {type(value).__name__}, with which the kernel does not compute')
         return value
 
-    def parameter(self, module: nn.Module, path: str, name: str, *shape: int, order: tuple[int, ...] = ()) -> int | None:
-        """The address of a parameter of this shape, without gaps in this order of its dimensions; None if it is None."""
-        tensor, name = self._look(module._parameters, name, f'{path}.'), f'{self.prefix}{path}.{name}'
+    def parameter(self, module: nn.Module, path: str, name: str, *shape: int,
+                  order: tuple[int, ...] = ()) -> int | None:
+        """The address of a parameter of this shape, without gaps in this order of its dimensions; None for None."""
+        tensor, name = self._look(module._parameters, path, name), f'{self.prefix}{path}.{name}'
         if tensor is None:
             return None
         reason = refuse_tensor(tensor, name)
@@ -148,20 +171,21 @@ class Prepared:
 
     def norm(self, norm: nn.Module, path: str, channels: int) -> tuple[float, tuple[int, int]]:
         """The epsilon and the addresses of a LayerNorm's parameters."""
-        if self.attribute(norm, 'normalized_shape') != (channels, ):
+        if self.attribute(norm, path, 'normalized_shape') != (channels, ):
             raise Refusal(f'{self.prefix}{path} norms {norm.normalized_shape}, not {channels} channels')
         weight, bias = self.weights(norm, path, channels)
         if bias is None:
             raise Refusal(f'{self.prefix}{path} has no bias')
-        return self.attribute(norm, 'eps'), (weight, bias)
+        return self.attribute(norm, path, 'eps', int, float), (weight, bias)
 
     def patches(self, conv: nn.Module, path: str, rows: int, columns: int,
                 order: tuple[int, ...] = (0, 2, 3, 1)) -> tuple[int, tuple[int, int | None]]:
         """The side, and the addresses of the parameters, of a convolution of patches whose weights lie in this order."""
-        side = self.attribute(conv, 'kernel_size')[0]
+        size = self.attribute(conv, path, 'kernel_size', tuple)
+        side = size[0] if size else 0
         for name, value in (('kernel_size', (side, side)), ('stride', (side, side)), ('padding', (0, 0)),
-                            ('dilation', (1, 1)), ('groups', 1)):
-            if self.attribute(conv, name) != value:
+                            ('dilation', (1, 1)), ('groups', 1), ('padding_mode', 'zeros')):
+            if self.attribute(conv, path, name) != value:
                 raise Refusal(f'{self.prefix}{path} has {name}={getattr(conv, name)}, which does not make patches')
         return side, self.weights(conv, path, rows, columns, side, side, order=order)
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..models.dge import Decision, DynamicGrainedEncoder
+from ..models.dge.encoder import check_granularities
 from ..models.dge.router import Router
 from ..models.dge.routing import grid
 from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock
 from ..models.replaceable import Refused
 from ..models.stage import Stage, run_blocks
 from .library import Block, Map, Number, call, runs
-from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_rows, refuse_tensor, refuse_watched_tokens
+from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_tensor, refuse_tokens, refuse_watched_tokens
 
 _cache = Cache()
 
@@ -41,8 +42,8 @@ def refuse_processor() -> str | None:
 
 
 @lru_cache(maxsize=None)
-def sides_of(granularities: tuple[int, ...]) -> ctypes.Array:
-    """The sides of patches, as C reads them."""
+def as_numbers(granularities: tuple[int, ...]) -> ctypes.Array:
+    """Granularities, as C reads them."""
     return (Number * len(granularities))(*granularities)
 
 
@@ -52,35 +53,35 @@ class PreparedBlock(Prepared):
     Attributes:
         struct: what C reads, without what depends on the call.
         region: side of a region.
-        reduces: side of the patches that keys are made of, 1 if these are the tokens.
         has_points: whether its attention is deformable.
-        sides: granularities.
+        granularities: the memory that the struct refers to.
     """
 
     def __init__(self, block: nn.Module, encoder: nn.Module | None, index: int):
         super().__init__(f'blocks.{index}')
-        self.struct, self.region, self.reduces, self.sides = Block(), 0, 1, None
+        self.struct, self.region, self.granularities = Block(), 0, None
         self.module(block, '', EncoderBlock)
         self.prefix += '.'
-        if self.attribute(block, 'training'):
+        if self.attribute(block, '', 'training'):
             raise Refusal(f'blocks.{index} is in training mode')
-        struct, dim = self.struct, math.prod(self.child(block, '', 'norm1', nn.LayerNorm).normalized_shape)
-        struct.dim, struct.scale = dim, self.attribute(block, 'residual_scale')
-        for number in (1, 2):
-            norm = self.child(block, '', f'norm{number}', nn.LayerNorm)
+        norms, struct = [self.child(block, '', f'norm{number}', nn.LayerNorm) for number in (1, 2)], self.struct
+        dim = math.prod(self.attribute(norms[0], 'norm1', 'normalized_shape', tuple))
+        struct.dim, struct.residual_scale = dim, self.attribute(block, '', 'residual_scale', int, float)
+        for number, norm in enumerate(norms, 1):
             eps, addresses = self.norm(norm, f'norm{number}', dim)
-            setattr(struct, f'eps{number}', eps)
+            setattr(struct, f'norm{number}_eps', eps)
             self._set(f'norm{number}', addresses)
         ffn = self.child(block, '', 'ffn', FFN)
-        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'approximate') != 'none':
+        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'ffn.act', 'approximate') != 'none':
             raise Refusal(f'{self.prefix}ffn.act approximates the GELU')
-        struct.hidden = self.child(ffn, 'ffn', 'fc1', nn.Linear).out_features
-        if not struct.hidden:
+        fc1 = self.child(ffn, 'ffn', 'fc1', nn.Linear)
+        struct.hidden = self.attribute(fc1, 'ffn.fc1', 'out_features', int)
+        if struct.hidden < 1:
             raise Refusal(f'{self.prefix}ffn has no hidden channels')
         self._set('fc1', self.linear(ffn, 'ffn', 'fc1', struct.hidden, dim))
         self._set('fc2', self.linear(ffn, 'ffn', 'fc2', dim, struct.hidden))
         attn = self.child(block, '', 'attn', Attention, DeformableAttention)
-        struct.heads = self.attribute(attn, 'num_heads')
+        struct.heads = self.attribute(attn, 'attn', 'num_heads', int)
         if struct.heads < 1 or dim % struct.heads:
             raise Refusal(f'{self.prefix}attn has {struct.heads} heads for {dim} channels')
         self._set('proj', self.linear(attn, 'attn', 'proj', dim, dim))
@@ -95,51 +96,58 @@ class PreparedBlock(Prepared):
             setattr(self.struct, f'{name}_{kind}', address)
 
     def _softmax(self, attn: Attention, dim: int) -> None:
-        self._set('query', self.linear(attn, 'attn', 'q', dim, dim))
-        self._set('memory', self.linear(attn, 'attn', 'kv', 2 * dim, dim))
-        self.struct.side = 1
-        if self.attribute(attn, 'sr_ratio') > 1:
+        self._set('q', self.linear(attn, 'attn', 'q', dim, dim))
+        self._set('kv', self.linear(attn, 'attn', 'kv', 2 * dim, dim))
+        self.struct.sr_ratio = 1
+        if self.attribute(attn, 'attn', 'sr_ratio', int) != 1:
             side, addresses = self.patches(self.child(attn, 'attn', 'sr', nn.Conv2d), 'attn.sr', dim, dim)
             if side != attn.sr_ratio:
                 raise Refusal(f'{self.prefix}attn.sr makes patches of another side than sr_ratio={attn.sr_ratio}')
-            self.reduces = self.struct.side = side
-            self._set('reduce', addresses)
-            self.struct.eps_keys, addresses = self.norm(self.child(attn, 'attn', 'norm', nn.LayerNorm), 'attn.norm', dim)
-            self._set('norm_keys', addresses)
+            self.struct.sr_ratio = side
+            self._set('sr', addresses)
+            norm = self.child(attn, 'attn', 'norm', nn.LayerNorm)
+            self.struct.sr_norm_eps, addresses = self.norm(norm, 'attn.norm', dim)
+            self._set('sr_norm', addresses)
 
     def _deformable(self, attn: DeformableAttention, dim: int) -> None:
-        self.struct.side, self.struct.points = 1, self.attribute(attn, 'num_points')
+        self.struct.sr_ratio, self.struct.points = 1, self.attribute(attn, 'attn', 'num_points', int)
         points = self.struct.heads * self.struct.points
-        if not points:
+        if points < 1:
             raise Refusal(f'{self.prefix}attn has no points')
-        self._set('query', self.linear(attn, 'attn', 'offsets', 2 * points, dim))
-        self._set('weights', self.linear(attn, 'attn', 'attn_weight', points, dim))
-        self._set('memory', self.linear(attn, 'attn', 'v', dim, dim))
+        self._set('offsets', self.linear(attn, 'attn', 'offsets', 2 * points, dim))
+        self._set('point_weights', self.linear(attn, 'attn', 'attn_weight', points, dim))
+        self._set('kv', self.linear(attn, 'attn', 'v', dim, dim))
 
     def _encoder(self, encoder: DynamicGrainedEncoder, path: str, dim: int) -> None:
         self.module(encoder, path, DynamicGrainedEncoder)
-        if self.attribute(encoder, 'training') or self.attribute(encoder, 'routing') != 'region':
+        if self.attribute(encoder, path, 'training') or self.attribute(encoder, path, 'routing') != 'region':
             raise Refusal(f'{path} is in training mode, or decides by layer')
-        granularities, self.region = self.attribute(encoder, 'granularities'), self.attribute(encoder, 'region')
+        granularities = self.attribute(encoder, path, 'granularities', tuple)
+        self.region = self.attribute(encoder, path, 'region', int)
+        try:
+            check_granularities(granularities, self.region)
+        except ValueError as error:
+            raise Refusal(f'{path}: {error}'.rstrip('.')) from error
         router = self.child(encoder, path, 'router', Router)
         self._set('router', self.weights(router, f'{path}.router', len(granularities), dim))
         if self.struct.router_bias is None:
             raise Refusal(f'{path}.router has no bias')
-        self.sides = sides_of(granularities)
-        self.struct.options, self.struct.sides = len(granularities), ctypes.addressof(self.sides)
+        self.granularities = as_numbers(granularities)
+        self.struct.num_options, self.struct.granularities = len(granularities), ctypes.addressof(self.granularities)
 
 
 @run_blocks.register
 def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
                   stop: int | None = None) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
-    reason = refuse_context() or refuse_processor() or refuse_rows(tokens) or refuse_watched_tokens(stage)
+    reason = (refuse_context() or refuse_processor() or refuse_tokens(tokens, shape, stage.num_extra)
+              or refuse_watched_tokens(stage))
     if reason is not None:
         return Refused(reason)
-    (images, size, dim), (height, width), extra = tokens.shape, shape, stage.num_extra
-    if size != extra + height * width:
-        return Refused(f'{size} tokens are no {extra} extra tokens and map of {height} x {width} cells')
+    (images, _, dim), (height, width), extra = tokens.shape, shape, stage.num_extra
     indices = range(len(stage.blocks))[start:stop]
+    if not indices:
+        return Refused('there are no blocks to run')
     blocks, decisions, kept = (Block * len(indices))(), [], []
     half, address = computes_in_half(), tokens.data_ptr()
     for place, index in enumerate(indices):
@@ -150,12 +158,12 @@ def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: i
             return Refused(str(refusal))
         if prepared.struct.dim != dim:
             return Refused(f'the tokens have {dim} channels, not {prepared.struct.dim}')
-        if extra and (prepared.has_points or prepared.reduces > 1) or min(shape) < prepared.reduces:
+        if extra and (prepared.has_points or prepared.struct.sr_ratio > 1) or min(shape) < prepared.struct.sr_ratio:
             return Refused(f'blocks.{index}.attn takes no extra tokens here, and no map of {height} x {width} cells')
         blocks[place] = prepared.struct
         call_of, queries = blocks[place], torch.empty(images, dtype=torch.long, device='cpu')
         call_of.tokens, call_of.lengths = address, queries.data_ptr()
-        call_of.is_half = half and dim % 2 == prepared.struct.hidden % 2 == 0
+        call_of.is_bfloat16 = half and dim % 2 == prepared.struct.hidden % 2 == 0
         choice = None
         if encoder is not None:
             regions, forced = grid(prepared.region, shape), encoder.forced
@@ -163,7 +171,7 @@ def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: i
             call_of.chosen = choice.data_ptr()
             if forced is not None:
                 if (refuse_tensor(forced, 'forced', torch.long) or forced.shape != regions or forced.min() < 0
-                        or forced.max() >= call_of.options):
+                        or forced.max() >= call_of.num_options):
                     return Refused(f'dge.{index}.forced is no choice of {regions[0]} x {regions[1]} regions on the CPU')
                 kept.append(choice)
                 choice = forced.expand(images, -1, -1).contiguous()

@@ -158,6 +158,7 @@ REFUSED = {
     'analysis_tools/benchmark.py': ['--suite', 'cls', '--out', '{file}/x'],
     'analysis_tools/benchmark_report.py': ['nowhere.json'],
     'analysis_tools/get_flops.py': ['nowhere.py'],
+    'analysis_tools/profile_pass.py': ['--models', 'PVT-small', '--out', '{file}/x'],
     'analysis_tools/paper_tables.py': ['--paper', 'dge', '--table', '2', '--query-ratio', '3'],
     'analysis_tools/sweep_threshold.py': [CONFIG, 'nowhere.pth'],
     'dataset_tools/make_demo_dataset.py': ['--out', '{file}/x'],
@@ -172,8 +173,9 @@ REFUSED = {
 
 def test_each_tool_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / 'file').touch()
-    tools = sorted(str(path.relative_to(ROOT / 'tools')) for path in (ROOT / 'tools').rglob('*.py'))
-    assert tools == sorted(REFUSED)
+    # What tools/gpu holds runs on a machine with a GPU, by a script of its own.
+    tools = {str(path.relative_to(ROOT / 'tools')) for path in (ROOT / 'tools').rglob('*.py')}
+    assert {tool for tool in tools if not tool.startswith('gpu/')} == set(REFUSED)
     for tool, args in REFUSED.items():
         path = ROOT / 'tools' / tool
         monkeypatch.setattr(sys, 'argv', [str(path), *(str(arg).format(file=tmp_path / 'file') for arg in args)])

@@ -72,7 +72,7 @@ def built(run_here, *layout):
     """A library of this layout, for a processor that it runs on or not; the other functions are not to be called."""
 
     def write(numbers):
-        numbers[:] = layout or [library.VERSION, *map(ctypes.sizeof, library.STRUCTS)]
+        numbers[:] = layout or library.LAYOUT
 
     return SimpleNamespace(
         _name='another build',
@@ -87,13 +87,13 @@ def built(run_here, *layout):
 @pytest.fixture(params=['no compiler', 'no AVX-512', 'another version', 'another struct', 'no layout'])
 def missing(request, avx512, other_build):
     """Leave the models without the compiled functions; the reason."""
-    sizes = [*map(ctypes.sizeof, library.STRUCTS)]
+    version, *sizes = library.LAYOUT
     stale = r'was compiled for another version of mmdyn: install mmdyn again, by `make setup` or `pip install -e \.`'
     build, reason = {
         'no compiler': (None, r'mmdyn was installed without a C compiler: install one \(Debian: apt-get install gcc\)'),
         'no AVX-512': (built(0), r'the processor \(.+\) lacks AVX-512, or the compiler did not know it'),
-        'another version': (built(1, library.VERSION + 1, *sizes), stale),
-        'another struct': (built(1, library.VERSION, *sizes[:-1], sizes[-1] + 8), stale),
+        'another version': (built(1, version + 1, *sizes), stale),
+        'another struct': (built(1, version, *sizes[:-1], sizes[-1] + 8), stale),
         'no layout': (SimpleNamespace(runs=lambda: 1), stale),
     }[request.param]
     other_build(build)

@@ -128,14 +128,15 @@ class Dummy(BaseModel):
         return {}
 
 
-@pytest.mark.parametrize('hook', [BudgetHook(), FineSelectionHook(begin=1)])
+@pytest.mark.parametrize('hook', [BudgetHook(log_interval=1), FineSelectionHook(begin=1)])
 def test_tools_may_swap_the_model(hook, monkeypatch):
     said = []
     monkeypatch.setattr('mmdyn.models.checks.print_log', lambda message, *options, **more: said.append(message))
-    runner = SimpleNamespace(model=Dummy(), max_epochs=3, epoch=0)
+    runner = SimpleNamespace(model=Dummy(), max_epochs=3, epoch=0, iter=0)
     hook.before_run(runner)
     hook.before_train(runner)
     hook.before_train_epoch(runner)
     runner.model(torch.zeros(1))
+    hook.after_train_iter(runner, 0)
     hook.after_train(runner)
     assert said == [f'{type(hook).__name__} does nothing, because the Dummy has no backbone.']

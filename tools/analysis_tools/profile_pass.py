@@ -20,8 +20,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).parent))
 import benchmark  # noqa: E402
+
 from mmdyn.analysis.latency import synchronise  # noqa: E402
 from mmdyn.analysis.synthetic import PATTERNS, force_routing  # noqa: E402
+from mmdyn.engine.command import command, output_folder
 
 PASS = 'mmdyn forward pass'
 DEVICE_WORK = ('kernel', 'gpu_memcpy', 'gpu_memset')  # categories of the trace
@@ -129,6 +131,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
                 query_ratio=model.cost.query_ratio.mean().item(), **counts, waits=waits(run, device), trace=file.name)
 
 
+@command
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=['PVT-small', 'PVT-small+DGE'])
@@ -141,14 +144,11 @@ def main(argv=None) -> None:
     parser.add_argument('--out', type=Path, default=Path('work_dirs/profile'))
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
-        raise SystemExit('profile_pass.py: no device: torch finds no CUDA device.')
-    args.out.mkdir(parents=True, exist_ok=True)
+        raise ValueError('no device: torch finds no CUDA device.')
+    output_folder(args.out)
     found = []
     for name in args.models:
-        try:
-            found.append(measure(name, args))
-        except ValueError as error:
-            raise SystemExit(f'profile_pass.py: {error}')
+        found.append(measure(name, args))
         (args.out / 'profile.json').write_text(json.dumps(found, indent=1) + '\n')
         print(*(f'{key}: {value}' for key, value in found[-1].items() if key != 'top_kernels'), '', sep='\n')
 

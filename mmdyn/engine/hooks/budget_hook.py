@@ -74,7 +74,7 @@ class BudgetHook(LossHook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                          outputs: dict[str, Any] | None = None) -> None:
         """Log what the layers decided, and warn of those that have collapsed."""
-        if not self.every_n_train_iters(runner, self.log_interval):
+        if self._meter is None or not self.every_n_train_iters(runner, self.log_interval):
             return
         iteration, layers = runner.iter + 1, look(self._backbones)
         ratios = {name: ratio for name, (ratio, _) in layers.items()}
