@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from ..dge import DynamicGrainedEncoder
 
+# Options of dge that are no encoder's, and what DynamicBackbone.set_budget calls them.
+BUDGET_OPTIONS = dict(test_budget='budget', budget_mode='mode', prices='prices')
 OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
 
 
@@ -41,15 +43,19 @@ def image_sides(img_size: int | Sequence[int], patch: int) -> tuple[int, int]:
 
 
 def dge_of_stages(dge: dict | None, num_stages: int) -> list[dict | None]:
-    """Split the ``dge`` option: ``granularities`` may be one set for all stages or a sequence of one for each."""
+    """Split the ``dge`` option: ``granularities`` may be one set for all stages or a sequence of one for each.
+
+    What it says of a budget is left out, see :func:`budget_of`.
+    """
     if dge is None:
         return [None] * num_stages
     if not isinstance(dge, dict):
         raise TypeError(f'dge={dge!r}: give None for the dense model, or a dict, e.g. dict(granularities=(1, 2, 4)).')
     allowed = set(inspect.signature(DynamicGrainedEncoder).parameters) - {'dim'}
-    unknown = set(dge) - allowed
+    unknown = set(dge) - allowed - set(BUDGET_OPTIONS)
     if unknown:
-        raise ValueError(f'dge has no option {sorted(unknown)}: it takes {sorted(allowed)}.')
+        raise ValueError(f'dge has no option {sorted(unknown)}: it takes {sorted(allowed | set(BUDGET_OPTIONS))}.')
+    dge = {name: value for name, value in dge.items() if name in allowed}
     sets = dge.get('granularities', (1, 2, 4))
     if not isinstance(sets, (tuple, list)) or not sets or not isinstance(sets[0], (tuple, list)):
         return [dge] * num_stages
@@ -57,3 +63,8 @@ def dge_of_stages(dge: dict | None, num_stages: int) -> list[dict | None]:
         raise ValueError(f'granularities={sets} are {len(sets)} sets for {num_stages} stages: give one for each stage, '
                          'or one for all.')
     return [{**dge, 'granularities': tuple(phis)} for phis in sets]
+
+
+def budget_of(dge: dict | None) -> dict:
+    """What the ``dge`` option says of a budget, as arguments of :meth:`DynamicBackbone.set_budget`."""
+    return {name: dge[option] for option, name in BUDGET_OPTIONS.items() if option in (dge or {})}

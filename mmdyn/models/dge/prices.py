@@ -57,7 +57,7 @@ class Prices(NamedTuple):
         above = next((i for i, ratio in enumerate(self.query_ratio) if ratio >= budget), len(self.query_ratio) - 1)
         below = above if budget >= self.query_ratio[above] else max(above - 1, 0)
         gap = self.query_ratio[above] - self.query_ratio[below]
-        part = (budget - self.query_ratio[below]) / gap if gap and budget > least else 0.
+        part = (budget - self.query_ratio[below]) / gap if gap else 0.
 
         def between(values: list[float]) -> float:
             return values[below] + part * (values[above] - values[below])
