@@ -17,7 +17,8 @@ from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock
 from ..models.replaceable import Refused
 from ..models.stage import Stage, run_blocks
 from .library import Block, Map, Number, call, runs
-from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_tensor, refuse_tokens, refuse_watched_tokens
+from .prepared import (Cache, Prepared, Refusal, decision_of, refuse_context, refuse_tensor, refuse_tokens,
+                       refuse_watched_tokens)
 
 _cache = Cache()
 
@@ -169,6 +170,12 @@ def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: i
             regions, forced = grid(prepared.region, shape), encoder.forced
             choice = torch.empty(images, *regions, dtype=torch.long, device='cpu')
             call_of.chosen = choice.data_ptr()
+            try:
+                bias, call_of.budget = decision_of(encoder.router, call_of.num_options, shape, extra)
+            except Refusal as refusal:
+                return Refused(f'dge.{index}.{refusal}')
+            call_of.router_bias = bias.data_ptr()
+            kept.append(bias)
             if forced is not None:
                 if (refuse_tensor(forced, 'forced', torch.long) or forced.shape != regions or forced.min() < 0
                         or forced.max() >= call_of.num_options):
