@@ -112,7 +112,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], evaluator: Evaluator) -> 
 
     Returns:
         ``query_ratio``; ``gflops``, multiply-adds of the backbone for an image in 1e9; ``milliseconds`` of the whole model
-        for an image, the median of the batches behind the first; and whatever the evaluator finds.
+        for an image, the median of the batches behind the first; and the numbers that the evaluator finds.
     """
     backbone, seconds, images = dynamic_backbone(model), [], 0
     meter, device = CostMeter(training=False, backbones=[backbone]), next(model.parameters()).device
@@ -126,5 +126,6 @@ def evaluate(model: nn.Module, batches: Iterable[Any], evaluator: Evaluator) -> 
         images += len(samples)
         evaluator.process(data_samples=samples, data_batch=batch)
     spent = average(meter, images)
+    metrics = {name: float(value) for name, value in evaluator.evaluate(images).items() if not isinstance(value, str)}
     return dict(query_ratio=spent.query_ratio, gflops=spent.macs / 1e9,
-                milliseconds=1e3 * statistics.median(seconds[1:] or seconds), **evaluator.evaluate(images))
+                milliseconds=1e3 * statistics.median(seconds[1:] or seconds), **metrics)

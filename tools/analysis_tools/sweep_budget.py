@@ -11,6 +11,7 @@ decide by themselves.
 import argparse
 import csv
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -69,15 +70,18 @@ def sweep(runner: Runner, args: argparse.Namespace, checkpoint: str, prices_file
         settings.get(mode, backbone.set_budget)(budget)
         found = evaluate(model, loop.dataloader, loop.evaluator)
         rows.append(dict(checkpoint=Path(checkpoint).stem, mode=mode, budget=budget, **found))
+        metric_of(rows, args.metric)
     return rows
 
 
-def accuracy_of(row: dict, metric: str | None) -> str:
-    """The name of the metric to show: the first that the evaluator found, or the one that was asked."""
-    names = [name for name in row if name not in COLUMNS]
-    if not names or metric and metric not in names:
-        raise ValueError(f'The test evaluator has no metric {metric or ""}: choose from {names}.')
-    return metric or names[0]
+def metric_of(rows: list[dict], asked: str | None) -> str:
+    """The metric to show: the first that the evaluator found, or the one that was asked."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in COLUMNS]
+    if not names:
+        raise ValueError('The test evaluator found nothing to show: does the model predict anything?')
+    if asked and asked not in names:
+        raise ValueError(f'The test evaluator has no metric {asked}: choose from {names}.')
+    return asked or names[0]
 
 
 def draw(rows: list[dict], metric: str, path: Path) -> None:
@@ -86,7 +90,8 @@ def draw(rows: list[dict], metric: str, path: Path) -> None:
     for axes, name, label in zip(figure.subplots(1, 2, sharey=True), ('gflops', 'milliseconds'),
                                  ('multiply-adds of the backbone (G)', 'time of the model for an image (ms)')):
         for checkpoint, mode in dict.fromkeys((row['checkpoint'], row['mode']) for row in rows):
-            points = [(row[name], row[metric]) for row in rows if (row['checkpoint'], row['mode']) == (checkpoint, mode)]
+            points = [(row[name], row.get(metric, math.nan)) for row in rows
+                      if (row['checkpoint'], row['mode']) == (checkpoint, mode)]
             axes.plot(*zip(*points), '*' if mode == 'router' else '.-', label=f'{checkpoint}, {mode}')
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
@@ -125,17 +130,18 @@ def main() -> str:
         name = 'prices.json' if len(args.checkpoint) == 1 else f'prices_{place}_{Path(checkpoint).stem}.json'
         rows += sweep(runner, args, checkpoint, out / name)
 
-    metric = accuracy_of(rows[0], args.metric)
+    metric = metric_of(rows, args.metric)
     (out / 'sweep.json').write_text(json.dumps(dict(images=args.images, metric=metric, rows=rows), indent=1))
     with open(out / 'sweep.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
     draw(rows, metric, out / 'sweep.png')
     return '\n'.join([
         f'{"checkpoint":20}{"mode":>10}{"budget":>8}{"queries":>9}{"G":>10}{"ms":>9}  {metric}',
         *(f'{row["checkpoint"][:19]:20}{row["mode"]:>10}{"" if row["budget"] is None else format(row["budget"], "g"):>8}'
-          f'{row["query_ratio"]:9.3f}{row["gflops"]:10.4g}{row["milliseconds"]:9.3g}  {row[metric]:.4g}' for row in rows),
+          f'{row["query_ratio"]:9.3f}{row["gflops"]:10.4g}{row["milliseconds"]:9.3g}  {row.get(metric, math.nan):.4g}'
+          for row in rows),
         f'prices, sweep.json, sweep.csv and sweep.png are in {out}'
     ])
 
