@@ -35,7 +35,7 @@ step() {
 	timeout --signal=INT --kill-after=5 $limit "$@"
 	code=$?
 	echo "== $name: exit status $code after $((SECONDS - start)) s"
-	"$PYTHON" tools/gpu/results.py "$RESULTS" step "$name" $((SECONDS - start)) $code
+	"$PYTHON" mmdyn/analysis/gpu/results.py "$RESULTS" step "$name" $((SECONDS - start)) $code
 }
 
 all() {
@@ -53,18 +53,18 @@ all() {
 	# 3. CUDA tests are in files that say so: the others may import what is not installed here.
 	step tests-cuda 60 "$PYTHON" "${tests[@]}" -rs -m cuda --junitxml "$OUT/tests-cuda.xml" \
 		$(grep -rl --include 'test_*.py' 'mark\.cuda' tests)
-	"$PYTHON" tools/gpu/results.py "$RESULTS" tests cuda "$OUT/tests-cuda.xml"
+	"$PYTHON" mmdyn/analysis/gpu/results.py "$RESULTS" tests cuda "$OUT/tests-cuda.xml"
 	step tests-models 75 env CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 "$PYTHON" "${tests[@]}" "${parallel[@]}" \
-		-m 'not cuda' --junitxml "$OUT/tests-models.xml" tests/models
-	"$PYTHON" tools/gpu/results.py "$RESULTS" tests models "$OUT/tests-models.xml"
+		-m 'not cuda' --junitxml "$OUT/tests-models.xml" tests/models tests/kernels
+	"$PYTHON" mmdyn/analysis/gpu/results.py "$RESULTS" tests models "$OUT/tests-models.xml"
 	# 4. to 6.
 	step benchmark 180 "$PYTHON" tools/gpu/benchmark_cases.py "$RESULTS"
 	step trace-pvt 30 "$PYTHON" tools/analysis_tools/profile_pass.py --device cuda --dtype float16 \
 		--models PVT-small+DGE --shape 800 1280 --out "$OUT"
-	"$PYTHON" tools/gpu/results.py "$RESULTS" traces "$OUT"
+	"$PYTHON" mmdyn/analysis/gpu/results.py "$RESULTS" traces "$OUT"
 	step trace-deit 30 "$PYTHON" tools/analysis_tools/profile_pass.py --device cuda --dtype float16 \
 		--models DeiT-small+DGE --shape 224 224 --out "$OUT"
-	"$PYTHON" tools/gpu/results.py "$RESULTS" traces "$OUT"
+	"$PYTHON" mmdyn/analysis/gpu/results.py "$RESULTS" traces "$OUT"
 	step data 30 "$PYTHON" tools/dataset_tools/make_demo_dataset.py --out "$WORK/digits" --dense-train 1 --dense-val 1
 	step training 75 "$PYTHON" tools/gpu/train_amp.py "$RESULTS" --data "$WORK/digits" --work-dir "$WORK/runs"
 }

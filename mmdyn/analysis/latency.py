@@ -1,12 +1,13 @@
 """Times and memory of alternatives, measured side by side, and the limits of the machine that they run on."""
+
 import os
 import platform
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from itertools import accumulate
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence, Union
 
 import torch
 
@@ -16,14 +17,18 @@ try:
     from ..kernels.library import release
 except ImportError:  # without kernels none keeps memory
 
-    def release() -> None: ...
+    def release() -> None:
+        """Nothing to give back."""
 
+
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or else torch's profiler tells of each start and stop
 ONEDNN = torch.backends.mkldnn.is_available()
-Outputs = Union[torch.Tensor, Sequence[torch.Tensor]]
+Outputs = torch.Tensor | Sequence[torch.Tensor]
 
 
-def interleaved_times(cases: Dict[str, Callable[[], object]], rounds: int = 5, warmup: int = 1,
-                      device: Union[str, torch.device] = 'cpu') -> Dict[str, List[float]]:
+def interleaved_times(
+    cases: dict[str, Callable[[], object]], rounds: int = 5, warmup: int = 1, device: str | torch.device = 'cpu'
+) -> dict[str, list[float]]:
     """Run the cases in turns, A B A B, so that whatever else the machine does meets all of them.
 
     Args:
@@ -35,6 +40,7 @@ def interleaved_times(cases: Dict[str, Callable[[], object]], rounds: int = 5, w
     Returns:
         seconds of each measured run, by name.
     """
+
     def timed(run):
         synchronise(device)
         start = time.perf_counter()
@@ -52,18 +58,18 @@ def interleaved_times(cases: Dict[str, Callable[[], object]], rounds: int = 5, w
     return times
 
 
-def synchronise(device: Union[str, torch.device]) -> None:
+def synchronise(device: str | torch.device) -> None:
     """Wait for an accelerator; the CPU never lags behind."""
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
 
 
-def ratio(times: Dict[str, List[float]], name: str, reference: str) -> float:
+def ratio(times: dict[str, list[float]], name: str, reference: str) -> float:
     """Median of the ratios of neighbouring runs, ``name`` over ``reference``."""
     return statistics.median(a / b for a, b in zip(times[name], times[reference]))
 
 
-def peak_memory(run: Callable[[], object], device: Union[str, torch.device] = 'cpu') -> int:
+def peak_memory(run: Callable[[], object], device: str | torch.device = 'cpu') -> int:
     """Bytes that a function has allocated in tensors at its worst moment, above what there was when it started.
 
     The same run allocates the same. What compiled encoder blocks keep from run to run is counted; what libraries
@@ -77,8 +83,9 @@ def peak_memory(run: Callable[[], object], device: Union[str, torch.device] = 'c
         synchronise(device)
         return torch.cuda.max_memory_allocated(device) - before
     release()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True,
-                                acc_events=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
     events.sort(key=lambda event: event.start_ns())
@@ -88,19 +95,22 @@ def peak_memory(run: Callable[[], object], device: Union[str, torch.device] = 'c
 def largest_difference(outputs: Outputs, expected: Outputs) -> float:
     """The largest difference of two models' outputs, relative to the largest absolute value of each expected one."""
     outputs, expected = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (outputs, expected))
-    return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
-               for a, b in zip(outputs, expected, strict=True))
+    return max(
+        ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+        for a, b in zip(outputs, expected, strict=True)
+    )
 
 
-def supports_bfloat16(device: Union[str, torch.device]) -> bool:
+def supports_bfloat16(device: str | torch.device) -> bool:
     """Whether the device computes in bfloat16 itself."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes: int = 256,
-           rounds: int = 5) -> Dict[str, float]:
+def limits(
+    device: str | torch.device = 'cpu', side: int = 2048, megabytes: int = 256, rounds: int = 5
+) -> dict[str, float]:
     """What the device reaches at best: 10^9 operations a second of a matrix product, and 10^9 bytes of a copy.
 
     Args:
@@ -116,7 +126,7 @@ def limits(device: Union[str, torch.device] = 'cpu', side: int = 2048, megabytes
     source = torch.randn(megabytes * 10**6 // 4, device=device)
     target, cases, work = torch.empty_like(source), {}, {}
     cases['copy'], work['copy'] = lambda: target.copy_(source), 2 * source.nbytes
-    for dtype in (torch.float32, torch.bfloat16)[:1 + supports_bfloat16(device)]:
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + supports_bfloat16(device)]:
         factor, name = torch.randn(side, side, device=device).to(dtype), str(dtype).removeprefix('torch.')
         cases[name], work[name] = lambda factor=factor: torch.mm(factor, factor), 2 * side**3
     with torch.inference_mode():
@@ -135,22 +145,30 @@ def cpuinfo(field: str, file: Path = Path('/proc/cpuinfo')) -> str:
     return next(values, '')
 
 
-def environment(device: Union[str, torch.device] = 'cpu') -> Dict[str, Union[str, int]]:
+def environment(device: str | torch.device = 'cpu') -> dict[str, str | int]:
     """What a time depends on: the machine, the number of threads and the versions of the libraries."""
     cpu = cpuinfo('model name') or platform.processor() or platform.machine()
-    found = dict(date=str(datetime.now(timezone.utc).date()), cpu=cpu,
-                 capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(),
-                 allocator=allocator(), torch=torch.__version__)
+    found = dict(
+        date=str(datetime.now(timezone.utc).date()),
+        cpu=cpu,
+        capability=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        allocator=allocator(),
+        torch=torch.__version__,
+    )
     if torch.device(device).type == 'cuda':
         found['gpu'] = torch.cuda.get_device_name(device)
     for package in ('mmcv', 'mmdet', 'timm'):
-        names = REQUIRED[package][0] if package in REQUIRED else (package, )
+        names = REQUIRED[package][0] if package in REQUIRED else (package,)
         found[package] = installed_version(names) or 'not installed'
     return found
 
 
 def allocator() -> str:
     """What is said of the memory allocator by variables: fresh memory takes time, and may be kept or be given back."""
-    given = (f'{name}={Path(value).name}' for name, value in sorted(os.environ.items())
-             if name == 'LD_PRELOAD' or name.startswith('MALLOC_'))
+    given = (
+        f'{name}={Path(value).name}'
+        for name, value in sorted(os.environ.items())
+        if name == 'LD_PRELOAD' or name.startswith('MALLOC_')
+    )
     return ', '.join(given) or 'default'

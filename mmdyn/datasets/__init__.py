@@ -1,5 +1,6 @@
 from importlib import import_module
 
+from ..registry import DATASETS
 from .loading import LoadImageFromFile
 from .token_labels import LoadTokenLabels, TokenLabelCrop, TokenLabelFlip
 
@@ -11,7 +12,8 @@ LAZY = dict(
     BaseSegDataset='.segmentation',
     CocoDataset='.detection',
     CustomDataset='.classification',
-    ImageNet='.classification')
+    ImageNet='.classification',
+)
 
 
 def __getattr__(name: str) -> type:
@@ -19,3 +21,6 @@ def __getattr__(name: str) -> type:
     if name in LAZY:
         return getattr(import_module(LAZY[name], __name__), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+DATASETS.modules |= {name: f'{__name__}{module}' for name, module in LAZY.items()}

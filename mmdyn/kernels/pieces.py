@@ -14,14 +14,14 @@ from torch.utils.flop_counter import register_flop_formula
 from ..models.dge import Decision, DynamicGrainedEncoder, route
 from ..models.dge.router import choose
 from ..models.dge.routing import centres, grid
-from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock, deformable_sampling, packed_attention
+from ..models.layers import EncoderBlock, deformable_sampling, packed_attention
 from ..models.replaceable import Refused
 from ..models.stage import Stage, run_blocks
-from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_tensor, refuse_watched_tokens
+from .prepared import Refusal
+from .stage import layers_of
 
 # Numbers of a piece in memory, and most rows: wide layers gain from many numbers, narrow ones do not.
 NUMBERS, ROWS = 2**20, 2**12
-_cache = Cache()
 
 
 def few_sizes(rows: int) -> int:
@@ -44,50 +44,20 @@ if torch.backends.mkldnn.is_available():
         return 2 * math.prod(x_shape) * weight_shape[0]
 
 
-class PreparedLayers(Prepared):
-    """The layers of an encoder block, and the encoder that wraps it or None, as they were made."""
-
-    def __init__(self, block: nn.Module, encoder: nn.Module | None, index: int):
-        super().__init__(f'blocks.{index}')
-        self.module(block, '', EncoderBlock)
-        self.prefix += '.'
-        for name in ('norm1', 'norm2'):
-            self.child(block, '', name, nn.LayerNorm)
-        ffn = self.child(block, '', 'ffn', FFN)
-        if self.attribute(self.child(ffn, 'ffn', 'act', nn.GELU), 'ffn.act', 'approximate') != 'none':
-            raise Refusal(f'{self.prefix}ffn.act approximates the GELU')
-        attn = self.child(block, '', 'attn', Attention, DeformableAttention)
-        names = dict.fromkeys(name for name in attn._modules if name not in ('sr', 'norm'))
-        for parent, path, name in [(ffn, 'ffn', 'fc1'), (ffn, 'ffn', 'fc2'), *((attn, 'attn', name) for name in names)]:
-            layer = self.child(parent, path, name, nn.Linear)
-            self.weights(layer, f'{path}.{name}', *self._look(layer._parameters, 'weight', f'{path}.{name}.').shape)
-        if encoder is not None:
-            self.module(encoder, f'dge.{index}', DynamicGrainedEncoder)
-
-
 @run_blocks.register
 def run_in_pieces(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
                   stop: int | None = None) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
-    reason = refuse_context() or refuse_tensor(tokens, 'the tokens') or refuse_watched_tokens(stage)
-    if reason is None and not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
-        reason = "oneDNN is switched off, or torch was built without it"
-    if reason is None and torch.is_autocast_enabled('cpu'):
-        reason = 'autocast is on'
-    if reason is not None:
-        return Refused(reason)
-    layers = []
-    for index in range(len(stage.blocks))[start:stop]:
-        block, encoder = stage.blocks[index], stage.dge[index] if len(stage.dge) else None
-        try:
-            _cache.get(block, (encoder, index), lambda: PreparedLayers(block, encoder, index))
-        except Refusal as refusal:
-            return Refused(str(refusal))
-        if block.training or encoder is not None and encoder.training:
-            return Refused(f'blocks.{index} is in training mode')
-        layers.append((block, encoder))
-    for block, encoder in layers:
-        tokens = encode(block, encoder, tokens.contiguous(), shape, stage.num_extra)
+    if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
+        return Refused('oneDNN is switched off, or torch was built without it')
+    if torch.is_autocast_enabled('cpu'):
+        return Refused('autocast is on')
+    try:
+        layers = layers_of(stage, tokens, shape, start, stop)
+    except Refusal as refusal:
+        return Refused(str(refusal))
+    for block, encoder, _ in layers:
+        tokens = encode(block, encoder, tokens, shape, stage.num_extra)
     return tokens
 
 

@@ -5,6 +5,7 @@ Each thread works on panels of queries that stay in the cache of its core.
 import ctypes
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -137,54 +138,76 @@ class PreparedBlock(Prepared):
         self.struct.num_options, self.struct.granularities = len(granularities), ctypes.addressof(self.granularities)
 
 
+class Layer(NamedTuple):
+    """An encoder block of a stage, its encoder or None, and what is known of both."""
+    block: EncoderBlock
+    encoder: DynamicGrainedEncoder | None
+    prepared: PreparedBlock
+
+
+def layers_of(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int, stop: int | None) -> list[Layer]:
+    """The blocks of a stage that are to run.
+
+    Raises:
+        Refusal: if a kernel does not know one of them, or they do not fit the tokens.
+    """
+    reason = refuse_context() or refuse_tokens(tokens, shape, stage.num_extra) or refuse_watched_tokens(stage)
+    if reason is not None:
+        raise Refusal(reason)
+    layers = []
+    for index in range(len(stage.blocks))[start:stop]:
+        block, encoder = stage.blocks[index], stage.dge[index] if len(stage.dge) else None
+        prepared = _cache.get(block, (encoder, index), lambda: PreparedBlock(block, encoder, index))
+        struct = prepared.struct
+        if struct.dim != tokens.shape[2]:
+            raise Refusal(f'the tokens have {tokens.shape[2]} channels, not {struct.dim}')
+        if min(shape) < struct.sr_ratio:
+            raise Refusal(f'blocks.{index}.attn takes no map of {shape[0]} x {shape[1]} cells')
+        if stage.num_extra and prepared.has_points:
+            raise Refusal(f'blocks.{index}.attn takes no extra tokens')
+        if encoder is not None and encoder.forced is not None:
+            forced, regions = encoder.forced, grid(prepared.region, shape)
+            if (refuse_tensor(forced, 'forced', torch.long) or forced.shape != regions or forced.min() < 0
+                    or forced.max() >= struct.num_options):
+                raise Refusal(f'dge.{index}.forced is no choice of {regions[0]} x {regions[1]} regions on the CPU')
+        layers.append(Layer(block, encoder, prepared))
+    if not layers:
+        raise Refusal('there are no blocks to run')
+    return layers
+
+
 @run_blocks.register
 def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
                   stop: int | None = None) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
-    reason = (refuse_context() or refuse_processor() or refuse_tokens(tokens, shape, stage.num_extra)
-              or refuse_watched_tokens(stage))
+    reason = refuse_processor()
     if reason is not None:
         return Refused(reason)
-    (images, _, dim), (height, width), extra = tokens.shape, shape, stage.num_extra
-    indices = range(len(stage.blocks))[start:stop]
-    if not indices:
-        return Refused('there are no blocks to run')
-    blocks, decisions, kept = (Block * len(indices))(), [], []
-    half, address = computes_in_half(), tokens.data_ptr()
-    for place, index in enumerate(indices):
-        block, encoder = stage.blocks[index], stage.dge[index] if len(stage.dge) else None
-        try:
-            prepared = _cache.get(block, (encoder, index), lambda: PreparedBlock(block, encoder, index))
-        except Refusal as refusal:
-            return Refused(str(refusal))
-        if prepared.struct.dim != dim:
-            return Refused(f'the tokens have {dim} channels, not {prepared.struct.dim}')
-        if extra and (prepared.has_points or prepared.struct.sr_ratio > 1) or min(shape) < prepared.struct.sr_ratio:
-            return Refused(f'blocks.{index}.attn takes no extra tokens here, and no map of {height} x {width} cells')
-        blocks[place] = prepared.struct
-        call_of, queries = blocks[place], torch.empty(images, dtype=torch.long, device='cpu')
-        call_of.tokens, call_of.lengths = address, queries.data_ptr()
-        call_of.is_bfloat16 = half and dim % 2 == prepared.struct.hidden % 2 == 0
-        choice = None
+    try:
+        layers = layers_of(stage, tokens, shape, start, stop)
+        rules = [encoder and decision_of(encoder.router, prepared.struct.num_options, shape, stage.num_extra)
+                 for _, encoder, prepared in layers]
+    except Refusal as refusal:
+        return Refused(str(refusal))
+    images, extra, half, address = len(tokens), stage.num_extra, computes_in_half(), tokens.data_ptr()
+    if extra and any(layer.prepared.struct.sr_ratio > 1 for layer in layers):
+        return Refused('there are extra tokens, which the kernel does not put beside keys of patches')
+    blocks, decisions, kept = (Block * len(layers))(*(layer.prepared.struct for layer in layers)), [], []
+    for struct, (_, encoder, prepared), rule in zip(blocks, layers, rules):
+        queries, choice = torch.empty(images, dtype=torch.long, device='cpu'), None
+        struct.tokens, struct.lengths = address, queries.data_ptr()
+        struct.is_bfloat16 = half and struct.dim % 2 == struct.hidden % 2 == 0
         if encoder is not None:
-            regions, forced = grid(prepared.region, shape), encoder.forced
-            choice = torch.empty(images, *regions, dtype=torch.long, device='cpu')
-            call_of.chosen = choice.data_ptr()
-            try:
-                bias, call_of.budget = decision_of(encoder.router, call_of.num_options, shape, extra)
-            except Refusal as refusal:
-                return Refused(f'dge.{index}.{refusal}')
-            call_of.router_bias = bias.data_ptr()
-            kept.append(bias)
-            if forced is not None:
-                if (refuse_tensor(forced, 'forced', torch.long) or forced.shape != regions or forced.min() < 0
-                        or forced.max() >= call_of.num_options):
-                    return Refused(f'dge.{index}.forced is no choice of {regions[0]} x {regions[1]} regions on the CPU')
+            choice = torch.empty(images, *grid(prepared.region, shape), dtype=torch.long, device='cpu')
+            struct.chosen = choice.data_ptr()
+            bias, struct.budget = rule
+            struct.router_bias = bias.data_ptr()
+            if encoder.forced is not None:
                 kept.append(choice)
-                choice = forced.expand(images, -1, -1).contiguous()
-        call_of.map = Map(images, extra, height, width, prepared.region, 0, None if choice is None else choice.data_ptr())
+                choice = encoder.forced.expand(images, -1, -1).contiguous()
+        struct.map = Map(images, extra, *shape, prepared.region, 0, None if choice is None else choice.data_ptr())
         decisions.append((encoder, choice, queries))
-    call('encode_blocks', blocks, len(indices))
+    call('encode_blocks', blocks, len(blocks))
     for encoder, choice, queries in decisions:
         if encoder is not None:
             encoder.decision = Decision(choice, queries)

@@ -72,7 +72,7 @@ def test_blocks_in_pieces(kind, num_extra, phis, numbers, make_block, stage_of, 
             lambda block: setattr(block.ffn.fc2, 'bias', nn.Parameter(torch.zeros(3))),
             'blocks.0.ffn.fc2.bias has the shape (3,), not (12,)',
         ),
-        (lambda block: block.double(), 'blocks.0.ffn.fc1.weight is float64, not float32'),
+        (lambda block: block.double(), 'blocks.0.norm1.weight is float64, not float32'),
     ],
 )
 @torch.no_grad()

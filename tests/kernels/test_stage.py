@@ -770,13 +770,17 @@ class TestRefusedCalls:
         assert why_not(stage, change(tokens)) == reason
 
     @pytest.mark.parametrize(
-        'kind, num_extra, shape', [('reduced', 1, SHAPE), ('deformable', 1, SHAPE), ('reduced', 0, (1, 8))]
+        'kind, num_extra, shape, reason',
+        [
+            ('reduced', 1, SHAPE, 'there are extra tokens, which the kernel does not put beside keys of patches'),
+            ('deformable', 1, SHAPE, 'blocks.0.attn takes no extra tokens'),
+            ('reduced', 0, (1, 8), 'blocks.0.attn takes no map of 1 x 8 cells'),
+        ],
     )
     @torch.no_grad()
-    def test_maps_that_attention_does_not_take(self, kind, num_extra, shape, make_block, stage_of):
+    def test_maps_that_attention_does_not_take(self, kind, num_extra, shape, reason, make_block, stage_of):
         stage = stage_of(make_block(kind), num_extra=num_extra)
-        reason = why_not(stage, torch.randn(2, num_extra + math.prod(shape), 12), shape)
-        assert reason == f'blocks.0.attn takes no extra tokens here, and no map of {shape[0]} x {shape[1]} cells'
+        assert why_not(stage, torch.randn(2, num_extra + math.prod(shape), 12), shape) == reason
 
     @torch.no_grad()
     def test_missing_functions(self, missing, one):

@@ -2,7 +2,10 @@
 
 Compiles that operator's sources, which every mmcv brings, with the CUDA toolkit that torch finds, and writes mmcv._ext,
 the module that mmcv.ops loads. Its other operators say that they are missing when they are called.
+
+This is no part of mmdyn: torch looks for the toolkit once, and importing mmengine would make it look too early.
 """
+
 import argparse
 import os
 import re
@@ -14,7 +17,7 @@ from pathlib import Path
 
 NAME = 'deformable_attention'
 OPERATOR = f'from mmcv._{NAME}.{NAME} import ms_deform_attn_backward, ms_deform_attn_forward  # noqa: F401\n'
-OTHERS = '''
+OTHERS = """
 
 def __getattr__(name):
     if name.startswith('__'):
@@ -24,7 +27,7 @@ def __getattr__(name):
         raise RuntimeError(f"mmcv's operator {name} is not compiled here: install mmcv with its operators.")
 
     return missing
-'''
+"""
 
 
 def find_toolkit() -> None:
@@ -38,8 +41,11 @@ def find_toolkit() -> None:
         if top := re.search(r'^#\$ TOP=(.+)$', told, re.MULTILINE):
             os.environ['CUDA_HOME'] = str(Path(top[1].strip()).resolve())
     packages = find_spec('nvidia')
-    folders = [str(folder) for root in (packages.submodule_search_locations if packages else ())
-               for folder in Path(root).glob('*/include')]
+    folders = [
+        str(folder)
+        for root in (packages.submodule_search_locations if packages else ())
+        for folder in Path(root).glob('*/include')
+    ]
     given = os.environ.get('CPLUS_INCLUDE_PATH')
     os.environ['CPLUS_INCLUDE_PATH'] = os.pathsep.join([*([given] if given else []), *folders])
 
@@ -55,8 +61,11 @@ def compile_operator(mmcv: Path) -> None:
         RuntimeError: if they do not compile. The package can be imported even then.
     """
     csrc = mmcv / 'ops/csrc'
-    sources = [Path(__file__).with_name('deformable_attention.cpp'), csrc / 'pytorch/ms_deform_attn.cpp',
-               csrc / 'pytorch/cuda/ms_deform_attn_cuda.cu']
+    sources = [
+        Path(__file__).with_name('deformable_attention.cpp'),
+        csrc / 'pytorch/ms_deform_attn.cpp',
+        csrc / 'pytorch/cuda/ms_deform_attn_cuda.cu',
+    ]
     if found := [*mmcv.glob('_ext.*.so')]:
         raise ValueError(f'mmcv in {mmcv} was installed with its operators ({found[0].name}): use those.')
     if missing := [source for source in sources if not source.is_file()]:
@@ -65,11 +74,18 @@ def compile_operator(mmcv: Path) -> None:
     folder.mkdir(exist_ok=True)
     find_toolkit()
     from torch.utils import cpp_extension  # looks for the toolkit when it is imported
+
     (mmcv / '_ext.py').write_text(OTHERS)
-    cpp_extension.load(NAME, [*map(str, sources)], extra_cflags=['-DMMCV_WITH_CUDA'],
-                       extra_cuda_cflags=['-DMMCV_WITH_CUDA'],
-                       extra_include_paths=[str(csrc / 'common'), str(csrc / 'common/cuda')],
-                       build_directory=str(folder), is_python_module=False, verbose=True)
+    cpp_extension.load(
+        NAME,
+        [*map(str, sources)],
+        extra_cflags=['-DMMCV_WITH_CUDA'],
+        extra_cuda_cflags=['-DMMCV_WITH_CUDA'],
+        extra_include_paths=[str(csrc / 'common'), str(csrc / 'common/cuda')],
+        build_directory=str(folder),
+        is_python_module=False,
+        verbose=True,
+    )
     (mmcv / '_ext.py').write_text(OPERATOR + OTHERS)
 
 
@@ -83,6 +99,7 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f'compile_deformable.py: {error}')
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+
     print(f'{MultiScaleDeformableAttnFunction.__name__} is there.')
 
 

@@ -21,6 +21,7 @@ def mmcv(tmp_path, monkeypatch):
 def compiler(monkeypatch):
     """Calls of torch's compilation, which does nothing."""
     from torch.utils import cpp_extension
+
     calls = []
     monkeypatch.setattr(cpp_extension, 'load', lambda *args, **options: calls.append((args, options)))
     return calls
@@ -38,15 +39,19 @@ def call(mmcv, expression):
 
 def test_only_the_operators_sources_are_compiled(tool, mmcv, compiler):
     tool('compile_deformable').compile_operator(mmcv)
-    (args, options), = compiler
+    ((args, options),) = compiler
     assert [os.path.basename(file) for file in args[1]] == [
-        'deformable_attention.cpp', 'ms_deform_attn.cpp', 'ms_deform_attn_cuda.cu']
+        'deformable_attention.cpp',
+        'ms_deform_attn.cpp',
+        'ms_deform_attn_cuda.cu',
+    ]
     assert all(os.path.isfile(file) for file in args[1])
     assert options['extra_include_paths'] == [str(mmcv / 'ops/csrc/common'), str(mmcv / 'ops/csrc/common/cuda')]
     assert call(mmcv, 'ext.ms_deform_attn_forward(-2), ext.ms_deform_attn_backward(-3)') == '2 3'
     assert call(mmcv, 'hasattr(ext, "nms"), hasattr(ext, "__path__")') == 'True False'
     assert call(mmcv, 'ext.nms(1, iou=2)') == (
-        "RuntimeError: mmcv's operator nms is not compiled here: install mmcv with its operators.")
+        "RuntimeError: mmcv's operator nms is not compiled here: install mmcv with its operators."
+    )
 
 
 def test_without_a_compiler_mmcv_can_be_imported(tool, mmcv, monkeypatch):

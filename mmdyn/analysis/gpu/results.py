@@ -1,16 +1,20 @@
 """Keep what was found on a GPU in one file, which is whole whenever the machine goes away.
 
+tools/gpu_check.sh runs this file after each of its steps, also after one that could not install mmdyn's foundations: so
+it imports nothing but Python's own.
+
 usage: results.py RESULTS step NAME SECONDS CODE    keep how a step ended
        results.py RESULTS tests NAME JUNIT_XML      keep what pytest --junitxml wrote of a step
        results.py RESULTS traces FOLDER             keep the profile.json of profile_pass.py
 """
+
 import json
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def save(file: Path, section: str, value) -> None:
@@ -47,7 +51,8 @@ def tests_of(junit: Path) -> dict:
     return found
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Keep what the arguments name; see above."""
     file, what, *rest = argv or sys.argv[1:]
     file = Path(file)
     try:
@@ -58,12 +63,14 @@ def main(argv=None) -> None:
             name, junit = rest
             added = {name: tests_of(Path(junit))}
         elif what == 'traces':
-            added = {f'{entry["model"]} {entry["shape"]} {entry["dtype"]}': entry
-                     for entry in json.loads(Path(*rest, 'profile.json').read_text())}
+            added = {
+                f'{entry["model"]} {entry["shape"]} {entry["dtype"]}': entry
+                for entry in json.loads(Path(*rest, 'profile.json').read_text())
+            }
         else:
             raise ValueError(f'{what}: give step, tests or traces.')
     except (OSError, ValueError, ElementTree.ParseError) as error:
-        raise SystemExit(f'results.py: nothing to keep of {what} {rest[0]}: {error}')
+        raise SystemExit(f'results.py: nothing to keep of {what} {rest[0]}: {error}') from error
     save(file, what, {**load(file, what, {}), **added})
 
 
