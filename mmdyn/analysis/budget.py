@@ -1,4 +1,5 @@
 """What a checkpoint reaches at which budget: prices of queries that make it, accuracy, multiply-adds and time."""
+
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from ..models.dge.prices import Prices
 from .latency import synchronise
 
 # The first price that is tried, the factor to the next, and the last.
-FIRST, FACTOR, LAST = 0.01, 4., 1e5
+FIRST, FACTOR, LAST = 0.01, 4.0, 1e5
 
 
 class Spent(NamedTuple):
@@ -25,6 +26,7 @@ class Spent(NamedTuple):
         layers: query ratio of each dynamic layer, by its name.
         macs: multiply-adds of the backbone for an image, in all its forward passes.
     """
+
     query_ratio: float
     layers: dict[str, float]
     macs: float
@@ -38,8 +40,10 @@ def dynamic_backbone(model: nn.Module) -> DynamicBackbone:
     """
     found = [backbone for backbone in find_backbones(model) if backbone.has_dge]
     if len(found) != 1:
-        raise ValueError(f'The model has {len(found)} backbones with DGE: give the config of one that has one, e.g. '
-                         'mmdyn.PVT with dge=dict(granularities=(1, 2, 4)).')
+        raise ValueError(
+            f'The model has {len(found)} backbones with DGE: give the config of one that has one, e.g. '
+            'mmdyn.PVT with dge=dict(granularities=(1, 2, 4)).'
+        )
     return found[0]
 
 
@@ -51,8 +55,11 @@ def average(meter: CostMeter, images: int) -> Spent:
         for layer in cost.layers:
             if layer.dynamic:
                 layers.setdefault(layer.name, []).append(layer.query_ratio)
-    return Spent(ratio.double().mean().item(), {name: torch.cat(of_layer).double().mean().item()
-                                                for name, of_layer in layers.items()}, (macs / images).item())
+    return Spent(
+        ratio.double().mean().item(),
+        {name: torch.cat(of_layer).double().mean().item() for name, of_layer in layers.items()},
+        (macs / images).item(),
+    )
 
 
 def spend(model: nn.Module, batches: Iterable[Any], most: int) -> Spent:
@@ -66,15 +73,16 @@ def spend(model: nn.Module, batches: Iterable[Any], most: int) -> Spent:
     return average(meter, images)
 
 
-def calibrate(measure: Callable[[float], Spent], budgets: Sequence[float], tolerance: float = 2e-3,
-              tries: int = 12) -> Prices:
+def calibrate(
+    measure: Callable[[float], Spent], budgets: Sequence[float], tolerance: float = 2e-3, tries: int = 12
+) -> Prices:
     """Find the prices at which a model spends some budgets on average.
 
     Args:
         measure: what the model spends at a price.
         budgets: query ratios.
-        tolerance: of the query ratio. Layers that choose one granularity for all regions make the ratio jump, and then no
-            price may meet a budget so closely.
+        tolerance: of the query ratio. Layers that choose one granularity for all regions make the ratio jump, and then
+            no price may meet a budget so closely.
         tries: prices that are tried for each budget, beside those that are tried to find out how they relate.
 
     Returns:
@@ -87,7 +95,7 @@ def calibrate(measure: Callable[[float], Spent], budgets: Sequence[float], toler
             found[price] = measure(price)
         return found[price].query_ratio
 
-    ratio(0.)
+    ratio(0.0)
     for sign, wanted in ((1, min(budgets)), (-1, max(budgets))):
         price = FIRST
         while sign * (ratio(sign * price) - wanted) > tolerance and price < LAST:
@@ -103,16 +111,19 @@ def calibrate(measure: Callable[[float], Spent], budgets: Sequence[float], toler
                 part = min(max((ratio(above) - budget) / gap, 0.05), 0.95)
             ratio(above + part * (below - above))
     points = sorted(found.items(), key=lambda point: (point[1].query_ratio, -point[0]))
-    return Prices([price for price, _ in points], [spent.query_ratio for _, spent in points],
-                  {name: [spent.layers[name] for _, spent in points] for name in points[0][1].layers})
+    return Prices(
+        [price for price, _ in points],
+        [spent.query_ratio for _, spent in points],
+        {name: [spent.layers[name] for _, spent in points] for name in points[0][1].layers},
+    )
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], evaluator: Evaluator) -> dict[str, float]:
     """Accuracy and cost of a model.
 
     Returns:
-        ``query_ratio``; ``gflops``, multiply-adds of the backbone for an image in 1e9; ``milliseconds`` of the whole model
-        for an image, the median of the batches behind the first; and the numbers that the evaluator finds.
+        ``query_ratio``; ``gflops``, multiply-adds of the backbone for an image in 1e9; ``milliseconds`` of the whole
+        model for an image, the median of the batches behind the first; and the numbers that the evaluator finds.
     """
     backbone, seconds, images = dynamic_backbone(model), [], 0
     meter, device = CostMeter(training=False, backbones=[backbone]), next(model.parameters()).device
@@ -127,5 +138,9 @@ def evaluate(model: nn.Module, batches: Iterable[Any], evaluator: Evaluator) -> 
         evaluator.process(data_samples=samples, data_batch=batch)
     spent = average(meter, images)
     metrics = {name: float(value) for name, value in evaluator.evaluate(images).items() if not isinstance(value, str)}
-    return dict(query_ratio=spent.query_ratio, gflops=spent.macs / 1e9,
-                milliseconds=1e3 * statistics.median(seconds[1:] or seconds), **metrics)
+    return dict(
+        query_ratio=spent.query_ratio,
+        gflops=spent.macs / 1e9,
+        milliseconds=1e3 * statistics.median(seconds[1:] or seconds),
+        **metrics,
+    )

@@ -11,8 +11,8 @@ from ..models.dge.routing import grid
 from ..models.layers import Positions, deformable_sampling, project_patches, to_maps
 from ..models.replaceable import Refused
 from .library import Map, Projection, Sampling, Step, call, library
-from .prepared import (Cache, Prepared, Refusal, are_counts, decision_of, first, refuse_context, refuse_rows, refuse_tensor,
-                       refuse_tokens)
+from .prepared import (Cache, Prepared, Refusal, are_counts, decision_of, first, refuse_context, refuse_rows,
+                       refuse_tensor, refuse_tokens)
 from .stage import as_numbers, refuse_processor
 
 _cache = Cache()
@@ -72,8 +72,8 @@ def choose_by_means(router: Router, tokens: Tensor, shape: tuple[int, int], regi
                      None if logits is None else logits.data_ptr())
     if logits is not None:
         steps = torch.empty(2 * logits.numel() * ctypes.sizeof(Step), dtype=torch.uint8, device='cpu')
-        library().choose_within(job, logits.data_ptr(), ctypes.addressof(as_numbers(router.granularities)), options, budget,
-                                steps.data_ptr())
+        granularities = ctypes.addressof(as_numbers(router.granularities))
+        library().choose_within(job, logits.data_ptr(), granularities, options, budget, steps.data_ptr())
     return choice
 
 

@@ -22,7 +22,7 @@ def measured(ratio):
     return measure, prices
 
 
-@pytest.mark.parametrize('scale', [0.003, 1., 40.])
+@pytest.mark.parametrize('scale', [0.003, 1.0, 40.0])
 @pytest.mark.parametrize('budgets', [[0.3], [0.95, 0.3, 0.6], [0.5]])
 def test_calibration_finds_what_a_budget_costs(budgets, scale):
     """ratio = 0.25 + 0.75 / (1 + exp(price / scale)), whose inverse is known, at prices of any size."""
@@ -41,13 +41,13 @@ def test_calibration_finds_what_a_budget_costs(budgets, scale):
 
 def test_calibration_of_bounds_and_of_jumps_ends():
     """All regions change at once at 0.2: no price spends 0.5, and the bounds are reached by any great price."""
-    measure, prices = measured(lambda price: 1. if price < 0.2 else 0.1)
-    found = calibrate(measure, [0.1, 0.5, 1.])
-    assert {0.1, 1.} == set(found.query_ratio) and len(prices) < 40
+    measure, prices = measured(lambda price: 1.0 if price < 0.2 else 0.1)
+    found = calibrate(measure, [0.1, 0.5, 1.0])
+    assert {0.1, 1.0} == set(found.query_ratio) and len(prices) < 40
     around = [price for price, ratio in zip(found.price, found.query_ratio)]
     assert min(abs(price - 0.2) for price in around) < 1e-2
     measure, prices = measured(lambda price: 0.7)
-    assert set(calibrate(measure, [0.2, 1.]).query_ratio) == {0.7}
+    assert set(calibrate(measure, [0.2, 1.0]).query_ratio) == {0.7}
 
 
 @pytest.fixture
@@ -55,7 +55,6 @@ def model(make_backbone):
     """A model that has 'predictions', in the manner of mmengine, and batches of 2, 2 and 1 images."""
 
     class Model(nn.Module):
-
         def __init__(self):
             super().__init__()
             self.backbone = make_backbone('pvt', dge=dict(granularities=(1, 2, 4)))
@@ -81,7 +80,8 @@ def test_what_images_spend(model):
     assert spent.layers['stages.0.blocks.1'] == pytest.approx(sum(of_layer) / 5) and len(spent.layers) == 3
     # No more batches than it takes, and the passes before do not count.
     assert spend(model, itertools.chain(batches[:1], (1 / 0 for _ in range(1))), most=2).query_ratio == pytest.approx(
-        sum(ratios[:2]) / 2)
+        sum(ratios[:2]) / 2
+    )
 
 
 def test_an_image_in_several_passes_spends_their_sum(model):
@@ -97,8 +97,10 @@ def test_an_image_in_several_passes_spends_their_sum(model):
 def test_evaluation(model):
     model, batches = model
     seen = []
-    evaluator = SimpleNamespace(process=lambda data_samples, data_batch: seen.append((len(data_samples), data_batch)),
-                                evaluate=lambda images: dict(accuracy=images))
+    evaluator = SimpleNamespace(
+        process=lambda data_samples, data_batch: seen.append((len(data_samples), data_batch)),
+        evaluate=lambda images: dict(accuracy=images),
+    )
     found = evaluate(model, batches, evaluator)
     assert [count for count, _ in seen] == [2, 2, 1] and all(a is b for (_, a), b in zip(seen, batches))
     spent = spend(model, batches, 5)

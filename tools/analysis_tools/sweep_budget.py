@@ -8,6 +8,7 @@ Modes: `average` has one price for all images. With `exact` all images spend the
 average at that budget. With `equal` they do, and all layers have an equal share. A line `router` is what the routers
 decide by themselves.
 """
+
 import argparse
 import csv
 import json
@@ -84,14 +85,29 @@ def metric_of(rows: list[dict], asked: str | None) -> str:
     return asked or names[0]
 
 
+def line(row: dict, metric: str) -> str:
+    """A row as a line of the table."""
+    budget = '' if row['budget'] is None else f'{row["budget"]:g}'
+    return (
+        f'{row["checkpoint"][:19]:20}{row["mode"]:>10}{budget:>8}{row["query_ratio"]:9.3f}{row["gflops"]:10.4g}'
+        f'{row["milliseconds"]:9.3g}  {row.get(metric, math.nan):.4g}'
+    )
+
+
 def draw(rows: list[dict], metric: str, path: Path) -> None:
     """Plot accuracy over multiply-adds and over time, a curve for each checkpoint and mode."""
     figure = Figure(figsize=(10, 4), layout='constrained')
-    for axes, name, label in zip(figure.subplots(1, 2, sharey=True), ('gflops', 'milliseconds'),
-                                 ('multiply-adds of the backbone (G)', 'time of the model for an image (ms)')):
+    for axes, name, label in zip(
+        figure.subplots(1, 2, sharey=True),
+        ('gflops', 'milliseconds'),
+        ('multiply-adds of the backbone (G)', 'time of the model for an image (ms)'),
+    ):
         for checkpoint, mode in dict.fromkeys((row['checkpoint'], row['mode']) for row in rows):
-            points = [(row[name], row.get(metric, math.nan)) for row in rows
-                      if (row['checkpoint'], row['mode']) == (checkpoint, mode)]
+            points = [
+                (row[name], row.get(metric, math.nan))
+                for row in rows
+                if (row['checkpoint'], row['mode']) == (checkpoint, mode)
+            ]
             axes.plot(*zip(*points), '*' if mode == 'router' else '.-', label=f'{checkpoint}, {mode}')
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
@@ -106,7 +122,9 @@ def main() -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('checkpoint', nargs='+', help='one or more, whose curves are drawn together')
-    parser.add_argument('--budgets', nargs='+', type=float, help='query ratios (default: 0.2, 0.3, ..., 1, if reachable)')
+    parser.add_argument(
+        '--budgets', nargs='+', type=float, help='query ratios (default: 0.2, 0.3, ..., 1, if reachable)'
+    )
     parser.add_argument('--modes', nargs='+', choices=MODES, help='default: all')
     parser.add_argument('--images', type=int, default=256, help='that prices are measured on (default: 256)')
     parser.add_argument('--metric', help='to show (default: the first that the evaluator finds)')
@@ -137,13 +155,13 @@ def main() -> str:
         writer.writeheader()
         writer.writerows(rows)
     draw(rows, metric, out / 'sweep.png')
-    return '\n'.join([
-        f'{"checkpoint":20}{"mode":>10}{"budget":>8}{"queries":>9}{"G":>10}{"ms":>9}  {metric}',
-        *(f'{row["checkpoint"][:19]:20}{row["mode"]:>10}{"" if row["budget"] is None else format(row["budget"], "g"):>8}'
-          f'{row["query_ratio"]:9.3f}{row["gflops"]:10.4g}{row["milliseconds"]:9.3g}  {row.get(metric, math.nan):.4g}'
-          for row in rows),
-        f'prices, sweep.json, sweep.csv and sweep.png are in {out}'
-    ])
+    return '\n'.join(
+        [
+            f'{"checkpoint":20}{"mode":>10}{"budget":>8}{"queries":>9}{"G":>10}{"ms":>9}  {metric}',
+            *(line(row, metric) for row in rows),
+            f'prices, sweep.json, sweep.csv and sweep.png are in {out}',
+        ]
+    )
 
 
 if __name__ == '__main__':

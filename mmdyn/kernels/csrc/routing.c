@@ -8,9 +8,7 @@ typedef struct {
     int64_t top, left, bottom, right;
 } Area;
 
-int64_t count_regions(const Map *map) {
-    return ceil_div(map->height, map->region) * ceil_div(map->width, map->region);
-}
+int64_t count_regions(const Map *map) { return ceil_div(map->height, map->region) * ceil_div(map->width, map->region); }
 
 static int64_t count_tokens(const Map *map) { return map->num_extra + map->height * map->width; }
 

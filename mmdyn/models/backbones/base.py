@@ -1,18 +1,20 @@
 """What the dynamic backbones share: frozen parts, initialisation, and the account of what they spent."""
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..cost import BackboneCost, CostMeter, LayerCost, stage_cost
+from ..cost import BackboneCost, CostMeter, stage_cost
 from ..dge import DynamicGrainedEncoder
-from ..dge.budget import queries_of_region, share_budget
 from ..dge.prices import Prices
 from ..layers import DeformableAttention, EncoderBlock
 from ..stage import Stage
 from ..thread_local import ThreadLocal
+from .budget import check_budget, check_layers, decide_by, prices_of_layers, shares_of_layers
 from .checkpoint import fit_checkpoint, note_grids
 
 
@@ -102,11 +104,16 @@ class DynamicBackbone(BaseModule):
         most = self._cost_of(self.stage_shapes, lambda encoder, bounds: bounds[1:])
         return least.query_ratio.item(), most.query_ratio.item()
 
-    def set_budget(self, budget: float | None = None, mode: str = 'exact', prices: Prices | dict | str | None = None) -> None:
+    def set_budget(
+        self,
+        budget: float | None = None,
+        mode: str = 'exact',
+        prices: Prices | Mapping[str, Any] | str | Path | None = None,
+    ) -> None:
         """Spend a budget in inference, whatever the routers were trained for; training is as before.
 
-        ``'average'`` lowers logits by the price that made the budget on the images it was measured on. Easy images spend
-        less, others more. It costs no time.
+        ``'average'`` lowers logits by the price that made the budget on the images it was measured on. Easy images
+        spend less, others more. It costs no time.
 
         ``'exact'`` lets all images spend the same. Each layer has a share of the budget, fixed before the pass, because
         layers decide one after another: none can know what those behind it need. In a layer, each image's own price
@@ -125,77 +132,30 @@ class DynamicBackbone(BaseModule):
                 one with a routing by layer, or an average one without prices.
         """
         if budget is None:
-            return self._decide_by()
-        if not self._encoders():
-            raise ValueError(f'budget={budget}: the {type(self).__name__} has no DGE: give it '
-                             'dge=dict(granularities=(1, 2, 4)), or leave the budget out.')
-        if mode not in ('exact', 'average'):
-            raise ValueError(f"budget mode={mode!r}: choose 'exact' or 'average'.")
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-            raise ValueError(f'budget={budget!r}: give a query ratio, a number such as 0.4, or None.')
-        found = self._dynamic_layers()
-        least, most = self.ratio_bounds()
-        if not least - 1e-6 <= budget <= most + 1e-6:
-            raise ValueError(f'budget={budget} cannot be reached: on images of img_size the granularities of the '
-                             f'{type(self).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a budget '
-                             'between them, or other granularities.')
-        price, ratios = None, dict.fromkeys((layer.name for _, layer, _ in found), 1.)
-        if prices is not None:
-            price, ratios = Prices.read(prices).at(budget)
-            if ratios.keys() != {layer.name for _, layer, _ in found}:
-                raise ValueError(f'The prices are of the layers {sorted(ratios)}, but those of the {type(self).__name__} with '
-                                 f'DGE are {sorted(layer.name for _, layer, _ in found)}: measure them for this model.')
+            decide_by(self)
+            return
+        check_budget(self, budget, mode)
+        table = None if prices is None else Prices.read(prices)
         if mode == 'average':
-            if price is None:
+            if table is None:
                 raise ValueError("An average budget needs prices that were measured: give prices='prices.json', which "
                                  "tools/analysis_tools/sweep_budget.py writes, or choose the mode 'exact'.")
-            return self.set_price(price)
-        if any(encoder.routing == 'layer' for encoder, _, _ in found):
-            raise ValueError("An exact budget needs regions that choose, but routing='layer' makes one decision for an image: "
-                             "choose routing='region', or the mode 'average'.")
-        weights = [layer.per_query * layer.dense_queries for _, layer, _ in found]
-        bounds = [[queries / layer.dense_queries for queries in bounds] for _, layer, bounds in found]
-        shares = share_budget(budget, weights, [ratios[layer.name] for _, layer, _ in found], *zip(*bounds))
-        self._decide_by(shares=shares)
+            check_layers(self, table)
+            self.set_price(table.at(budget)[0])
+        else:
+            decide_by(self, shares=shares_of_layers(self, budget, table))
 
     def set_price(self, price: float | None) -> None:
-        """Lower the logits in inference by a price for each query; what it is to spend on average has to be measured.
+        """Lower the logits in inference by a price for each query; what is spent on average has to be measured.
 
         Args:
             price: lambda, of a query of a layer whose complexity C^l is the mean of the dynamic layers'. A query of
                 another layer costs in proportion to its C^l on images of ``img_size``. None lets the routers decide.
+
+        Raises:
+            ValueError: for a backbone without DGE.
         """
-        if price is None:
-            return self._decide_by()
-        found = self._dynamic_layers()
-        if not found:
-            raise ValueError(f'price={price}: the {type(self).__name__} has no DGE: give it '
-                             'dge=dict(granularities=(1, 2, 4)), or leave the price out.')
-        mean = sum(layer.per_query for _, layer, _ in found) / len(found)
-        self._decide_by(prices=[price * layer.per_query / mean for _, layer, _ in found])
-
-    def _dynamic_layers(self) -> list[tuple[DynamicGrainedEncoder, LayerCost, tuple[int, int]]]:
-        """Each encoder, its layer's cost on images of ``img_size``, and the fewest and most queries there."""
-        found: list = []
-
-        def fewest(encoder: DynamicGrainedEncoder | None, bounds: tuple[int, int]) -> tuple[int, ...]:
-            found.append((encoder, bounds))
-            return bounds[:1]
-
-        layers = self._cost_of(self.stage_shapes, fewest).layers
-        return [(encoder, layer, bounds) for (encoder, bounds), layer in zip(found, layers) if layer.dynamic]
-
-    def _encoders(self) -> list[DynamicGrainedEncoder]:
-        return [encoder for stage, _ in self.named_stages() for encoder in stage.dge
-                if isinstance(encoder, DynamicGrainedEncoder)]
-
-    def _decide_by(self, prices: list[float] | None = None, shares: list[float] | None = None) -> None:
-        """Set prices of a query, or shares of the dense queries, of each layer; neither lets the routers decide."""
-        for index, encoder in enumerate(self._encoders()):
-            router = encoder.router
-            queries = torch.tensor(queries_of_region(encoder.granularities, encoder.region), device=router.bias.device)
-            router.price = None if prices is None else (prices[index] * queries).float()
-            router.share = None if shares is None else shares[index]
+        decide_by(self, prices=None if price is None else prices_of_layers(self, price))
 
     def _cost_of(self, shapes: list[tuple[int, int]], queries_of: Callable) -> BackboneCost:
         """Cost of maps of these shapes; ``queries_of`` takes an encoder or None, and its least and greatest number."""

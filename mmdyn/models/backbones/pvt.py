@@ -69,8 +69,8 @@ class PVT(DynamicBackbone):
         in_channels: channels of the images.
         patch_size: stride of the first stage; the others halve the resolution.
         dge: None for the dense model, or a dict of the options of
-            :class:`~mmdyn.models.dge.DynamicGrainedEncoder`, e.g. ``dict(granularities=(1, 2, 4))``. With ``test_budget``,
-            ``budget_mode`` and ``prices`` it may set a budget for inference, see
+            :class:`~mmdyn.models.dge.DynamicGrainedEncoder`, e.g. ``dict(granularities=(1, 2, 4))``. ``test_budget``,
+            ``budget_mode`` and ``prices`` set a budget for inference, see
             :meth:`~mmdyn.models.backbones.base.DynamicBackbone.set_budget`.
         out_type: ``'featmap'`` returns the (B, C, h, w) maps of the stages ``out_indices``. The others add a final
             norm and return the last stage's class token (B, C) for ``'cls_token'``, mean (B, C) of all its tokens for

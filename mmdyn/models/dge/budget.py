@@ -2,8 +2,8 @@
 
 A router's logits rank what its regions may gain from queries. A price lambda of each query moves the decision to any
 budget: argmax_k (h_k - lambda * c_k), where c_k are the queries that granularity k makes of a whole region. What hangs
-over an edge of the map pays the same: a logit is of the mean of a region's cells and does not know how many they are, so
-the price is one of a cell, and a shift of the router's bias.
+over an edge of the map pays the same: a logit is of the mean of a region's cells and does not know how many they are,
+so the price is one of a cell, and a shift of the router's bias.
 """
 import math
 from collections.abc import Sequence
@@ -42,18 +42,18 @@ def queries_of_region(granularities: Sequence[int], region: int) -> list[int]:
 
 
 def queries_within(share: float, shape: tuple[int, int], num_extra: int) -> int:
-    """Most queries that are no more than a share of the dense block's on a map of ``shape``, but for rounding errors."""
+    """Most queries that are within a share of the dense block's on a map of ``shape``, but for rounding errors."""
     return math.floor(share * (num_extra + math.prod(shape)) + 1e-3)
 
 
 def choose_within(logits: Tensor, granularities: Sequence[int], patches: Tensor, budget: int) -> Tensor:
     """The choice of argmax_k (h_k - lambda * c_k) with the least lambda of each image that keeps it within the budget.
 
-    As lambda falls, a region goes from its fewest to its most queries, along the corners of the upper hull of the points
-    (c_k, h_k): a step is taken as soon as lambda is no more than the slope of its edge. So the steps of an image's regions
-    are taken by falling slope, regions in raster order where slopes are alike, as long as the budget lasts. What is left
-    of it is less than the queries of the step that is no more taken. Lambda is negative where the budget is above what the
-    router would spend.
+    As lambda falls, a region goes from its fewest to its most queries, along the corners of the upper hull of the
+    points (c_k, h_k): a step is taken as soon as lambda is no more than the slope of its edge. So the steps of an
+    image's regions are taken by falling slope, regions in raster order where slopes are alike, as long as the budget
+    lasts. What is left of it is less than the queries of the step that is no more taken. Lambda is negative where the
+    budget is above what the router would spend.
 
     Args:
         logits: (B, rows, columns, K) h.

@@ -1,4 +1,5 @@
 """What was measured of a checkpoint at some prices: which price, and which share of each layer, makes a budget."""
+
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ class Prices(NamedTuple):
         query_ratio: (P) beta of eq. 7.
         layers: (P) query ratios of each dynamic layer, by its name.
     """
+
     price: list[float]
     query_ratio: list[float]
     layers: dict[str, list[float]]
@@ -41,7 +43,9 @@ class Prices(NamedTuple):
         found = cls(*(content[key] for key in KEYS))
         lengths = {len(found.price), len(found.query_ratio), *map(len, found.layers.values())}
         if len(lengths) > 1 or 0 in lengths or found.query_ratio != sorted(found.query_ratio):
-            raise ValueError(f'{name} must have as many numbers for each key, at least one, by ascending query_ratio. {HINT}')
+            raise ValueError(
+                f'{name} must have as many numbers for each key, at least one, by ascending query_ratio. {HINT}'
+            )
         return found
 
     def at(self, budget: float) -> tuple[float, dict[str, float]]:
@@ -52,12 +56,14 @@ class Prices(NamedTuple):
         """
         least, most = self.query_ratio[0], self.query_ratio[-1]
         if not least - 5e-3 <= budget <= most + 5e-3:
-            raise ValueError(f'budget={budget} is outside of the query ratios from {least:.4f} to {most:.4f} for which the '
-                             f'prices were measured: choose one between them, or measure more. {HINT}')
+            raise ValueError(
+                f'budget={budget} is outside of the query ratios from {least:.4f} to {most:.4f} for which the '
+                f'prices were measured: choose one between them, or measure more. {HINT}'
+            )
         above = next((i for i, ratio in enumerate(self.query_ratio) if ratio >= budget), len(self.query_ratio) - 1)
         below = above if budget >= self.query_ratio[above] else max(above - 1, 0)
         gap = self.query_ratio[above] - self.query_ratio[below]
-        part = (budget - self.query_ratio[below]) / gap if gap else 0.
+        part = (budget - self.query_ratio[below]) / gap if gap else 0.0
 
         def between(values: list[float]) -> float:
             return values[below] + part * (values[above] - values[below])

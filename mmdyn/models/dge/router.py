@@ -55,7 +55,8 @@ def choose(router: Router, tokens: Tensor, shape: tuple[int, int], region: int, 
     if router.share is None:
         return (logits if router.price is None else logits - router.price).argmax(-1)
     patches = count_patches(shape, router.granularities, region, logits.device)
-    return choose_within(logits, router.granularities, patches, queries_within(router.share, shape, num_extra) - num_extra)
+    budget = queries_within(router.share, shape, num_extra) - num_extra
+    return choose_within(logits, router.granularities, patches, budget)
 
 
 def straight_through_gates(logits: Tensor, tau: float, choice: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
 """Budgets that a backbone keeps in inference, whatever its routers were trained for."""
+
 import copy
 
 import pytest
@@ -7,6 +8,7 @@ from mmengine.registry import MODELS
 
 DGE = dict(granularities=(1, 2, 4))
 NAMES = ['pvt', 'dpvt', 'deit']
+LAYERS = ['stages.0.blocks.0', 'stages.0.blocks.1', 'stages.1.blocks.0']  # of the PVT
 
 
 @pytest.fixture(params=NAMES)
@@ -25,7 +27,7 @@ def queries(model, images):
     return {layer.name: layer.queries.tolist() for layer in layers_of(model, images)}
 
 
-@pytest.mark.parametrize('budget', [0.3, 0.5, 0.85, 1.])
+@pytest.mark.parametrize('budget', [0.3, 0.5, 0.85, 1.0])
 def test_each_image_spends_an_exact_budget_in_each_layer(budget, model):
     """No more than its share, and less by fewer than the queries of a whole region."""
     model.set_budget(budget)
@@ -55,8 +57,10 @@ def test_shares_of_layers_are_those_that_were_measured(model):
     prices = dict(price=[0.1], query_ratio=[budget], layers={name: [ratio] for name, ratio in zip(names, ratios)})
     model.set_budget(budget, prices=prices)
     for layer, ratio in zip(layers_of(model, torch.randn(3, 3, 52, 52)), ratios):
-        assert all(ratio * layer.dense_queries - 16 < spent <= ratio * layer.dense_queries + 1e-3
-                   for spent in layer.queries.tolist())
+        assert all(
+            ratio * layer.dense_queries - 16 < spent <= ratio * layer.dense_queries + 1e-3
+            for spent in layer.queries.tolist()
+        )
 
 
 def test_average_budget_is_a_shift_of_the_routers_biases(model, encoders):
@@ -66,7 +70,7 @@ def test_average_budget_is_a_shift_of_the_routers_biases(model, encoders):
     mean = sum(layer.per_query for layer in layers) / len(layers)
     shifted = copy.deepcopy(model)
     for encoder, layer in zip(encoders(shifted), layers):
-        encoder.router.bias.data -= price * layer.per_query / mean * torch.tensor([16., 4., 1.])
+        encoder.router.bias.data -= price * layer.per_query / mean * torch.tensor([16.0, 4.0, 1.0])
     names = [layer.name for layer in layers]
     prices = dict(price=[price], query_ratio=[0.5], layers={name: [0.5] for name in names})
     before = queries(model, images)
@@ -87,7 +91,6 @@ def test_average_budget_of_a_routing_by_layer(make_backbone):
         assert model.cost.query_ratio.tolist() == pytest.approx([ratio, ratio])
 
 
-
 def test_routers_decide_again_without_a_budget(model):
     images = torch.randn(2, 3, 52, 52)
     before = queries(model, images)
@@ -105,7 +108,8 @@ def test_training_and_checkpoints_know_nothing_of_budgets(model, make_backbone):
         torch.manual_seed(1)
         outputs.append(model.train()(images)[0])
         assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items()) and len(state) == len(
-            model.state_dict())
+            model.state_dict()
+        )
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
@@ -133,19 +137,34 @@ def test_budget_of_a_copy_on_another_device_goes_with_it(model):
     assert all(module.price.device.type == 'meta' for module in moved.modules() if hasattr(module, 'price'))
 
 
-@pytest.mark.parametrize('budget, options, message', [
-    (0.01, {}, r'budget=0.01 cannot be reached: on images of img_size the granularities of the PVT allow query ratios from '
-               r'0\.\d{4} to 1\.0000. Choose a budget between them'),
-    (1.1, {}, 'budget=1.1 cannot be reached'),
-    ('half', {}, "budget='half': give a query ratio, a number such as 0.4, or None"),
-    (True, {}, 'budget=True: give a query ratio'),
-    (0.5, dict(mode='median'), "budget mode='median': choose 'exact' or 'average'"),
-    (0.5, dict(mode='average'), "An average budget needs prices that were measured: give prices='prices.json'"),
-    (0.5, dict(mode='average', prices='none.json'), "prices='none.json' cannot be read: No such file"),
-    (0.5, dict(prices=dict(price=[1], query_ratio=[0.5], layers=dict(head=[0.5]))),
-     r"The prices are of the layers \['head'\], but those of the PVT with DGE are \['stages.0.blocks.0', .*measure them"),
-    (0.5, dict(prices=dict(price=[1], query_ratio=[0.2], layers={})), 'is outside of the query ratios from 0.2000 to 0.2'),
-])
+@pytest.mark.parametrize(
+    'budget, options, message',
+    [
+        (
+            0.01,
+            {},
+            r'budget=0.01 cannot be reached: on images of img_size the granularities of the PVT allow query ratios '
+            r'from '
+            r'0\.\d{4} to 1\.0000. Choose a budget between them',
+        ),
+        (1.1, {}, 'budget=1.1 cannot be reached'),
+        ('half', {}, "budget='half': give a query ratio, a number such as 0.4, or None"),
+        (True, {}, 'budget=True: give a query ratio'),
+        (0.5, dict(mode='median'), "budget mode='median': choose 'exact' or 'average'"),
+        (0.5, dict(mode='average'), "An average budget needs prices that were measured: give prices='prices.json'"),
+        (0.5, dict(mode='average', prices='none.json'), "prices='none.json' cannot be read: No such file"),
+        (
+            0.5,
+            dict(prices=dict(price=[1], query_ratio=[0.5], layers=dict(head=[0.5]))),
+            r"The prices are of the layers \['head'\], but those of the PVT with DGE are \['stages.0.*measure them",
+        ),
+        (
+            0.5,
+            dict(prices=dict(price=[1], query_ratio=[0.2], layers={name: [0.2] for name in LAYERS})),
+            'is outside of the query ratios from 0.2000 to 0.2',
+        ),
+    ],
+)
 def test_budgets_that_cannot_be_kept(budget, options, message, make_backbone):
     model = make_backbone('pvt', dge=DGE)
     with pytest.raises(ValueError, match=message):
@@ -163,5 +182,7 @@ def test_models_that_take_no_budget(make_backbone, backbone_config):
         with pytest.raises(ValueError, match=r'price=0.5: the \w+ has no DGE'):
             dense.set_price(0.5)
         dense.set_budget(None), dense.set_price(None)
-    with pytest.raises(ValueError, match="exact budget needs regions that choose, but routing='layer' makes one decision"):
+    with pytest.raises(
+        ValueError, match="exact budget needs regions that choose, but routing='layer' makes one decision"
+    ):
         make_backbone('deit', dge=dict(routing='layer', test_budget=0.5, **DGE))
