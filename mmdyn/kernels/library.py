@@ -102,7 +102,7 @@ def library() -> ctypes.CDLL | Refused:
 
 
 @lru_cache(maxsize=None)
-def runs(half: bool = False) -> None | Refused:
+def runs(half: bool = False) -> Refused | None:
     """None if this processor has the encoder's instructions, or those for bfloat16 if ``half``."""
     functions = library()
     if isinstance(functions, Refused):

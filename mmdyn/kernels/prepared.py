@@ -1,4 +1,4 @@
-"""What a kernel must know of tensors and modules before it reads their memory: found out once, compared at each call.
+"""What a kernel must know of modules before it reads their memory: found out once, compared at each call.
 
 A layer is taken only if it is exactly of the type that the kernel knows, unchanged and without hooks, and its parameters
 only if type, shape and order are those that the kernel reads. All else is refused, in a sentence.
@@ -200,7 +200,7 @@ class Prepared:
 
     def patches(self, conv: nn.Module, path: str, rows: int, columns: int,
                 order: tuple[int, ...] = (0, 2, 3, 1)) -> tuple[int, tuple[int, int | None]]:
-        """The side, and the addresses of the parameters, of a convolution of patches whose weights lie in this order."""
+        """The side and the addresses of the parameters of a convolution of patches, whose weights lie in this order."""
         size = self.attribute(conv, path, 'kernel_size', tuple)
         side = size[0] if size else 0
         for name, value in (('kernel_size', (side, side)), ('stride', (side, side)), ('padding', (0, 0)),

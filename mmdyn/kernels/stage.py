@@ -4,7 +4,7 @@ Each thread works on panels of queries that stay in the cache of its core.
 """
 import ctypes
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -157,7 +157,7 @@ def layers_of(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int, 
     layers = []
     for index in range(len(stage.blocks))[start:stop]:
         block, encoder = stage.blocks[index], stage.dge[index] if len(stage.dge) else None
-        prepared = _cache.get(block, (encoder, index), lambda: PreparedBlock(block, encoder, index))
+        prepared = _cache.get(block, (encoder, index), partial(PreparedBlock, block, encoder, index))
         struct = prepared.struct
         if struct.dim != tokens.shape[2]:
             raise Refusal(f'the tokens have {tokens.shape[2]} channels, not {struct.dim}')

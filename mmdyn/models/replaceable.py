@@ -46,7 +46,7 @@ class Replaceable(Generic[P, R]):
         return self.plain(*args, **kwargs)
 
     def why_not(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, str]:
-        """The reasons of the kernels that refuse this call, by their names. The others run, on copies of the tensors."""
+        """The reasons of the kernels that refuse this call, by their names. The others run on copies of the tensors."""
         reasons = {}
         for kernel in self.kernels:
             copies, options = tree_map_only(Tensor, copy_with_strides, (args, kwargs))

@@ -50,8 +50,8 @@ def main() -> str:
         f'parameters            {result["params"] / 1e6:10.2f} M',
         f'multiply-adds, dense  {result["flops_dense"] / 1e9:10.3f} G',
         f'multiply-adds, spent  {result["flops"] / 1e9:10.3f} G  at query ratio {result["query_ratio"]:.4f}',
-        *(f'  {layer["name"]:20} {layer["flops_dense"] / 1e9:10.4f} G dense {layer["flops"] / 1e9:10.4f} G spent  '
-          f'query ratio {layer["query_ratio"]:.4f}' for layer in (result['layers'] if args.layers else []))
+        *(f'  {layer["name"]:20} {layer["flops_dense"] / 1e9:10.4f} G dense {layer["flops"] / 1e9:10.4f} G spent'
+          f'  query ratio {layer["query_ratio"]:.4f}' for layer in (result['layers'] if args.layers else []))
     ])
 
 

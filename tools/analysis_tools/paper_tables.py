@@ -87,8 +87,8 @@ def show(table: dict) -> Iterator[str]:
     """The lines of a table, two for each model."""
     height, width = table['shape']
     yield f'\nDGE, table {table["table"]}: {table["title"]}, {height} x {width}, query ratio {table["query_ratio"]}'
-    yield f'{"":26}' + ''.join(f'{title:^25}' for title in ('params (M)', 'multiply-adds (G)', 'saving (G)')
-          + f'{"ratio of the":>14}')
+    titles = ('params (M)', 'multiply-adds (G)', 'saving (G)')
+    yield f'{"":26}' + ''.join(f'{title:^25}' for title in titles) + f'{"ratio of the":>14}'
     yield f'{"model":26}' + f'{"ours":>9}{"paper":>7}{"diff":>8} ' * 3 + f'{"paper saving":>14}'
     shown, reasons = set(), {}
     for row in table['rows']:

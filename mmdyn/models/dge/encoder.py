@@ -50,7 +50,7 @@ class Decision(NamedTuple):
 class DynamicGrainedEncoder(nn.Module):
     """Lets each region of an encoder block's input choose its number of queries.
 
-    The block is an argument of the forward pass, not a submodule: the names of its weights are those of the dense model.
+    The block is an argument of the forward pass, not a submodule: its weights' names are those of the dense model.
     It is called as ``block(queries, tokens, shape, num_extra, lengths, points)``, see
     :class:`~mmdyn.models.layers.EncoderBlock`, and returns its queries' new values.
 
