@@ -119,8 +119,9 @@ class DynamicBackbone(BaseModule):
         layers decide one after another: none can know what those behind it need. In a layer, each image's own price
         makes it spend its share, and never more; less by fewer queries than one step of a region would take. With
         ``prices``, a layer's share is what it spent on average at that budget; without, all layers have an equal share,
-        as far as their granularities allow on images of ``img_size``. On images of other sizes a layer's share is the
-        same; where the granularities cannot keep it, as on tiny maps, it spends its least.
+        as far as their granularities allow on images of ``img_size``, which costs accuracy if the routers wanted
+        different ones. On images of other sizes a layer's share is the same; where the granularities cannot keep it,
+        as on tiny maps, it spends its least.
 
         Args:
             budget: query ratio beta of eq. 7; None lets the routers decide.
