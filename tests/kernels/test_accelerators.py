@@ -14,7 +14,6 @@ from mmdyn.models.layers import deformable_sampling, packed_attention
 from mmdyn.models.replaceable import Refused
 
 
-
 @pytest.fixture
 def varlen_attn(monkeypatch):
     """A stand-in for torch's operator."""
