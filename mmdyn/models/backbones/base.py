@@ -14,7 +14,7 @@ from ..dge.prices import Prices
 from ..layers import DeformableAttention, EncoderBlock
 from ..stage import Stage
 from ..thread_local import ThreadLocal
-from .budget import check_budget, check_layers, decide_by, prices_of_layers, shares_of_layers
+from .budget import check_budget, check_layers, decide_by, dynamic_layers, prices_of_layers, shares_of_layers
 from .checkpoint import fit_checkpoint, note_grids
 
 
@@ -100,9 +100,12 @@ class DynamicBackbone(BaseModule):
 
     def ratio_bounds(self) -> tuple[float, float]:
         """Least and greatest query ratio that the granularities allow on images of ``img_size``."""
-        least = self._cost_of(self.stage_shapes, lambda encoder, bounds: bounds[:1])
-        most = self._cost_of(self.stage_shapes, lambda encoder, bounds: bounds[1:])
-        return least.query_ratio.item(), most.query_ratio.item()
+        layers = dynamic_layers(self)
+        if not layers:
+            return 1., 1.
+        dense = sum(cost.per_query * cost.dense_queries for cost, _ in layers)
+        least, most = (sum(cost.per_query * bounds[i] for cost, bounds in layers) / dense for i in range(2))
+        return least, most
 
     def set_budget(
         self,

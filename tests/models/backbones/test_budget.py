@@ -186,3 +186,16 @@ def test_models_that_take_no_budget(make_backbone, backbone_config):
         ValueError, match="exact budget needs regions that choose, but routing='layer' makes one decision"
     ):
         make_backbone('deit', dge=dict(routing='layer', test_budget=0.5, **DGE))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_budget_of_a_model_without_numbers(name, backbone_config, encoders):
+    """Under the meta device, on which no number can be read."""
+    config = backbone_config(name, dge=dict(test_budget=0.4, **DGE))
+    with torch.device('meta'):
+        model = MODELS.build(config)
+        model.set_price(0.1)
+        assert all(encoder.router.price.device.type == 'meta' for encoder in encoders(model))
+        model.set_budget(0.4)
+    other = MODELS.build(config)
+    assert [encoder.router.share for encoder in encoders(model)] == [encoder.router.share for encoder in encoders(other)]
