@@ -5,14 +5,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..models.dge.encoder import check_granularities
 from ..models.dge.router import Router, choose
 from ..models.dge.routing import grid
 from ..models.layers import Positions, deformable_sampling, project_patches, to_maps
 from ..models.replaceable import Refused
-from .library import Map, Projection, Sampling, call, library
-from .prepared import (Cache, Prepared, Refusal, are_counts, first, refuse_context, refuse_rows, refuse_tensor,
-                       refuse_tokens)
-from .stage import refuse_processor
+from .library import Map, Projection, Sampling, Step, call, library
+from .prepared import (Cache, Prepared, Refusal, are_counts, decision_of, first, refuse_context, refuse_rows,
+                       refuse_tensor, refuse_tokens)
+from .stage import as_numbers, refuse_processor
 
 _cache = Cache()
 
@@ -56,14 +57,23 @@ def choose_by_means(router: Router, tokens: Tensor, shape: tuple[int, int], regi
         return Refused(reason)
     try:
         prepared = _cache.get(router, None, lambda: PreparedRouter(router))
-    except Refusal as refusal:
-        return Refused(str(refusal))
+        bias, budget = decision_of(router, prepared.options, shape, num_extra)
+        if budget >= 0:
+            check_granularities(router.granularities, region)
+    except (Refusal, ValueError) as refusal:
+        return Refused(str(refusal).rstrip('.'))
     images, _, channels = tokens.shape
     if channels != prepared.channels:
         return Refused(f'the tokens have {channels} channels, not {prepared.channels}')
-    choice = torch.empty(images, *grid(region, shape), dtype=torch.long, device='cpu')
-    regions = Map(images, num_extra, *shape, region, channels, choice.data_ptr())
-    library().choose(ctypes.byref(regions), tokens.data_ptr(), *prepared.addresses, prepared.options)
+    choice, options = torch.empty(images, *grid(region, shape), dtype=torch.long, device='cpu'), prepared.options
+    job = ctypes.byref(Map(images, num_extra, *shape, region, channels, choice.data_ptr()))
+    logits = None if budget < 0 else torch.empty(*choice.shape, options, dtype=torch.float32, device='cpu')
+    library().choose(job, tokens.data_ptr(), prepared.addresses[0], bias.data_ptr(), options,
+                     None if logits is None else logits.data_ptr())
+    if logits is not None:
+        steps = torch.empty(2 * logits.numel() * ctypes.sizeof(Step), dtype=torch.uint8, device='cpu')
+        granularities = ctypes.addressof(as_numbers(router.granularities))
+        library().choose_within(job, logits.data_ptr(), granularities, options, budget, steps.data_ptr())
     return choice
 
 

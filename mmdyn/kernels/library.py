@@ -11,7 +11,7 @@ import torch
 from ..models.replaceable import Refused
 
 # Of the functions' arguments and structs; csrc/library.c has the same. A change of either is another version.
-VERSION = 2
+VERSION = 3
 
 Number, Address, Real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -31,6 +31,11 @@ class Map(ctypes.Structure):
     _fields_ = [*fields(Number, 'images num_extra height width region channels'), ('choice', Address)]
 
 
+class Step(ctypes.Structure):
+    """As in routing.h."""
+    _fields_ = [('key', ctypes.c_uint32), *fields(ctypes.c_int32, 'region option')]
+
+
 class Sampling(ctypes.Structure):
     """As in sampling.h."""
     _fields_ = fields(Number, 'height width heads points channels')
@@ -43,7 +48,7 @@ class Block(ctypes.Structure):
         *fields(Real, 'norm1_eps norm2_eps sr_norm_eps residual_scale'),
         *parameters('norm1 q kv sr sr_norm offsets point_weights proj norm2 fc1 fc2'), ('is_bfloat16', Number),
         ('tokens', Address), ('map', Map), ('granularities', Address), *parameters('router'), ('num_options', Number),
-        *fields(Address, 'chosen lengths')
+        ('chosen', Address), ('budget', Number), ('lengths', Address)
     ]
 
 
@@ -58,12 +63,12 @@ class Projection(ctypes.Structure):
     ]
 
 
-STRUCTS = (Map, Sampling, Block, Projection)
+STRUCTS = (Map, Step, Sampling, Block, Projection)
 # What csrc/library.c must say: the size of each, and where its last field begins.
 LAYOUT = [VERSION, *(number for struct in STRUCTS
                      for number in (ctypes.sizeof(struct), getattr(struct, struct._fields_[-1][0]).offset))]
 # The arguments of each function: addresses and numbers. Those for AVX-512 are missing where compilers do not know it.
-FUNCTIONS = dict(choose='aaaan', sample='aaaaana')
+FUNCTIONS = dict(choose='aaaana', choose_within='aaanna', sample='aaaaana')
 AVX512 = dict(encode_blocks='ana', encode_blocks_workspace='an', project='aa', project_workspace='a',
               transpose_tokens='annna')
 

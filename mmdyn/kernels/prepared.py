@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
+from ..models.dge.budget import queries_within
 from ..models.replaceable import Refused
 
 _dtypes, _shapes = attrgetter('dtype'), attrgetter('shape')
@@ -89,6 +90,25 @@ def refuse_tokens(tokens: Tensor, shape: tuple[int, int], num_extra: int = 0) ->
 def are_counts(numbers: Iterable[Any], least: int = 0) -> bool:
     """Whether all are integers, and none is less than the least."""
     return all(type(number) is int and number >= least for number in numbers)
+
+
+def decision_of(router: nn.Module, options: int, shape: tuple[int, int], num_extra: int) -> tuple[Tensor, int]:
+    """The bias that a router chooses with, and most queries of an image's patches, -1 if each region decides alone.
+
+    Raises:
+        Refusal: for a price or a share that cannot be read.
+    """
+    price, share = router.price, router.share
+    if share is not None:
+        if type(share) is not float or not 0 <= share <= 1:
+            raise Refusal(f'router.share={share!r} is no number from 0 to 1')
+        return router.bias, max(queries_within(share, shape, num_extra) - num_extra, 0)
+    if price is None:
+        return router.bias, -1
+    reason = refuse_rows(price, 'router.price')
+    if reason is not None or price.shape != (options, ):
+        raise Refusal(reason or f'router.price has the shape {tuple(price.shape)}, not {(options, )}')
+    return router.bias - price, -1
 
 
 class Prepared:

@@ -18,7 +18,8 @@ from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock
 from ..models.replaceable import Refused
 from ..models.stage import Stage, run_blocks
 from .library import Block, Map, Number, call, runs
-from .prepared import Cache, Prepared, Refusal, refuse_context, refuse_tensor, refuse_tokens, refuse_watched_tokens
+from .prepared import (Cache, Prepared, Refusal, decision_of, refuse_context, refuse_tensor, refuse_tokens,
+                       refuse_watched_tokens)
 
 _cache = Cache()
 
@@ -184,19 +185,23 @@ def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: i
         return Refused(reason)
     try:
         layers = layers_of(stage, tokens, shape, start, stop)
+        rules = [encoder and decision_of(encoder.router, prepared.struct.num_options, shape, stage.num_extra)
+                 for _, encoder, prepared in layers]
     except Refusal as refusal:
         return Refused(str(refusal))
     images, extra, half, address = len(tokens), stage.num_extra, computes_in_half(), tokens.data_ptr()
     if extra and any(layer.prepared.struct.sr_ratio > 1 for layer in layers):
         return Refused('there are extra tokens, which the kernel does not put beside keys of patches')
     blocks, decisions, kept = (Block * len(layers))(*(layer.prepared.struct for layer in layers)), [], []
-    for struct, (_, encoder, prepared) in zip(blocks, layers):
+    for struct, (_, encoder, prepared), rule in zip(blocks, layers, rules):
         queries, choice = torch.empty(images, dtype=torch.long, device='cpu'), None
         struct.tokens, struct.lengths = address, queries.data_ptr()
         struct.is_bfloat16 = half and struct.dim % 2 == struct.hidden % 2 == 0
         if encoder is not None:
             choice = torch.empty(images, *grid(prepared.region, shape), dtype=torch.long, device='cpu')
             struct.chosen = choice.data_ptr()
+            bias, struct.budget = rule
+            struct.router_bias = bias.data_ptr()
             if encoder.forced is not None:
                 kept.append(choice)
                 choice = encoder.forced.expand(images, -1, -1).contiguous()

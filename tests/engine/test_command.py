@@ -92,7 +92,8 @@ def main():
 
 main()
 ''')
-    tool = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    tool = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also below a job that ignores it
     assert tool.stdout.readline() == 'begun\n'
     time.sleep(0.1)
     tool.send_signal(signal.SIGINT)

@@ -13,8 +13,6 @@ from mmdyn.kernels.accelerators import mmcv_sampling, varlen_attention
 from mmdyn.models.layers import deformable_sampling, packed_attention
 from mmdyn.models.replaceable import Refused
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-
 
 @pytest.fixture
 def varlen_attn(monkeypatch):
@@ -56,7 +54,7 @@ def test_attention_on_cpus_is_plain():
     )
 
 
-@needs_gpu
+@pytest.mark.cuda
 def test_attention_on_a_gpu_that_is_plain(monkeypatch):
     query, (key, value) = torch.randn(5, 2, 8).half().cuda(), torch.randn(2, 2, 2, 6, 8).half().cuda()
     assert 'torch.float32 on cuda' in why_not(packed_attention, query.float(), key.float(), value.float(), [2, 3])
@@ -67,7 +65,7 @@ def test_attention_on_a_gpu_that_is_plain(monkeypatch):
     )
 
 
-@needs_gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('lengths', [[40, 1, 23], [0, 50, 0], [30, 30, 30], [0, 0, 0]])
 def test_packed_attention_on_a_gpu(lengths, dtype):
@@ -190,14 +188,14 @@ def test_sampling_on_cpus_is_not_mmcvs():
     assert why_not(deformable_sampling, *arguments, (5, 7), [3, 3]).startswith('the values are on the CPU')
 
 
-@needs_gpu
+@pytest.mark.cuda
 def test_no_queries_on_a_gpu():
     arguments = [x.detach().float().cuda() for x in inputs((5, 7), [0, 0], 2, 4)]
     assert why_not(deformable_sampling, *arguments, (5, 7), [0, 0]) == 'there are no queries'
     assert deformable_sampling(*arguments, (5, 7), [0, 0]).shape == (0, 6)
 
 
-@needs_gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize('shape, lengths, heads, num_points', LAYOUTS)
 def test_mmcvs_operator_on_a_gpu(shape, lengths, heads, num_points):
     arguments = [x.detach().float().cuda().requires_grad_() for x in inputs(shape, lengths, heads, num_points, dim=4)]

@@ -129,6 +129,7 @@ def a_stage(r: random.Random) -> dict:
     for encoder in dge:
         with torch.no_grad():
             encoder.router.weight.normal_(std=2.0)
+        give_budget(r, encoder.router)
         if r.random() < 0.2:
             rows, columns = (-(-side // encoder.region) for side in shape)
             encoder.forced = torch.randint(len(encoder.granularities), (rows, columns))
@@ -137,14 +138,24 @@ def a_stage(r: random.Random) -> dict:
     return dict(stage=stage_of, tokens=tokens, shape=shape, **bounds)
 
 
+def give_budget(r: random.Random, router: Router) -> None:
+    """Let some routers choose at a price, and others within a budget."""
+    kind = r.random()
+    if kind < 0.2:
+        router.price = torch.randn(len(router.bias))
+    elif kind < 0.4:
+        router.share = r.random()
+
+
 def a_choice(r: random.Random) -> dict:
     dim, shape, extra = r.randint(1, 70), a_map(r), r.choice([0, 0, 1, 2])
-    router = randomize(Router(dim, range(1, r.randint(2, 5))))
+    router, region = randomize(Router(dim, r.choice([(1, 2, 3), (1, 2), (0, 1), (1,), (0, 2, 6)]))), r.randint(1, 6)
+    give_budget(r, router)
     return dict(
         router=router,
         tokens=torch.randn(r.randint(1, 4), extra + math.prod(shape), dim),
         shape=shape,
-        region=r.randint(1, 6),
+        region=region,
         num_extra=extra,
     )
 
@@ -440,11 +451,18 @@ def plain_outcome(kernel: Any, arguments: dict, contexts: list) -> tuple[Outcome
         if kernel in f.kernels
     )
     logits: list[Tensor] = []
+
+    def watch(router: Router, args: Any, out: Tensor) -> None:
+        # What is chosen within a budget depends on all regions, and a rounding error on others than its own.
+        logits.append(
+            torch.zeros_like(out) if router.share is not None else out if router.price is None else out - router.price
+        )
+
     for value in arguments.values():
         if isinstance(value, nn.Module):
             for module in value.modules():
                 if isinstance(module, Router):
-                    module.register_forward_hook(lambda m, args, out: logits.append(out))
+                    module.register_forward_hook(watch)
     with torch.backends.mkldnn.flags(enabled=False):  # all kernels refuse then
         return outcome(function, arguments, contexts), logits
 

@@ -76,7 +76,7 @@ def test_classification(run, trained, tmp_path, dtype):
     assert list(rows) == ['dense', 'DGE trained', 'DGE finest', 'timm']
     # One region of 4 x 4 cells, and the class token.
     assert rows['DGE trained']['query_ratio'] == pytest.approx(2 / 17)
-    assert 1e-4 < rows['timm']['max_difference'] < 0.1
+    assert rows['timm']['max_difference'] < 0.1  # 0 where both are torch's own operators
     assert all(f'| {case} ' in printed.out for case in rows)
     assert all((tmp_path / 'out' / name).stat().st_size for name in ('benchmark.md', 'benchmark.png'))
 

@@ -9,6 +9,8 @@ typedef struct {
     int64_t size, keys, queries; /* tokens of an image, keys of an image, queries of all images */
     float *kv;      /* (images, keys, 2, dim), or the values of deformable attention, (images, size, dim) */
     float *scores;  /* the router's of all tokens, (num_options, images, size); 0 if not all are in patches of keys */
+    float *logits;  /* (images, regions, num_options) if they share a budget, otherwise 0 */
+    Step *steps;    /* room for them */
     Patch *patches; /* the queries', or 0 if they are the tokens */
     int64_t *ends;  /* where the queries of each image end */
 } Encoding;

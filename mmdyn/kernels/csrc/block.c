@@ -169,6 +169,11 @@ static Encoding begin(const Block *b, Workspace *w) {
     e.kv = allocate(w, images * (b->points ? size : 2 * keys) * b->dim);
     int is_covered = b->map.height % b->sr_ratio == 0 && b->map.width % b->sr_ratio == 0;
     if (b->router.weight && is_covered) e.scores = allocate(w, e.queries * b->num_options);
+    if (b->router.weight && b->budget >= 0) {
+        int64_t options = images * count_regions(&b->map) * b->num_options;
+        e.logits = allocate(w, options);
+        e.steps = allocate(w, 2 * options * (int64_t)(sizeof(Step) / sizeof(float)));
+    }
     if (b->map.choice) e.patches = allocate(w, e.queries * (int64_t)(sizeof(Patch) / sizeof(float)));
     e.ends = allocate(w, images * (int64_t)(sizeof(int64_t) / sizeof(float)));
     if (b->is_bfloat16) {
@@ -185,8 +190,9 @@ static void write_choice(const Encoding *e) {
     const Block *b = &e->block;
     Map map = b->map;
     map.channels = b->dim, map.choice = b->chosen;
-    if (e->scores) choose_by_scores(&map, e->scores, b->router.bias, b->num_options);
-    else choose(&map, b->tokens, b->router.weight, b->router.bias, b->num_options);
+    if (e->scores) choose_by_scores(&map, e->scores, b->router.bias, b->num_options, e->logits);
+    else choose(&map, b->tokens, b->router.weight, b->router.bias, b->num_options, e->logits);
+    if (e->logits) choose_within(&map, e->logits, b->granularities, b->num_options, b->budget, e->steps);
 }
 
 static void encode_block(const Block *b, float *workspace) {

@@ -16,6 +16,7 @@ typedef struct {
     const int64_t *granularities;
     Parameters router;            /* of num_options granularities; no weight if none is asked */
     int64_t num_options, *chosen; /* what the router chose: the map's choice, or not, if that is forced */
+    int64_t budget;               /* most queries of an image's patches; less than 0 if each region decides alone */
     int64_t *lengths;             /* queries of each image, which are written */
 } Block;
 

@@ -7,13 +7,15 @@
 #include <stddef.h>
 
 /* Of the arguments and structs of all functions; kernels/library.py has the same. */
-enum { VERSION = 2 };
+enum { VERSION = 3 };
 
 /* The version, then the size of each struct and where its last field begins. The caller must have the same. */
 EXPORT void layout(int64_t *numbers) {
     const int64_t all[] = {VERSION,
                            sizeof(Map),
                            offsetof(Map, choice),
+                           sizeof(Step),
+                           offsetof(Step, option),
                            sizeof(Sampling),
                            offsetof(Sampling, channels),
                            sizeof(Block),

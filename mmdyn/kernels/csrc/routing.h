@@ -15,11 +15,26 @@ typedef struct {
     int32_t rows, columns;
 } Patch;
 
-/* Write the choice: the option with the greatest logit of each region's mean. Weights are (options, channels). */
-EXPORT void choose(const Map *map, const float *tokens, const float *weight, const float *bias, int64_t options);
+/* A step of a region from the option before it to one of more queries. A smaller key is a better step. */
+typedef struct {
+    uint32_t key;
+    int32_t region, option;
+} Step;
+
+int64_t count_regions(const Map *map);
+
+/* Write the choice: the option with the greatest logit of each region's mean. Weights are (options, channels). With room
+ * for logits, (images, regions, options), these are written in its place. */
+EXPORT void choose(const Map *map, const float *tokens, const float *weight, const float *bias, int64_t options,
+                   float *logits);
 
 /* The same, when the products of the weights with each token are known, (options, images, num_extra + height * width). */
-void choose_by_scores(const Map *map, const float *scores, const float *bias, int64_t options);
+void choose_by_scores(const Map *map, const float *scores, const float *bias, int64_t options, float *logits);
+
+/* Write the choice of the greatest logits less a price of each query, the least of each image with which its regions make
+ * no more queries than the budget. There is room for 2 * images * regions * options steps. */
+EXPORT void choose_within(const Map *map, const float *logits, const int64_t *granularities, int64_t options,
+                          int64_t budget, Step *steps);
 
 /* Write the patches of all images' queries, and how many each image has. An image's extra tokens come first, then the
  * patches of region after region. Granularity 0 skips the region. */

@@ -1,6 +1,8 @@
 """What the dynamic backbones share: frozen parts, initialisation, and the account of what they spent."""
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.model import BaseModule
@@ -8,9 +10,11 @@ from torch import Tensor, nn
 
 from ..cost import BackboneCost, CostMeter, stage_cost
 from ..dge import DynamicGrainedEncoder
+from ..dge.prices import Prices
 from ..layers import DeformableAttention, EncoderBlock
 from ..stage import Stage
 from ..thread_local import ThreadLocal
+from .budget import check_budget, check_layers, decide_by, dynamic_layers, prices_of_layers, shares_of_layers
 from .checkpoint import fit_checkpoint, note_grids
 
 
@@ -98,9 +102,66 @@ class DynamicBackbone(BaseModule):
 
     def ratio_bounds(self) -> tuple[float, float]:
         """Least and greatest query ratio that the granularities allow on images of ``img_size``."""
-        least = self._cost_of(self.stage_shapes, lambda encoder, bounds: bounds[:1])
-        most = self._cost_of(self.stage_shapes, lambda encoder, bounds: bounds[1:])
-        return least.query_ratio.item(), most.query_ratio.item()
+        layers = dynamic_layers(self)
+        if not layers:
+            return 1., 1.
+        dense = sum(cost.per_query * cost.dense_queries for cost, _ in layers)
+        least, most = (sum(cost.per_query * bounds[i] for cost, bounds in layers) / dense for i in range(2))
+        return least, most
+
+    def set_budget(
+        self,
+        budget: float | None = None,
+        mode: str = 'exact',
+        prices: Prices | Mapping[str, Any] | str | Path | None = None,
+    ) -> None:
+        """Spend a budget in inference, whatever the routers were trained for; training is as before.
+
+        ``'average'`` lowers logits by the price that made the budget on the images it was measured on. Easy images
+        spend less, others more. It costs no time.
+
+        ``'exact'`` lets all images spend the same. Each layer has a share of the budget, fixed before the pass, because
+        layers decide one after another: none can know what those behind it need. In a layer, each image's own price
+        makes it spend its share, and never more; less by fewer queries than one step of a region would take. With
+        ``prices``, a layer's share is what it spent on average at that budget; without, all layers have an equal share,
+        as far as their granularities allow on images of ``img_size``, which costs accuracy if the routers wanted
+        different ones. On images of other sizes a layer's share is the same; where the granularities cannot keep it,
+        as on tiny maps, it spends its least.
+
+        Args:
+            budget: query ratio beta of eq. 7; None lets the routers decide.
+            mode: ``'exact'`` or ``'average'``.
+            prices: what tools/analysis_tools/sweep_budget.py measured, or its file. Necessary for ``'average'``.
+
+        Raises:
+            ValueError: for a backbone without DGE, a budget that its granularities or the prices do not reach, an exact
+                one with a routing by layer, or an average one without prices.
+        """
+        if budget is None:
+            decide_by(self)
+            return
+        check_budget(self, budget, mode)
+        table = None if prices is None else Prices.read(prices)
+        if mode == 'average':
+            if table is None:
+                raise ValueError("An average budget needs prices that were measured: give prices='prices.json', which "
+                                 "tools/analysis_tools/sweep_budget.py writes, or choose the mode 'exact'.")
+            check_layers(self, table)
+            self.set_price(table.at(budget)[0])
+        else:
+            decide_by(self, shares=shares_of_layers(self, budget, table))
+
+    def set_price(self, price: float | None) -> None:
+        """Lower the logits in inference by a price for each query; what is spent on average has to be measured.
+
+        Args:
+            price: lambda, of a query of a layer whose complexity C^l is the mean of the dynamic layers'. A query of
+                another layer costs in proportion to its C^l on images of ``img_size``. None lets the routers decide.
+
+        Raises:
+            ValueError: for a backbone without DGE.
+        """
+        decide_by(self, prices=None if price is None else prices_of_layers(self, price))
 
     def _cost_of(self, shapes: list[tuple[int, int]], queries_of: Callable) -> BackboneCost:
         """Cost of maps of these shapes; ``queries_of`` takes an encoder or None, and its least and greatest number."""

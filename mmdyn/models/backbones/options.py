@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from ..dge import DynamicGrainedEncoder
 
+# Options of dge that are no encoder's, and what DynamicBackbone.set_budget calls them.
+BUDGET_OPTIONS = dict(test_budget='budget', budget_mode='mode', prices='prices')
 OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap', 'raw')
 
 
@@ -44,7 +46,7 @@ def dge_of_stages(dge: dict | None, depths: dict[str, int]) -> list[dict | None]
     """Split the ``dge`` option.
 
     ``granularities`` may be one set for all stages or a sequence of one for each. ``dense_layers`` are names of blocks
-    or stages, as logs have them.
+    or stages, as logs have them. What it says of a budget is left out, see :func:`budget_of`.
 
     Args:
         dge: the option.
@@ -59,9 +61,10 @@ def dge_of_stages(dge: dict | None, depths: dict[str, int]) -> list[dict | None]
     if not isinstance(dge, dict):
         raise TypeError(f'dge={dge!r}: give None for the dense model, or a dict, e.g. dict(granularities=(1, 2, 4)).')
     allowed = set(inspect.signature(DynamicGrainedEncoder).parameters) - {'dim'} | {'dense_layers'}
-    unknown = set(dge) - allowed
+    unknown = set(dge) - allowed - set(BUDGET_OPTIONS)
     if unknown:
-        raise ValueError(f'dge has no option {sorted(unknown)}: it takes {sorted(allowed)}.')
+        raise ValueError(f'dge has no option {sorted(unknown)}: it takes {sorted(allowed | set(BUDGET_OPTIONS))}.')
+    dge = {name: value for name, value in dge.items() if name in allowed}
     sets = dge.get('granularities', (1, 2, 4))
     if not isinstance(sets, (tuple, list)) or not sets or not isinstance(sets[0], (tuple, list)):
         sets = [sets] * num_stages
@@ -87,3 +90,8 @@ def dense_layers(names: Sequence[str], depths: dict[str, int]) -> list[list[int]
     if sum(map(len, dense)) == len(everything):
         raise ValueError(f'dge dense_layers={names!r} leave no layer dynamic: write dge=None for the dense model.')
     return dense
+
+
+def budget_of(dge: dict | None) -> dict:
+    """What the ``dge`` option says of a budget, as arguments of :meth:`DynamicBackbone.set_budget`."""
+    return {name: dge[option] for option, name in BUDGET_OPTIONS.items() if option in (dge or {})}

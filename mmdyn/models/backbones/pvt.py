@@ -9,7 +9,7 @@ from ..layers import (Attention, EncoderBlock, PatchEmbed, Positions, position_e
                       to_maps)
 from ..stage import run_blocks
 from .base import DynamicBackbone, make_blocks
-from .options import OUT_TYPES, choose_arch, choose_out_indices, dge_of_stages, image_sides
+from .options import OUT_TYPES, budget_of, choose_arch, choose_out_indices, dge_of_stages, image_sides
 
 _COMMON = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
 ARCHS = {
@@ -69,7 +69,9 @@ class PVT(DynamicBackbone):
         in_channels: channels of the images.
         patch_size: stride of the first stage; the others halve the resolution.
         dge: None for the dense model, or a dict of the options of
-            :class:`~mmdyn.models.dge.DynamicGrainedEncoder`, e.g. ``dict(granularities=(1, 2, 4))``.
+            :class:`~mmdyn.models.dge.DynamicGrainedEncoder`, e.g. ``dict(granularities=(1, 2, 4))``. ``test_budget``,
+            ``budget_mode`` and ``prices`` set a budget for inference, see
+            :meth:`~mmdyn.models.backbones.base.DynamicBackbone.set_budget`.
             ``dense_layers=('stages.0', 'stages.1.blocks.0')`` names those that stay dense.
         out_type: ``'featmap'`` returns the (B, C, h, w) maps of the stages ``out_indices``. The others add a final
             norm and return the last stage's class token (B, C) for ``'cls_token'``, mean (B, C) of all its tokens for
@@ -146,6 +148,7 @@ class PVT(DynamicBackbone):
         if out_type != 'featmap':
             self.norm = nn.LayerNorm(dims[-1], norm_eps)
         self.freeze()
+        self.set_budget(**budget_of(dge))
 
     def make_attention(self, stage: dict, norm_eps: float) -> nn.Module:
         """The attention layer of a block, from the numbers that ``arch`` has for its stage."""

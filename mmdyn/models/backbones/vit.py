@@ -8,7 +8,7 @@ from ..layers import (Attention, ConvStem, EncoderBlock, PatchEmbed, position_em
                       to_maps)
 from ..stage import run_blocks
 from .base import DynamicBackbone, make_blocks
-from .options import OUT_TYPES, choose_arch, choose_out_indices, dge_of_stages, image_sides
+from .options import OUT_TYPES, budget_of, choose_arch, choose_out_indices, dge_of_stages, image_sides
 
 DEIT = {
     'tiny': dict(embed_dim=192, depth=12, num_heads=3, mlp_ratio=4),
@@ -79,6 +79,7 @@ class PlainViT(DynamicBackbone):
         make_blocks(self, blocks, dim, dge_of_stages(dge, {'': depth})[0])
         self.norm = nn.LayerNorm(dim, norm_eps)
         self.freeze()
+        self.set_budget(**budget_of(dge))
 
     @property
     def stage_shapes(self) -> list[tuple[int, int]]:

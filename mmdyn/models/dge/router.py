@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..replaceable import replaceable
-from .routing import pool
+from .budget import choose_within, queries_within
+from .routing import count_patches, pool
 
 
 class Router(nn.Module):
@@ -19,17 +20,24 @@ class Router(nn.Module):
     Args:
         dim: channels.
         granularities: the K sides of patches.
+
+    Attributes:
+        price: (K,) what each granularity's logit is lowered by when a choice is made in inference, or None.
+        share: share of the dense block's queries that each image gets in inference, or None: the router decides.
     """
+    price: Tensor | None
 
     def __init__(self, dim: int, granularities: Sequence[int]):
         super().__init__()
-        num = len(granularities)
+        self.granularities, num = tuple(granularities), len(granularities)
         self.weight = nn.Parameter(torch.empty(num, dim))
         self.bias = nn.Parameter(torch.empty(num))
         nn.init.normal_(self.weight, std=0.01)
         nn.init.constant_(self.bias, math.log(0.05 / max(num - 1, 1)))
         finest = next(k for k, phi in enumerate(granularities) if phi)
         nn.init.constant_(self.bias[finest:finest + 1], math.log(0.95))
+        self.register_buffer('price', None, persistent=False)
+        self.share: float | None = None
 
     def forward(self, regions: Tensor) -> Tensor:
         """(..., C) means of regions -> (..., K) logits."""
@@ -39,8 +47,16 @@ class Router(nn.Module):
 
 @replaceable
 def choose(router: Router, tokens: Tensor, shape: tuple[int, int], region: int, num_extra: int) -> Tensor:
-    """The granularity of the greatest logit of each region: (B, E + H*W, C) -> (B, rows, columns) indices."""
-    return router(pool(tokens, shape, region, num_extra)).argmax(-1)
+    """The granularity of the greatest logit of each region: (B, E + H*W, C) -> (B, rows, columns) indices.
+
+    The router's price lowers the logits. Its share decides for all regions of an image together.
+    """
+    logits = router(pool(tokens, shape, region, num_extra))
+    if router.share is None:
+        return (logits if router.price is None else logits - router.price).argmax(-1)
+    patches = count_patches(shape, router.granularities, region, logits.device)
+    budget = queries_within(router.share, shape, num_extra) - num_extra
+    return choose_within(logits, router.granularities, patches, budget)
 
 
 def straight_through_gates(logits: Tensor, tau: float, choice: Tensor | None = None) -> tuple[Tensor, Tensor]:

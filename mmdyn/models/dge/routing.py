@@ -46,8 +46,8 @@ def count_patches(shape: tuple[int, int], granularities: Sequence[int], region: 
     """Queries that each granularity makes of each region: (rows, columns, K)."""
     counts = torch.zeros(*grid(region, shape), len(granularities), dtype=torch.long, device='cpu')
     for k, phi in enumerate(granularities):
-        if phi:  # along each axis, the patches that begin in a region
-            rows, columns = (torch.arange(0, side, phi, device='cpu').div(region, rounding_mode='floor').bincount()
+        if phi:
+            rows, columns = (torch.arange(side, 0, -region, device='cpu').clamp(max=region).add(phi - 1) // phi
                              for side in shape)
             counts[..., k] = rows[:, None] * columns
     return counts.to(device, non_blocking=True)

@@ -42,10 +42,7 @@ def test_unfit_shapes(name, options, message, make_backbone):
 @pytest.mark.parametrize(
     'options, message',
     [
-        (
-            dict(dge=dict(granularity=(1, 2))),
-            r"dge has no option \['granularity'\]: it takes \['dense_layers', 'granularities', 'reg",
-        ),
+        (dict(dge=dict(granularity=(1, 2))), r"dge has no option \['granularity'\]: it takes \['budget_mode', 'dens"),
         (dict(dge=dict(dim=3)), r"dge has no option \['dim'\]"),
         (dict(dge=dict(granularities=((1, 2),) * 7)), r'are 7 sets for \d stages?: give one for each stage, or one'),
         (dict(dge=dict(granularities=())), 'leave no query: give at least one side greater than 0'),

@@ -1,0 +1,146 @@
+"""What a checkpoint reaches at which budget: prices of queries that make it, accuracy, multiply-adds and time."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.evaluator import Evaluator
+from torch import nn
+
+from ..models.backbones.base import DynamicBackbone, find_backbones
+from ..models.cost import CostMeter
+from ..models.dge.prices import Prices
+from .latency import synchronise
+
+# The first price that is tried, the factor to the next, and the last.
+FIRST, FACTOR, LAST = 0.01, 4.0, 1e5
+
+
+class Spent(NamedTuple):
+    """What images spent on average.
+
+    Attributes:
+        query_ratio: beta of eq. 7.
+        layers: query ratio of each dynamic layer, by its name.
+        macs: multiply-adds of the backbone for an image, in all its forward passes.
+    """
+
+    query_ratio: float
+    layers: dict[str, float]
+    macs: float
+
+
+def dynamic_backbone(model: nn.Module) -> DynamicBackbone:
+    """The backbone with DGE of a model.
+
+    Raises:
+        ValueError: if it has none, or several.
+    """
+    found = [backbone for backbone in find_backbones(model) if backbone.has_dge]
+    if len(found) != 1:
+        raise ValueError(
+            f'The model has {len(found)} backbones with DGE: give the config of one that has one, e.g. '
+            'mmdyn.PVT with dge=dict(granularities=(1, 2, 4)).'
+        )
+    return found[0]
+
+
+def average(meter: CostMeter, images: int) -> Spent:
+    """What the forward passes since the last call spent, on so many images."""
+    costs = meter.take()
+    ratio, macs, layers = torch.cat([cost.query_ratio for cost in costs]), sum(cost.spent.sum() for cost in costs), {}
+    for cost in costs:
+        for layer in cost.layers:
+            if layer.dynamic:
+                layers.setdefault(layer.name, []).append(layer.query_ratio)
+    return Spent(
+        ratio.double().mean().item(),
+        {name: torch.cat(of_layer).double().mean().item() for name, of_layer in layers.items()},
+        (macs / images).item(),
+    )
+
+
+def spend(model: nn.Module, batches: Iterable[Any], most: int) -> Spent:
+    """What a model spends on the first images, at least ``most`` of them if there are so many."""
+    meter, images = CostMeter(training=False, backbones=[dynamic_backbone(model)]), 0
+    for batch in batches:
+        with torch.inference_mode():
+            images += len(model.test_step(batch))
+        if images >= most:
+            break
+    return average(meter, images)
+
+
+def calibrate(
+    measure: Callable[[float], Spent], budgets: Sequence[float], tolerance: float = 2e-3, tries: int = 12
+) -> Prices:
+    """Find the prices at which a model spends some budgets on average.
+
+    Args:
+        measure: what the model spends at a price.
+        budgets: query ratios.
+        tolerance: of the query ratio. Layers that choose one granularity for all regions make the ratio jump, and then
+            no price may meet a budget so closely.
+        tries: prices that are tried for each budget, beside those that are tried to find out how they relate.
+
+    Returns:
+        All that was measured.
+    """
+    found: dict[float, Spent] = {}
+
+    def ratio(price: float) -> float:
+        if price not in found:
+            found[price] = measure(price)
+        return found[price].query_ratio
+
+    ratio(0.0)
+    for sign, wanted in ((1, min(budgets)), (-1, max(budgets))):
+        price = FIRST
+        while sign * (ratio(sign * price) - wanted) > tolerance and price < LAST:
+            price *= FACTOR
+    for budget in budgets:
+        for attempt in range(tries):
+            if min(abs(spent.query_ratio - budget) for spent in found.values()) <= tolerance:
+                break
+            above = max((price for price in found if ratio(price) > budget), default=min(found))
+            below = min((price for price in found if ratio(price) < budget and price > above), default=max(found))
+            part, gap = 0.5, ratio(above) - ratio(below)
+            if attempt % 2 == 0 and gap > 0:
+                part = min(max((ratio(above) - budget) / gap, 0.05), 0.95)
+            ratio(above + part * (below - above))
+    points = sorted(found.items(), key=lambda point: (point[1].query_ratio, -point[0]))
+    return Prices(
+        [price for price, _ in points],
+        [spent.query_ratio for _, spent in points],
+        {name: [spent.layers[name] for _, spent in points] for name in points[0][1].layers},
+    )
+
+
+def evaluate(model: nn.Module, batches: Iterable[Any], evaluator: Evaluator) -> dict[str, float]:
+    """Accuracy and cost of a model.
+
+    Returns:
+        ``query_ratio``; ``gflops``, multiply-adds of the backbone for an image in 1e9; ``milliseconds`` of the whole
+        model for an image, the median of the batches behind the first; and the numbers that the evaluator finds.
+    """
+    backbone, seconds, images = dynamic_backbone(model), [], 0
+    meter, device = CostMeter(training=False, backbones=[backbone]), next(model.parameters()).device
+    for batch in batches:
+        synchronise(device)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            samples = model.test_step(batch)
+        synchronise(device)
+        seconds.append((time.perf_counter() - start) / len(samples))
+        images += len(samples)
+        evaluator.process(data_samples=samples, data_batch=batch)
+    spent = average(meter, images)
+    metrics = {name: float(value) for name, value in evaluator.evaluate(images).items() if not isinstance(value, str)}
+    return dict(
+        query_ratio=spent.query_ratio,
+        gflops=spent.macs / 1e9,
+        milliseconds=1e3 * statistics.median(seconds[1:] or seconds),
+        **metrics,
+    )

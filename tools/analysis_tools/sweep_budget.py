@@ -1,0 +1,168 @@
+"""One checkpoint, every budget: accuracy over multiply-adds and over time.
+
+A price of queries moves a router's decisions to any budget, without training. This finds the prices of some budgets on
+the first images of the config's test set (without their labels), and tests the checkpoint at each. Writes the prices,
+prices.json for dge=dict(test_budget=0.4, prices=...), and sweep.json, sweep.csv and sweep.png.
+
+Modes: `average` has one price for all images. With `exact` all images spend the same, each layer what it spends on
+average at that budget. With `equal` they do, and all layers have an equal share. A line `router` is what the routers
+decide by themselves.
+"""
+
+import argparse
+import csv
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from mmengine.config import DictAction
+from mmengine.runner import Runner
+
+import mmdyn  # noqa: F401
+from mmdyn.analysis.budget import calibrate, dynamic_backbone, evaluate, spend
+from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
+from mmdyn.engine.launch import build_runner
+from mmdyn.evaluation import DynamicFLOPs
+
+BUDGETS = [round(0.1 * tenth, 1) for tenth in range(2, 11)]
+MODES = ('average', 'exact', 'equal')
+COLUMNS = ('checkpoint', 'mode', 'budget', 'query_ratio', 'gflops', 'milliseconds')
+
+
+def budgets_of(backbone, given: list[float] | None) -> list[float]:
+    """The budgets that were asked, or those of the default that the granularities reach."""
+    least, most = backbone.ratio_bounds()
+    return sorted(given or [budget for budget in BUDGETS if least <= budget <= most + 1e-6])
+
+
+def modes_of(backbone, given: list[str] | None) -> list[str]:
+    """The modes that were asked, or all that the model has."""
+    by_layer = any(getattr(module, 'routing', 'region') == 'layer' for module in backbone.modules())
+    return given or [mode for mode in MODES if mode == 'average' or not by_layer]
+
+
+def sweep(runner: Runner, args: argparse.Namespace, checkpoint: str, prices_file: Path) -> list[dict]:
+    """Calibrate and test one checkpoint."""
+    runner.load_checkpoint(checkpoint, map_location='cpu')
+    model, loop = runner.model.eval(), runner.test_loop
+    backbone = dynamic_backbone(model)
+    # It would count the passes of the calibration too, and take time; what it tells is in the rows already.
+    loop.evaluator.metrics = [metric for metric in loop.evaluator.metrics if not isinstance(metric, DynamicFLOPs)]
+    budgets, modes = budgets_of(backbone, args.budgets), modes_of(backbone, args.modes)
+    if set(modes) - {'average'}:
+        for budget in budgets:  # to say what is wrong before the work
+            backbone.set_budget(budget)
+
+    def at_price(price: float):
+        backbone.set_price(price)
+        return spend(model, loop.dataloader, args.images)
+
+    prices = calibrate(at_price, budgets)
+    prices_file.write_text(json.dumps(dict(prices._asdict(), checkpoint=Path(checkpoint).name, images=args.images)))
+    settings = {
+        'average': partial(backbone.set_budget, mode='average', prices=prices),
+        'exact': partial(backbone.set_budget, mode='exact', prices=prices),
+        'equal': partial(backbone.set_budget, mode='exact'),
+    }
+    rows = []
+    for mode, budget in [('router', None), *((mode, budget) for mode in modes for budget in budgets)]:
+        settings.get(mode, backbone.set_budget)(budget)
+        found = evaluate(model, loop.dataloader, loop.evaluator)
+        rows.append(dict(checkpoint=Path(checkpoint).stem, mode=mode, budget=budget, **found))
+        metric_of(rows, args.metric)
+    return rows
+
+
+def metric_of(rows: list[dict], asked: str | None) -> str:
+    """The metric to show: the first that the evaluator found, or the one that was asked."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in COLUMNS]
+    if not names:
+        raise ValueError('The test evaluator found nothing to show: does the model predict anything?')
+    if asked and asked not in names:
+        raise ValueError(f'The test evaluator has no metric {asked}: choose from {names}.')
+    return asked or names[0]
+
+
+def line(row: dict, metric: str) -> str:
+    """A row as a line of the table."""
+    budget = '' if row['budget'] is None else f'{row["budget"]:g}'
+    return (
+        f'{row["checkpoint"][:19]:20}{row["mode"]:>10}{budget:>8}{row["query_ratio"]:9.3f}{row["gflops"]:10.4g}'
+        f'{row["milliseconds"]:9.3g}  {row.get(metric, math.nan):.4g}'
+    )
+
+
+def draw(rows: list[dict], metric: str, path: Path) -> None:
+    """Plot accuracy over multiply-adds and over time, a curve for each checkpoint and mode."""
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    for axes, name, label in zip(
+        figure.subplots(1, 2, sharey=True),
+        ('gflops', 'milliseconds'),
+        ('multiply-adds of the backbone (G)', 'time of the model for an image (ms)'),
+    ):
+        for checkpoint, mode in dict.fromkeys((row['checkpoint'], row['mode']) for row in rows):
+            points = [
+                (row[name], row.get(metric, math.nan))
+                for row in rows
+                if (row['checkpoint'], row['mode']) == (checkpoint, mode)
+            ]
+            axes.plot(*zip(*points), '*' if mode == 'router' else '.-', label=f'{checkpoint}, {mode}')
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel=metric)
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+@command
+@only_results
+def main() -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint', nargs='+', help='one or more, whose curves are drawn together')
+    parser.add_argument(
+        '--budgets', nargs='+', type=float, help='query ratios (default: 0.2, 0.3, ..., 1, if reachable)'
+    )
+    parser.add_argument('--modes', nargs='+', choices=MODES, help='default: all')
+    parser.add_argument('--images', type=int, default=256, help='that prices are measured on (default: 256)')
+    parser.add_argument('--metric', help='to show (default: the first that the evaluator finds)')
+    parser.add_argument('--out', help='folder of the results (default: work_dirs/<name of the config>/budget)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
+    args = parser.parse_args()
+
+    cfg = read_config(args.config, args.cfg_options)
+    for name in ('test_dataloader', 'test_evaluator'):
+        if cfg.get(name) is None:
+            raise ValueError(f'the config has no {name}, which tells what to test on.')
+    for checkpoint in args.checkpoint:
+        check_checkpoint(checkpoint)
+    if args.images < 1:
+        raise ValueError(f'--images {args.images}: give the number of images that prices are measured on, at least 1.')
+    out = output_folder(args.out or Path('work_dirs') / Path(args.config).stem / 'budget')
+    cfg.work_dir = str(out)
+    cfg.setdefault('test_cfg', {})
+    runner, rows = build_runner(cfg), []
+    for place, checkpoint in enumerate(args.checkpoint):
+        name = 'prices.json' if len(args.checkpoint) == 1 else f'prices_{place}_{Path(checkpoint).stem}.json'
+        rows += sweep(runner, args, checkpoint, out / name)
+
+    metric = metric_of(rows, args.metric)
+    (out / 'sweep.json').write_text(json.dumps(dict(images=args.images, metric=metric, rows=rows), indent=1))
+    with open(out / 'sweep.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, metric, out / 'sweep.png')
+    return '\n'.join(
+        [
+            f'{"checkpoint":20}{"mode":>10}{"budget":>8}{"queries":>9}{"G":>10}{"ms":>9}  {metric}',
+            *(line(row, metric) for row in rows),
+            f'prices, sweep.json, sweep.csv and sweep.png are in {out}',
+        ]
+    )
+
+
+if __name__ == '__main__':
+    main()
