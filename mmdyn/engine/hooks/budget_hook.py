@@ -13,7 +13,7 @@ from ..collapse import CollapseWatch, look
 from .loss_hook import LossHook
 
 SCHEDULES = 'constant', 'linear', 'cosine'
-ROUNDING = 1e-5  # of a model's query ratio, a sum of many float32
+ROUNDING = 1e-6  # of a query ratio, which is a sum over layers
 
 
 @HOOKS.register_module()

@@ -242,11 +242,10 @@ def test_budget_that_the_granularities_cannot_reach(granularities, budget):
 
 
 def test_the_dense_model_is_within_reach_whatever_its_depth():
-    """The sum of the layers' shares may be less than 1 by a rounding error."""
+    """The sum of the layers' shares may differ from 1 by a rounding error."""
     arch = dict(embed_dims=(32, 64, 128, 192), depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 6), mlp_ratios=(4, 4, 4, 4),
                 sr_ratios=(4, 2, 1, 1))
     model = classifier(arch=arch, img_size=128, dge=dict(granularities=((1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2))))
-    assert model.backbone.ratio_bounds()[1] < 1
     scheduled(model, 0, schedule='linear')
     scheduled(model, 0, budget=1.)
 
