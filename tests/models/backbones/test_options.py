@@ -129,3 +129,14 @@ def test_dense_layers_beside_frozen_ones(make_backbone):
     model = make_backbone('deit', dge=dict(dense_layers=['blocks.0']), frozen_stages=2).train()
     assert [encoder.router.weight.requires_grad for encoder in model.dge if encoder] == [False, True]
     assert [encoder.training for encoder in model.dge if encoder] == [False, True]
+
+
+def test_a_budget_in_inference_is_that_of_the_dynamic_layers(make_backbone):
+    model = make_backbone('pvt', dge=dict(granularities=(1, 2), dense_layers=['stages.0.blocks.0'], test_budget=0.5))
+    with torch.no_grad():
+        model.eval()(torch.randn(2, 3, 32, 32))
+    dense, *dynamic = model.cost.layers
+    assert (dense.query_ratio == 1).all() and all(layer.dynamic for layer in dynamic)
+    # A region of 2 x 2 cells has 4 queries or 1: one of 16 regions is 3 / 64 of a map's queries, one of 4 is 3 / 16.
+    torch.testing.assert_close(model.cost.query_ratio, torch.full((2,), 0.5), rtol=0, atol=3 / 16)
+    assert (model.cost.query_ratio <= 0.5 + 1e-6).all()
