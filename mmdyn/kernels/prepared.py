@@ -1,7 +1,7 @@
 """What a kernel must know of modules before it reads their memory: found out once, compared at each call.
 
-A layer is taken only if it is exactly of the type that the kernel knows, unchanged and without hooks, and its parameters
-only if type, shape and order are those that the kernel reads. All else is refused, in a sentence.
+A layer is taken only if it is exactly of the type that the kernel knows, unchanged and without hooks, and its
+parameters only if type, shape and order are those that the kernel reads. All else is refused, in a sentence.
 """
 import math
 from collections.abc import Callable, Iterable, Mapping

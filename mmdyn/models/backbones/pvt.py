@@ -86,8 +86,8 @@ class PVT(DynamicBackbone):
         norm_eps: epsilon of the blocks' norms and of the final one.
         embed_norm_eps: epsilon of the norms behind the patch embeddings and the spatial reductions: 1e-5 as the authors
             of PVT and of DGE have it, 1e-6 in mmdet's PVT.
-        init_cfg: initialisation; a ``Pretrained`` checkpoint may be of the dense or the dynamic model, of other sizes of
-            images, and have a class token or not.
+        init_cfg: initialisation; a ``Pretrained`` checkpoint may be of the dense or the dynamic model, of other sizes
+            of images, and have a class token or not.
     """
 
     archs: dict[str, dict] = ARCHS
