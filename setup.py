@@ -11,8 +11,10 @@ KERNELS = ROOT / 'mmdyn/kernels/csrc'
 
 # An older setuptools does not read pyproject.toml: it would install a package without a name, and say nothing.
 if int(setuptools.__version__.split('.')[0]) < 77 and 'build_ext' not in sys.argv:
-    sys.exit(f'mmdyn is built with setuptools>=77, but {setuptools.__version__} is installed here: let pip fetch the right '
-             'one for the build, without --no-build-isolation.')
+    sys.exit(
+        f'mmdyn is built with setuptools>=77, but {setuptools.__version__} is installed here: let pip fetch the right '
+        'one for the build, without --no-build-isolation.'
+    )
 
 
 class BuildWithMim(build_py):
@@ -41,9 +43,16 @@ class BuildWithMim(build_py):
 setup(
     # Without a compiler mmdyn runs the same in plain PyTorch.
     ext_modules=[
-        Extension('mmdyn.kernels._cpu', [str(path.relative_to(ROOT)) for path in sorted(KERNELS.glob('*.c'))],
-                  depends=[str(path.relative_to(ROOT)) for path in KERNELS.glob('*.h')],
-                  extra_compile_args=['-O3', '-fopenmp', '-fvisibility=hidden'],
-                  extra_link_args=['-fopenmp'], optional=True)
-    ] if KERNELS.is_dir() else [],
-    cmdclass=dict(build_py=BuildWithMim))
+        Extension(
+            'mmdyn.kernels._cpu',
+            [str(path.relative_to(ROOT)) for path in sorted(KERNELS.glob('*.c'))],
+            depends=[str(path.relative_to(ROOT)) for path in KERNELS.glob('*.h')],
+            extra_compile_args=['-O3', '-fopenmp', '-fvisibility=hidden'],
+            extra_link_args=['-fopenmp'],
+            optional=True,
+        )
+    ]
+    if KERNELS.is_dir()
+    else [],
+    cmdclass=dict(build_py=BuildWithMim),
+)

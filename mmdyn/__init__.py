@@ -3,6 +3,7 @@
 Importing the package checks the versions of its foundations, registers every class under the scope ``mmdyn``, and lets
 the kernels stand in for what they compute faster.
 """
+
 from importlib import import_module
 from importlib.util import find_spec
 

@@ -1,4 +1,5 @@
 """What tests of several modules share: seeds, small models, and the oracles to compare them with."""
+
 import inspect
 import subprocess
 import sys
@@ -18,16 +19,30 @@ from oracles import cfvit, dge, layers, vit
 torch.set_num_threads(1)
 
 BACKBONES = {
-    'pvt': dict(type='mmdyn.PVT', img_size=32, patch_size=4, arch=dict(
-        embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), sr_ratios=(2, 1))),
-    'deit': dict(type='mmdyn.DeiT', img_size=32, patch_size=4, arch=dict(
-        embed_dim=16, depth=3, num_heads=2, mlp_ratio=2)),
-    'lvvit': dict(type='mmdyn.LVViT', img_size=32, patch_size=4, arch=dict(
-        embed_dim=16, depth=3, num_heads=2, mlp_ratio=2)),
-    'cfvit': dict(type='mmdyn.CFViT', coarse_size=3, patch_size=4, arch=dict(
-        family='deit', embed_dim=16, depth=6, num_heads=2, mlp_ratio=2)),
-    'dpvt': dict(type='mmdyn.DPVT', img_size=32, patch_size=4, arch=dict(
-        embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), num_points=(4, 2))),
+    'pvt': dict(
+        type='mmdyn.PVT',
+        img_size=32,
+        patch_size=4,
+        arch=dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), sr_ratios=(2, 1)),
+    ),
+    'deit': dict(
+        type='mmdyn.DeiT', img_size=32, patch_size=4, arch=dict(embed_dim=16, depth=3, num_heads=2, mlp_ratio=2)
+    ),
+    'lvvit': dict(
+        type='mmdyn.LVViT', img_size=32, patch_size=4, arch=dict(embed_dim=16, depth=3, num_heads=2, mlp_ratio=2)
+    ),
+    'cfvit': dict(
+        type='mmdyn.CFViT',
+        coarse_size=3,
+        patch_size=4,
+        arch=dict(family='deit', embed_dim=16, depth=6, num_heads=2, mlp_ratio=2),
+    ),
+    'dpvt': dict(
+        type='mmdyn.DPVT',
+        img_size=32,
+        patch_size=4,
+        arch=dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), num_points=(4, 2)),
+    ),
 }
 
 
@@ -41,6 +56,7 @@ def mmcv_operators():
     """For detectors: mmcv may be one that has no operators, or deformable attention alone (tools/gpu)."""
     try:
         from mmcv.ops import nms
+
         nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except (ImportError, RuntimeError) as error:
         pytest.skip(f'needs mmcv with all operators: {error}')
@@ -78,7 +94,7 @@ def make_backbone(backbone_config, encoders):
     def make(name, **options):
         model = MODELS.build(backbone_config(name, **options))
         for encoder in encoders(model):
-            nn.init.normal_(encoder.router.weight, std=10.)
+            nn.init.normal_(encoder.router.weight, std=10.0)
             nn.init.zeros_(encoder.router.bias)
         return model
 
@@ -163,8 +179,12 @@ def run_distributed(tmp_path):
     def run(worker, world):
         # Not forked: a fork inherits the locks that another thread holds, and may wait for them for ever.
         command = [sys.executable, Path(__file__).with_name('run_worker.py'), inspect.getfile(worker), worker.__name__]
-        processes = [subprocess.Popen(list(map(str, [*command, rank, world, tmp_path / 'rendezvous'])),
-                                      stderr=subprocess.PIPE, text=True) for rank in range(world)]
+        processes = [
+            subprocess.Popen(
+                list(map(str, [*command, rank, world, tmp_path / 'rendezvous'])), stderr=subprocess.PIPE, text=True
+            )
+            for rank in range(world)
+        ]
         try:
             errors = [process.communicate(timeout=300)[1] for process in processes]
         finally:

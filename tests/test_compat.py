@@ -12,14 +12,17 @@ def test_installed_versions_fit():
 
 @pytest.mark.parametrize('least, unfit, found', [('99.0', '100', r'\d+'), ('0.1', '0.2', r'\d+')])
 def test_unfit_version_says_what_to_install(least, unfit, found):
-    with pytest.raises(ImportError, match=rf'needs mmengine>={least},<{unfit}, but {found}.* is installed. Install it with: '
-                       rf'pip install "mmengine>={least},<{unfit}"'):
-        check_versions({'mmengine': (('mmengine', ), least, unfit)})
+    with pytest.raises(
+        ImportError,
+        match=rf'needs mmengine>={least},<{unfit}, but {found}.* is installed. Install it with: '
+        rf'pip install "mmengine>={least},<{unfit}"',
+    ):
+        check_versions({'mmengine': (('mmengine',), least, unfit)})
 
 
 def test_missing_package():
     with pytest.raises(ImportError, match='needs nothing>=1,<2, but none is installed'):
-        check_versions({'nothing': (('surely-not-installed', ), '1', '2')})
+        check_versions({'nothing': (('surely-not-installed',), '1', '2')})
 
 
 def test_fork_of_another_distribution_name_counts():

@@ -1,4 +1,5 @@
 """Every config loads and builds, and its entries in the metafile and the README are right."""
+
 import functools
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,18 @@ from mmdyn.analysis.flops import build_model, count_macs, dynamic_backbone
 from mmdyn.models import CFViT
 
 ROOT = Path(mmdyn.__file__).parents[1]
-CONFIGS = sorted(path.relative_to(ROOT) for folder in ('dge', 'dpvt', 'cfvit', 'demo')
-                 for path in (ROOT / 'configs' / folder).glob('*.py'))
-SMALL = dict(embed_dims=(64, 128, 320, 512), depths=(1, 1, 1, 1), num_heads=(1, 2, 5, 8), mlp_ratios=(1, 1, 1, 1),
-             sr_ratios=(8, 4, 2, 1))
+CONFIGS = sorted(
+    path.relative_to(ROOT)
+    for folder in ('dge', 'dpvt', 'cfvit', 'demo')
+    for path in (ROOT / 'configs' / folder).glob('*.py')
+)
+SMALL = dict(
+    embed_dims=(64, 128, 320, 512),
+    depths=(1, 1, 1, 1),
+    num_heads=(1, 2, 5, 8),
+    mlp_ratios=(1, 1, 1, 1),
+    sr_ratios=(8, 4, 2, 1),
+)
 FIND_BASE = Config._get_cfg_path
 
 
@@ -38,8 +47,11 @@ def find_base_of_framework(name):
 @pytest.fixture
 def quick(monkeypatch):
     """Spare what a test does not look at: initial weights, and the search in a framework's metafiles for each base."""
-    monkeypatch.setattr(Config, '_get_cfg_path', staticmethod(
-        lambda name, config: find_base_of_framework(name) if '::' in name else FIND_BASE(name, config)))
+    monkeypatch.setattr(
+        Config,
+        '_get_cfg_path',
+        staticmethod(lambda name, config: find_base_of_framework(name) if '::' in name else FIND_BASE(name, config)),
+    )
     for name in ('kaiming_uniform_', 'normal_', 'trunc_normal_', 'uniform_', 'xavier_uniform_'):
         monkeypatch.setattr(nn.init, name, lambda weight, *args, **kwargs: weight)
 
@@ -66,8 +78,11 @@ def test_config_builds(path, quick):
     assert two_stages == path.stem.startswith('cf-')
     hooks = [HOOKS.build(hook) for hook in cfg.get('custom_hooks', [])]
     starts = '-pre_' in path.stem and path.stem.partition('-pre_')[0].endswith(('dense', 'plain'))
-    expected = (['BudgetHook'] * backbone.has_dge + ['DenseTeacherHook'] * (starts and backbone.has_dge)
-                + ['FineSelectionHook'] * two_stages)
+    expected = (
+        ['BudgetHook'] * backbone.has_dge
+        + ['DenseTeacherHook'] * (starts and backbone.has_dge)
+        + ['FineSelectionHook'] * two_stages
+    )
     assert [type(hook).__name__ for hook in hooks] == expected
     if backbone.has_dge:
         least, most = backbone.ratio_bounds()
@@ -82,8 +97,9 @@ def test_config_builds(path, quick):
         ours = [evaluator for evaluator in evaluators if evaluator.type.startswith('mmdyn.')]
         expected = ['CoarseToFineMetric'] * two_stages + ['DynamicFLOPs']
         assert [type(METRICS.build(metric)).__name__ for metric in ours] == expected and len(evaluators) > len(ours)
-    pipelines = [innermost(loader.dataset).pipeline
-                 for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader)]
+    pipelines = [
+        innermost(loader.dataset).pipeline for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader)
+    ]
     for pipeline in [*pipelines, *filter(None, [cfg.get('tta_pipeline')])]:
         assert pipeline[0].type == 'LoadImageFromFile'  # the name that inferencers look for
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
@@ -103,23 +119,31 @@ def test_the_metafiles_list_configs_only():
     assert set(metafile_models()) == {str(path) for path in CONFIGS if path.parent.name != 'demo'}
 
 
-@pytest.mark.parametrize('name', [
-    *(f'dge/pvt-{arch}-dge_8xb16_in1k-256px.py' for arch in ('tiny', 'small', 'medium', 'large')),
-    'dge/deit-small-dge_8xb16_in1k-256px.py', 'dpvt/dpvt-small-dge_8xb16_in1k-256px.py'
-])
+@pytest.mark.parametrize(
+    'name',
+    [
+        *(f'dge/pvt-{arch}-dge_8xb16_in1k-256px.py' for arch in ('tiny', 'small', 'medium', 'large')),
+        'dge/deit-small-dge_8xb16_in1k-256px.py',
+        'dpvt/dpvt-small-dge_8xb16_in1k-256px.py',
+    ],
+)
 def test_imagenet_schedule_is_that_of_the_paper(name, quick):
     cfg = load(name)
     assert cfg.optim_wrapper.optimizer.type == 'AdamW'
     assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.weight_decay) == (1e-3, 0.05)
     assert cfg.train_cfg.max_epochs == 300 and cfg.param_scheduler[0].end == 20
     assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 128
-    assert cfg.custom_hooks[0] == dict(type='mmdyn.BudgetHook', budget=0.5, weight=1.)
+    assert cfg.custom_hooks[0] == dict(type='mmdyn.BudgetHook', budget=0.5, weight=1.0)
 
 
-@pytest.mark.parametrize('name', [
-    'dge/mask-rcnn_pvt-s-dge_fpn_1x_coco.py', 'dge/retinanet_pvt-s-dge_fpn_1x_coco.py',
-    'dpvt/mask-rcnn_dpvt-m-dge_fpn_1x_coco.py'
-])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'dge/mask-rcnn_pvt-s-dge_fpn_1x_coco.py',
+        'dge/retinanet_pvt-s-dge_fpn_1x_coco.py',
+        'dpvt/mask-rcnn_dpvt-m-dge_fpn_1x_coco.py',
+    ],
+)
 def test_detection_schedule_is_that_of_the_paper(name, quick):
     cfg = load(name)
     optimizer = cfg.optim_wrapper.optimizer
@@ -131,50 +155,63 @@ def test_detection_schedule_is_that_of_the_paper(name, quick):
     for ours, paper in zip([*drops.milestones, cfg.train_cfg.max_epochs], [60e3, 80e3, 90e3], strict=True):
         assert abs(ours * epoch - paper) < 0.025 * paper
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
-        resize, = [transform for transform in loader.dataset.pipeline if transform.type == 'Resize']
+        (resize,) = [transform for transform in loader.dataset.pipeline if transform.type == 'Resize']
         assert resize.scale == (1280, 768) and resize.keep_ratio
     metric = cfg.test_evaluator[0].metric
     assert metric == (['bbox', 'segm'] if 'mask-rcnn' in name else 'bbox')
-    assert cfg.custom_hooks[0] == dict(type='mmdyn.BudgetHook', budget=0.5, weight=1.)
+    assert cfg.custom_hooks[0] == dict(type='mmdyn.BudgetHook', budget=0.5, weight=1.0)
 
 
-@pytest.mark.parametrize('name', [
-    'dge/fpn_pvt-s-dge_8xb4-80k_ade20k-512x512.py', 'dpvt/fpn_dpvt-m-dge_8xb4-80k_ade20k-512x512.py'
-])
+@pytest.mark.parametrize(
+    'name', ['dge/fpn_pvt-s-dge_8xb4-80k_ade20k-512x512.py', 'dpvt/fpn_dpvt-m-dge_8xb4-80k_ade20k-512x512.py']
+)
 def test_segmentation_schedule_is_that_of_the_paper(name, quick):
     cfg = load(name)
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-4, 1e-4)
     assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 32
-    decay, = cfg.param_scheduler
-    assert (decay.type, decay.power, decay.eta_min, decay.begin, decay.end) == ('PolyLR', 0.9, 0., 0, 80000)
+    (decay,) = cfg.param_scheduler
+    assert (decay.type, decay.power, decay.eta_min, decay.begin, decay.end) == ('PolyLR', 0.9, 0.0, 0, 80000)
     assert not decay.by_epoch and cfg.train_cfg.max_iters == 80000
     pipeline = {transform.type: transform for transform in cfg.train_dataloader.dataset.pipeline}
     assert (pipeline['RandomResize'].scale, pipeline['RandomResize'].ratio_range) == ((2048, 512), (0.5, 2.0))
     assert pipeline['RandomCrop'].crop_size == cfg.model.data_preprocessor.size == (512, 512)
     assert pipeline['RandomFlip'].prob == 0.5
     assert cfg.model.decode_head.num_classes == 150 and cfg.model.decode_head.norm_cfg.type == 'SyncBN'
-    assert cfg.custom_hooks[0] == dict(type='mmdyn.BudgetHook', budget=0.5, weight=1.)
+    assert cfg.custom_hooks[0] == dict(type='mmdyn.BudgetHook', budget=0.5, weight=1.0)
 
 
-@pytest.mark.parametrize('name', [
-    'dge/deit-tiny-dge_8xb16_in1k-256px.py', 'dge/mask-rcnn_pvt-t-dge_fpn_1x_coco.py',
-    'dpvt/fpn_dpvt-t-dge_8xb4-80k_ade20k-512x512.py', 'cfvit/cf-deit-small-7x7_8xb128_in1k-224px.py',
-    'demo/cf-vit-mini_digits.py'
-])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'dge/deit-tiny-dge_8xb16_in1k-256px.py',
+        'dge/mask-rcnn_pvt-t-dge_fpn_1x_coco.py',
+        'dpvt/fpn_dpvt-t-dge_8xb4-80k_ade20k-512x512.py',
+        'cfvit/cf-deit-small-7x7_8xb128_in1k-224px.py',
+        'demo/cf-vit-mini_digits.py',
+    ],
+)
 def test_weight_decay_spares_tokens_embeddings_norms_and_biases(name, quick):
     from mmengine.optim import build_optim_wrapper
+
     cfg = load(name)
     model = build_model(cfg)
-    decayed = {id(p) for group in build_optim_wrapper(model, cfg.optim_wrapper).param_groups
-               for p in group['params'] if group['weight_decay']}
+    decayed = {
+        id(p)
+        for group in build_optim_wrapper(model, cfg.optim_wrapper).param_groups
+        for p in group['params']
+        if group['weight_decay']
+    }
     for name, parameter in model.named_parameters():
         spared = parameter.ndim == 1 or name.endswith(('cls_token', 'pos_embed'))
         assert (id(parameter) in decayed) != spared, name
 
 
-@pytest.mark.parametrize('path', [path for path in CONFIGS if path.parent.name == 'cfvit' and '-pre_' not in path.stem],
-                         ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path',
+    [path for path in CONFIGS if path.parent.name == 'cfvit' and '-pre_' not in path.stem],
+    ids=lambda path: path.stem,
+)
 def test_cfvit_recipe_is_that_of_its_backbone(path, quick):
     cfg = load(path.relative_to('configs'))
     side = cfg.model.backbone.img_size
@@ -191,8 +228,10 @@ def test_cfvit_recipe_is_that_of_its_backbone(path, quick):
     sampler = cfg.train_dataloader.sampler.type
     assert sampler == ('DefaultSampler' if lvvit else 'RepeatAugSampler')
 
-    train, test = ({transform.type.split('.')[-1]: transform for transform in loader.dataset.pipeline}
-                   for loader in (cfg.train_dataloader, cfg.test_dataloader))
+    train, test = (
+        {transform.type.split('.')[-1]: transform for transform in loader.dataset.pipeline}
+        for loader in (cfg.train_dataloader, cfg.test_dataloader)
+    )
     for transform in (*train.values(), *test.values()):
         TRANSFORMS.build(transform)
     assert train['TokenLabelCrop' if token_labels else 'RandomResizedCrop'].scale == side
@@ -204,7 +243,8 @@ def test_cfvit_recipe_is_that_of_its_backbone(path, quick):
     assert model.backbone.blocks[-1].drop_path_rate == pytest.approx(0.1)
     augments = getattr(model.data_preprocessor.batch_augments, 'augments', [])
     assert [(type(augment).__name__, augment.alpha) for augment in augments] == (
-        [] if lvvit else [('Mixup', 0.8), ('CutMix', 1.0)])
+        [] if lvvit else [('Mixup', 0.8), ('CutMix', 1.0)]
+    )
     preprocessor = type(model.data_preprocessor).__name__
     assert preprocessor == ('MixTokenPreprocessor' if token_labels else 'ClsDataPreprocessor')
     if token_labels:
@@ -236,8 +276,10 @@ def test_what_starts_from_a_model_trains_less_than_it_did(path, quick):
     name = 'max_epochs' if unit == 'epoch' else 'max_iters'
     assert int(number) == start.train_cfg[name] and cfg.train_cfg[name] <= 0.34 * start.train_cfg[name]
     assert f'{cfg.train_cfg[name] // (1 if unit == "epoch" else 1000)}{"e" if unit == "epoch" else "k"}_' in path.stem
-    assert all(scheduler.get('end', 0) <= cfg.train_cfg[name] or scheduler.type == 'LinearLR'
-               for scheduler in cfg.param_scheduler)
+    assert all(
+        scheduler.get('end', 0) <= cfg.train_cfg[name] or scheduler.type == 'LinearLR'
+        for scheduler in cfg.param_scheduler
+    )
     assert cfg.param_scheduler[-1].get('end', cfg.train_cfg[name]) == cfg.train_cfg[name]
     assert cfg.train_dataloader.batch_size == start.train_dataloader.batch_size
     assert cfg.optim_wrapper.optimizer.lr <= 0.1 * start.optim_wrapper.optimizer.lr
@@ -252,9 +294,11 @@ def test_what_starts_from_a_model_trains_less_than_it_did(path, quick):
 def test_a_trained_model_starts_a_dynamic_one(kind, tmp_path):
     """With all that a classifier has, and what is new is as it was."""
     from mmengine.runner import load_checkpoint
-    names = dict(dge=('dge/deit-tiny_8xb16_in1k-256px.py', 'dge/deit-tiny-dge-dense-pre_8xb16-30e_in1k-256px.py'),
-                 cfvit=('cfvit/deit-small_8xb128_in1k-224px.py',
-                        'cfvit/cf-deit-small-7x7-plain-pre_8xb128-30e_in1k-224px.py'))[kind]
+
+    names = dict(
+        dge=('dge/deit-tiny_8xb16_in1k-256px.py', 'dge/deit-tiny-dge-dense-pre_8xb16-30e_in1k-256px.py'),
+        cfvit=('cfvit/deit-small_8xb128_in1k-224px.py', 'cfvit/cf-deit-small-7x7-plain-pre_8xb128-30e_in1k-224px.py'),
+    )[kind]
     models = []
     for name in names:
         cfg, arch = load(name), dict(embed_dim=16, depth=4, num_heads=2, mlp_ratio=2)

@@ -1,4 +1,5 @@
 """The frameworks' inferencers run with our configs, on arrays, paths, folders and batches."""
+
 from pathlib import Path
 
 import cv2
@@ -15,11 +16,16 @@ import mmdyn
 
 ROOT = Path(mmdyn.__file__).parents[1]
 CONFIGS = [  # one of each pipeline; test_configs.py looks at the names in all of them
-    'cfvit/cf-deit-small-7x7_8xb128_in1k-224px.py', 'cfvit/cf-lvvit-small-9x9-tokenlabel_8xb128_in1k-288px.py',
-    'cfvit/lvvit-small_8xb128_in1k-224px.py', 'dge/pvt-small-dge_8xb16_in1k-256px.py',
-    'dge/mask-rcnn_pvt-s-dge_fpn_1x_coco.py', 'dge/retinanet_pvt-s-dge_fpn_1x_coco.py',
-    'dge/fpn_pvt-s-dge_8xb4-80k_ade20k-512x512.py', 'demo/mask-rcnn_pvt-mini-dge_overfit-coco.py',
-    'demo/fpn_pvt-mini-dge_overfit-ade.py', 'demo/pvt-mini_cifar10.py'
+    'cfvit/cf-deit-small-7x7_8xb128_in1k-224px.py',
+    'cfvit/cf-lvvit-small-9x9-tokenlabel_8xb128_in1k-288px.py',
+    'cfvit/lvvit-small_8xb128_in1k-224px.py',
+    'dge/pvt-small-dge_8xb16_in1k-256px.py',
+    'dge/mask-rcnn_pvt-s-dge_fpn_1x_coco.py',
+    'dge/retinanet_pvt-s-dge_fpn_1x_coco.py',
+    'dge/fpn_pvt-s-dge_8xb4-80k_ade20k-512x512.py',
+    'demo/mask-rcnn_pvt-mini-dge_overfit-coco.py',
+    'demo/fpn_pvt-mini-dge_overfit-ade.py',
+    'demo/pvt-mini_cifar10.py',
 ]
 INFERENCERS = dict(mmpretrain=ImageClassificationInferencer, mmdet=DetInferencer, mmseg=MMSegInferencer)
 
@@ -78,7 +84,7 @@ def test_features(name, widths, images):
 def test_detection(images):
     folder, paths, arrays = images
     cfg = load('demo/mask-rcnn_pvt-mini-dge_digits.py')
-    cfg.model.test_cfg.rcnn.score_thr = 0.
+    cfg.model.test_cfg.rcnn.score_thr = 0.0
     detect = DetInferencer(cfg, device='cpu', show_progress=False)
     one, both = detect(arrays[0])['predictions'], detect(arrays, batch_size=2)['predictions']
     assert len(one) == 1 and len(both) == 2 and set(one[0]) == {'bboxes', 'labels', 'masks', 'scores'}

@@ -1,4 +1,5 @@
 """The commands of the README, from another folder, on a handful of images."""
+
 import json
 import math
 import os
@@ -13,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-import mmdyn  # noqa: F401
+import mmdyn
 
 ROOT = Path(mmdyn.__file__).parents[1]
 MIM = Path(sys.executable).with_name('mim')
 CONFIG = 'pvt-mini-dge_digits.py'
 BUDGET = "custom_hooks = [dict(type='mmdyn.BudgetHook', budget=0.25, weight=2.)]"
-DETECTOR = f'''
+DETECTOR = f"""
 _base_ = '{ROOT}/configs/demo/mask-rcnn_pvt-mini-dge_digits.py'
 load_from = None
 model = dict(test_cfg=dict(rcnn=dict(score_thr=0.)))
@@ -33,23 +34,37 @@ flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
 keys = ('img_id', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
 pack = dict(type='PackDetInputs', meta_keys=keys)
 tta_pipeline = [*_base_.test_pipeline[:2], dict(type='TestTimeAug', transforms=[flips, [pack]])]
-'''
-SEGMENTOR = f'''
+"""
+SEGMENTOR = f"""
 _base_ = '{ROOT}/configs/demo/fpn_pvt-mini-dge_digits.py'
 load_from = None
 train_dataloader = dict(batch_size=2)
 train_cfg = dict(max_iters=2, val_interval=2)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
 {BUDGET}
-'''
+"""
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """A folder that holds the demo data, with two images of each class, and small configs of dense prediction."""
     folder = tmp_path_factory.mktemp('user')
-    subprocess.run([sys.executable, ROOT / 'tools/dataset_tools/make_demo_dataset.py', '--cls-train', '20', '--cls-val',
-                    '20', '--dense-train', '4', '--dense-val', '2'], cwd=folder, check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / 'tools/dataset_tools/make_demo_dataset.py',
+            '--cls-train',
+            '20',
+            '--cls-val',
+            '20',
+            '--dense-train',
+            '4',
+            '--dense-val',
+            '2',
+        ],
+        cwd=folder,
+        check=True,
+    )
     # One more image for the detector: of another size, and without an object.
     coco = folder / 'data/demo/coco'
     cv2.imwrite(str(coco / 'train2017/empty.png'), np.full((60, 100, 3), 90, np.uint8))
@@ -62,20 +77,30 @@ def folder(tmp_path_factory):
 
 
 def mim(folder, *args):
-    result = subprocess.run([str(MIM), *map(str, args)], cwd=folder, capture_output=True, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    result = subprocess.run(
+        [str(MIM), *map(str, args)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
 
 
 def classification(epochs=1):
-    return ['--cfg-options', f'train_cfg.max_epochs={epochs}', 'train_cfg.val_interval=1',
-            'train_dataloader.batch_size=4', 'default_hooks.logger.interval=1']
+    return [
+        '--cfg-options',
+        f'train_cfg.max_epochs={epochs}',
+        'train_cfg.val_interval=1',
+        'train_dataloader.batch_size=4',
+        'default_hooks.logger.interval=1',
+    ]
 
 
 def logged(work_dir):
     """What a training logged: of each iteration, and of the validation."""
-    path, = Path(work_dir).glob('*/vis_data/scalars.json')
+    (path,) = Path(work_dir).glob('*/vis_data/scalars.json')
     *iterations, validation = map(json.loads, path.read_text().splitlines())
     return iterations, validation
 
@@ -104,8 +129,17 @@ def test_mim_test_reads_the_checkpoint(folder, trained, package):
 
 def test_mim_train_resumes(folder, trained):
     shutil.copytree(trained.parent, folder / 'resumed')
-    log = mim(folder, 'train', 'mmpretrain', ROOT / 'configs/demo' / CONFIG, '--work-dir', 'resumed', '--resume',
-              'auto', *classification(epochs=2))
+    log = mim(
+        folder,
+        'train',
+        'mmpretrain',
+        ROOT / 'configs/demo' / CONFIG,
+        '--work-dir',
+        'resumed',
+        '--resume',
+        'auto',
+        *classification(epochs=2),
+    )
     steps = re.findall(r'Epoch\(train\) +\[(\d)\]\[ *(\d)/5\]', log)
     assert [step for step in steps if step[0] == '2'] == steps[-5:] == [('2', str(i)) for i in range(1, 6)]
     assert 'resumed epoch: 1, iter: 5' in log
@@ -116,7 +150,7 @@ def assert_budget_logged(log, iterations):
     assert 'loss_budget' in log and 'query_ratio' in log
     # Of later iterations, the log has means.
     ratio, loss = (iterations[0][name] for name in ('query_ratio', 'loss_budget'))
-    assert 0 < ratio <= 1 and math.isclose(loss, 2 * (ratio - 0.25)**2, rel_tol=1e-4)
+    assert 0 < ratio <= 1 and math.isclose(loss, 2 * (ratio - 0.25) ** 2, rel_tol=1e-4)
 
 
 def assert_measured(result, quality):
@@ -147,9 +181,20 @@ def test_mim_trains_and_tests_a_segmentor(folder):
     assert len(iterations) == 2
     assert_budget_logged(log, iterations)
     assert_measured(validation, ['mIoU'])
-    mim(folder, 'test', 'mmdyn', 'segmentor.py', '--checkpoint', 'segmentor/iter_2.pth', '--work-dir', 'slide',
-        '--cfg-options', 'model.test_cfg.mode=slide', 'model.test_cfg.crop_size=(96,96)',
-        'model.test_cfg.stride=(32,32)')
+    mim(
+        folder,
+        'test',
+        'mmdyn',
+        'segmentor.py',
+        '--checkpoint',
+        'segmentor/iter_2.pth',
+        '--work-dir',
+        'slide',
+        '--cfg-options',
+        'model.test_cfg.mode=slide',
+        'model.test_cfg.crop_size=(96,96)',
+        'model.test_cfg.stride=(32,32)',
+    )
     windows = metrics(folder / 'slide')
     assert_measured(windows, ['mIoU'])
     # Four windows of 96 x 96 pixels, which cost less than their share of an image of 128 x 128: fewer keys.
@@ -161,9 +206,8 @@ def test_the_safe_loader_stays_on(trained, tmp_path):
     assert checkpoint['message_hub']['log_scalars']['train/loss'].current() > 0
 
     class Evil:
-
         def __reduce__(self):
-            return os.system, ('true', )
+            return os.system, ('true',)
 
     torch.save(dict(state_dict=Evil()), tmp_path / 'evil.pth')
     with pytest.raises(Exception, match='Weights only load failed'):

@@ -1,4 +1,5 @@
 """What a wheel and the source tree give to mim, and that mmdet and mmseg are optional."""
+
 import subprocess
 import sys
 import zipfile
@@ -13,8 +14,11 @@ ROOT = Path(mmdyn.__file__).parents[1]
 
 
 def names(folder):
-    return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob('*')
-            if path.is_file() and '__pycache__' not in path.parts}
+    return {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / folder).rglob('*')
+        if path.is_file() and '__pycache__' not in path.parts
+    }
 
 
 @pytest.fixture(scope='module')
@@ -32,8 +36,10 @@ def test_wheel_holds_tools_and_configs_for_mim(wheel):
 
 
 def test_wheel_holds_the_modules_and_none_that_is_gone(wheel):
-    modules, own = ({name for name in all_names if name.endswith('.py') and '.mim' not in name}
-                    for all_names in (wheel.namelist(), names('mmdyn')))
+    modules, own = (
+        {name for name in all_names if name.endswith('.py') and '.mim' not in name}
+        for all_names in (wheel.namelist(), names('mmdyn'))
+    )
     assert modules == own
 
 
@@ -58,12 +64,21 @@ def test_changelog_has_the_version():
 
 
 def test_setuptools_that_does_not_read_pyproject_is_refused():
-    result = subprocess.run([sys.executable, '-c', '''
+    result = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            """
 import runpy, setuptools, sys
 setuptools.__version__ = '60.2.0'
 sys.argv = ['setup.py', '--version']
 runpy.run_path(sys.argv[0])
-'''], cwd=ROOT, capture_output=True, text=True)
+""",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 1
     assert 'mmdyn is built with setuptools>=77, but 60.2.0 is installed here' in result.stderr
 
@@ -74,7 +89,11 @@ def test_source_tree_links_to_the_same_places():
 
 
 def test_imports_and_classifies_without_mmdet_mmseg_and_operators():
-    subprocess.run([sys.executable, '-c', '''
+    subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            """
 import sys
 for name in ('mmdet', 'mmseg', 'mmcv._ext'):
     sys.modules[name] = None
@@ -83,4 +102,8 @@ from mmengine.config import Config
 from mmdyn.analysis.flops import build_model
 cfg = Config.fromfile(sys.argv[1])
 assert build_model(cfg)(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
-''', ROOT / 'configs/demo/pvt-mini-dge_digits.py'], check=True)
+""",
+            ROOT / 'configs/demo/pvt-mini-dge_digits.py',
+        ],
+        check=True,
+    )

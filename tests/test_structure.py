@@ -1,4 +1,5 @@
 """What each room of the package may know of the others, and that each module can be imported alone."""
+
 import ast
 import io
 import re
@@ -73,8 +74,11 @@ def names_of(path):
 
 def foreign_names(path):
     """Those of :data:`FOREIGN`, with their lines."""
-    return [f'{path.name}:{token.start[0]}: {token.line.strip()}' for name, token in names_of(path)
-            if name in FOREIGN and 'nn.ReLU(inplace=True)' not in token.line]
+    return [
+        f'{path.name}:{token.start[0]}: {token.line.strip()}'
+        for name, token in names_of(path)
+        if name in FOREIGN and 'nn.ReLU(inplace=True)' not in token.line
+    ]
 
 
 def test_each_module_is_in_a_room():
@@ -84,15 +88,24 @@ def test_each_module_is_in_a_room():
 
 @pytest.mark.parametrize('room', ROOMS)
 def test_imports_run_one_way(room):
-    wrong = [f'{name} imports {imported}' for name, path in modules() if room_of(name) == room
-             for imported in imports(path, name) if room_of(imported) not in (None, room, *ROOMS[room])]
+    wrong = [
+        f'{name} imports {imported}'
+        for name, path in modules()
+        if room_of(name) == room
+        for imported in imports(path, name)
+        if room_of(imported) not in (None, room, *ROOMS[room])
+    ]
     assert wrong == []
 
 
 def test_models_speak_of_what_is_computed():
     """Not of how; only the seam, through which kernels come, names them."""
-    wrong = [line for name, path in modules() if room_of(name) == 'models' and name != 'mmdyn.models.replaceable'
-             for line in foreign_names(path)]
+    wrong = [
+        line
+        for name, path in modules()
+        if room_of(name) == 'models' and name != 'mmdyn.models.replaceable'
+        for line in foreign_names(path)
+    ]
     assert wrong == []
 
 
@@ -105,34 +118,60 @@ def test_models_import_no_kernels_in_their_comments_either():
 def test_no_tool_imports_a_tool():
     tools = {path.stem for path in TOOLS.rglob('*.py')}
     # tools/test.py has the name of a module of Python's.
-    wrong = [f'{path.name} imports {imported}' for path in TOOLS.rglob('*.py') for imported in imports(path)
-             if imported.split('.')[0] in {*tools, 'tools'} - {'test'}]
+    wrong = [
+        f'{path.name} imports {imported}'
+        for path in TOOLS.rglob('*.py')
+        for imported in imports(path)
+        if imported.split('.')[0] in {*tools, 'tools'} - {'test'}
+    ]
     wrong += [f'{path.name} changes sys.path' for path in TOOLS.rglob('*.py') if 'sys.path' in path.read_text()]
     assert len(tools) > 5 and wrong == []
 
 
 def test_tools_import_modules_that_there_are():
     known = {name for name, _ in modules()}
-    wrong = [f'{path.name} imports {imported}' for path in TOOLS.rglob('*.py') for imported in imports(path)
-             if imported.startswith('mmdyn.') and imported not in known and imported.rpartition('.')[0] not in known]
+    wrong = [
+        f'{path.name} imports {imported}'
+        for path in TOOLS.rglob('*.py')
+        for imported in imports(path)
+        if imported.startswith('mmdyn.') and imported not in known and imported.rpartition('.')[0] not in known
+    ]
     assert wrong == []
 
 
-@pytest.mark.parametrize('line, expected', [
-    ('from .b import c', ['p.q.b.c']), ('from ..b import c, d', ['p.b.c', 'p.b.d']), ('from . import c', ['p.q.c']),
-    ('import a.b, c', ['a.b', 'c']), ('def f():\n    from x import y', ['x.y']),
-    ("import_module('mmdyn.kernels')", ['mmdyn.kernels']), ("importlib.import_module('..b', __name__)", ['p.b']),
-])
+@pytest.mark.parametrize(
+    'line, expected',
+    [
+        ('from .b import c', ['p.q.b.c']),
+        ('from ..b import c, d', ['p.b.c', 'p.b.d']),
+        ('from . import c', ['p.q.c']),
+        ('import a.b, c', ['a.b', 'c']),
+        ('def f():\n    from x import y', ['x.y']),
+        ("import_module('mmdyn.kernels')", ['mmdyn.kernels']),
+        ("importlib.import_module('..b', __name__)", ['p.b']),
+    ],
+)
 def test_imports_are_found(line, expected, tmp_path):
     (tmp_path / 'module.py').write_text(line)
     assert list(imports(tmp_path / 'module.py', 'p.q.module')) == expected
 
 
-@pytest.mark.parametrize('line, is_foreign', [
-    ('def f(x, inplace=False): pass', True), ('y = add_into(x)', True), ('x.data_ptr()', True), ('PIECES = 3', False),
-    ('by_pieces(x)', True), ('# a job, of which pieces go into kernels', False), ("'''in pieces'''", False),
-    ('nn.ReLU(inplace=True)', False), ('nn.GELU(inplace=True)', True), ('kernel = 3', False), ('jobless = 3', False),
-])
+@pytest.mark.parametrize(
+    'line, is_foreign',
+    [
+        ('def f(x, inplace=False): pass', True),
+        ('y = add_into(x)', True),
+        ('x.data_ptr()', True),
+        ('PIECES = 3', False),
+        ('by_pieces(x)', True),
+        ('# a job, of which pieces go into kernels', False),
+        ("'''in pieces'''", False),
+        ('nn.ReLU(inplace=True)', False),
+        ('nn.GELU(inplace=True)', True),
+        ('kernel = 3', False),
+        ('jobless = 3', False),
+    ],
+)
 def test_foreign_names_are_found(line, is_foreign, tmp_path):
     (tmp_path / 'module.py').write_text(line)
     assert bool(foreign_names(tmp_path / 'module.py')) == is_foreign
@@ -140,7 +179,7 @@ def test_foreign_names_are_found(line, is_foreign, tmp_path):
 
 # Each module in a child of its own, which inherits the packages below mmdyn, but nothing of mmdyn. Packages around a
 # module are left empty: they would import its neighbours in an order of their own, in which a ring may not show.
-IMPORT_ALONE = '''
+IMPORT_ALONE = """
 import importlib, os, sys, traceback, types
 for name in ('mmcv.transforms', 'mmengine.runner', 'mmpretrain.models', 'mmdet.models', 'matplotlib.figure', 'cv2'):
     try:
@@ -165,12 +204,13 @@ for name in sys.argv[2:]:
         os._exit(0)
     if os.waitpid(child, 0)[1]:
         sys.exit(1)
-'''
+"""
 
 
 def test_each_module_can_be_imported_alone():
     names = [name for name, _ in modules()]
     assert len(names) > 40
-    ran = subprocess.run([sys.executable, '-c', IMPORT_ALONE, PACKAGE.parent, *names], cwd=PACKAGE.parent,
-                         capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, '-c', IMPORT_ALONE, PACKAGE.parent, *names], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr

@@ -1,4 +1,5 @@
 """Train and test configs with mim, one after the other, and print their results as one table."""
+
 import argparse
 import json
 import os
@@ -53,8 +54,9 @@ def table(results: dict) -> str:
     width = max(map(len, results))
     lines = [' ' * width + ''.join(f'{title:>14}' for title in columns)]
     for name, found in results.items():
-        cells = [form.format(found[metric] * factor) if metric in found else '-'
-                 for metric, factor, form in columns.values()]
+        cells = [
+            form.format(found[metric] * factor) if metric in found else '-' for metric, factor, form in columns.values()
+        ]
         lines.append(f'{name:{width}}' + ''.join(f'{cell:>14}' for cell in cells))
     return '\n'.join(lines)
 

@@ -1,4 +1,5 @@
 """Test a checkpoint of a config's model, whatever its task."""
+
 from pathlib import Path
 
 from mmengine.config import ConfigDict
@@ -15,7 +16,9 @@ def main() -> None:
     parser.add_argument('checkpoint')
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     parser.add_argument('--show-dir', help='draw the predictions into this folder')
-    parser.add_argument('--tta', action='store_true', help="test-time augmentation: the config's tta_model and pipeline")
+    parser.add_argument(
+        '--tta', action='store_true', help="test-time augmentation: the config's tta_model and pipeline"
+    )
     args = parser.parse_args()
 
     cfg = load_config(args)

@@ -1,4 +1,5 @@
 """Train the model of a config, whatever its task."""
+
 import mmdyn  # noqa: F401
 from mmdyn.engine.command import check_checkpoint, command
 from mmdyn.engine.launch import build_runner, config_parser, load_config

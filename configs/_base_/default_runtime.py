@@ -5,4 +5,5 @@ default_hooks = dict(
     # Stops at the first loss that is NaN or infinite and names the images.
     loss_guard=dict(type='mmdyn.LossGuardHook'),
     # A training that was killed and resumed goes on as if it had not been.
-    random_state=dict(type='mmdyn.RandomStateHook'))
+    random_state=dict(type='mmdyn.RandomStateHook'),
+)

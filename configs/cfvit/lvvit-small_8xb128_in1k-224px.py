@@ -1,6 +1,8 @@
 _base_ = [
-    '../_base_/models/lvvit_cls.py', '../_base_/datasets/imagenet_224.py', '../_base_/schedules/imagenet_lvvit_300e.py',
-    '../_base_/default_runtime.py'
+    '../_base_/models/lvvit_cls.py',
+    '../_base_/datasets/imagenet_224.py',
+    '../_base_/schedules/imagenet_lvvit_300e.py',
+    '../_base_/default_runtime.py',
 ]
 
 # LV-ViT repeats no augmentation, and its crop at test is 0.9 of the shorter side.

@@ -9,13 +9,15 @@ model = dict(
         coarse_size=4,
         img_size=32,
         patch_size=4,
-        init_cfg=_base_.model.backbone.init_cfg),
-    test_cfg=dict(threshold=0.75))
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.coarse_pos_embed': dict(decay_mult=0.)}))
+        init_cfg=_base_.model.backbone.init_cfg,
+    ),
+    test_cfg=dict(threshold=0.75),
+)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.coarse_pos_embed': dict(decay_mult=0.0)}))
 custom_hooks = [dict(type='mmdyn.FineSelectionHook', begin=12)]
 val_evaluator = [
     dict(type='Accuracy', topk=1),
     dict(type='mmdyn.CoarseToFineMetric', topk=1),
-    dict(type='mmdyn.DynamicFLOPs')
+    dict(type='mmdyn.DynamicFLOPs'),
 ]
 test_evaluator = val_evaluator

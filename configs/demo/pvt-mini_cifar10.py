@@ -2,8 +2,8 @@
 _base_ = './pvt-mini_digits.py'
 
 model = dict(
-    data_preprocessor=dict(mean=[125.3, 123.0, 113.9], std=[63.0, 62.1, 66.7]),
-    backbone=dict(img_size=32, patch_size=2))
+    data_preprocessor=dict(mean=[125.3, 123.0, 113.9], std=[63.0, 62.1, 66.7]), backbone=dict(img_size=32, patch_size=2)
+)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -18,6 +18,6 @@ test_dataloader = val_dataloader
 max_epochs = 25
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=True, end=2, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=2, end=max_epochs, convert_to_iter_based=True)
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=2, end=max_epochs, convert_to_iter_based=True),
 ]
 train_cfg = dict(max_epochs=max_epochs, val_interval=5)

@@ -8,5 +8,7 @@ model = dict(
         arch=dict(embed_dim=64, depth=6, num_heads=4, mlp_ratio=2),
         img_size=32,
         patch_size=4,
-        init_cfg=dict(type='Xavier', layer='Linear', distribution='uniform')),
-    head=dict(in_channels=64))
+        init_cfg=dict(type='Xavier', layer='Linear', distribution='uniform'),
+    ),
+    head=dict(in_channels=64),
+)

@@ -2,7 +2,7 @@
 _base_ = './pvt-mini_digits.py'
 
 model = dict(
-    data_preprocessor=dict(std=[32.] * 3),
+    data_preprocessor=dict(std=[32.0] * 3),
     backbone=dict(
         _delete_=True,
         type='mmdyn.DeiT',
@@ -10,15 +10,16 @@ model = dict(
         img_size=64,
         patch_size=8,
         # With weights as small as those of a wide model, so narrow a one learns nothing for many epochs.
-        init_cfg=dict(type='Xavier', layer='Linear', distribution='uniform')),
-    head=dict(in_channels=64))
+        init_cfg=dict(type='Xavier', layer='Linear', distribution='uniform'),
+    ),
+    head=dict(in_channels=64),
+)
 
 max_epochs = 15
 # Digits lie anywhere: little is learnt before the positions are told apart.
-optim_wrapper = dict(
-    optimizer=dict(lr=2e-3), paramwise_cfg=dict(custom_keys={'.pos_embed': dict(lr_mult=10.)}))
+optim_wrapper = dict(optimizer=dict(lr=2e-3), paramwise_cfg=dict(custom_keys={'.pos_embed': dict(lr_mult=10.0)}))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=True, end=1, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=1, end=max_epochs, convert_to_iter_based=True)
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=1, end=max_epochs, convert_to_iter_based=True),
 ]
 train_cfg = dict(max_epochs=max_epochs)

@@ -1,4 +1,4 @@
 # Figure 5(b) of the DGE paper: a budget of 0.75.
 _base_ = './pvt-small-dge_8xb16_in1k-256px.py'
 
-custom_hooks = [dict(type='mmdyn.BudgetHook', budget=0.75, weight=1.)]
+custom_hooks = [dict(type='mmdyn.BudgetHook', budget=0.75, weight=1.0)]

@@ -1,8 +1,10 @@
 """Parameters and multiply-adds of whole models, given as configs."""
+
 import copy
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -34,7 +36,7 @@ def build_model(cfg: Config, dense: bool = False) -> nn.Module:
     return model
 
 
-def dynamic_backbone(model: nn.Module) -> Optional[DynamicBackbone]:
+def dynamic_backbone(model: nn.Module) -> DynamicBackbone | None:
     """The model's backbone if it is one of mmdyn's."""
     return next(iter(find_backbones(model)), None)
 
@@ -46,7 +48,7 @@ def _embedding_bag_flops(weight_shape, indices_shape, *args, **kwargs) -> int:
 _BAGS = (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only)
 
 
-def count_macs(model: nn.Module, shape: Tuple[int, int], proposals: int = 1000, detections: int = 0) -> int:
+def count_macs(model: nn.Module, shape: tuple[int, int], proposals: int = 1000, detections: int = 0) -> int:
     """Multiply-adds of the matrix products, convolutions and sampled points that run on one image.
 
     Args:
@@ -64,9 +66,10 @@ def count_macs(model: nn.Module, shape: Tuple[int, int], proposals: int = 1000, 
             model(inputs, mode='tensor')
             return counter.get_total_flops() // 2
         from mmengine.structures import InstanceData
+
         features = model.extract_feat(inputs)
         model.rpn_head(features)
-        boxes = torch.tensor([[0., 0., shape[1], shape[0]]]).expand(proposals, -1)
+        boxes = torch.tensor([[0.0, 0.0, shape[1], shape[0]]]).expand(proposals, -1)
         model.roi_head(features, [InstanceData(bboxes=boxes)])
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     masks = sum(flops for name, flops in counts.items() if name.endswith('.mask_head'))
@@ -74,7 +77,7 @@ def count_macs(model: nn.Module, shape: Tuple[int, int], proposals: int = 1000, 
     return (counts['Global'] - masks + masks // most * detections) // 2
 
 
-def image_files(folder: str) -> List[Path]:
+def image_files(folder: str) -> list[Path]:
     """The images below a folder.
 
     Raises:
@@ -97,6 +100,7 @@ class ImageRun(NamedTuple):
         cost: what the backbone spent.
         sample: what the model predicts.
     """
+
     path: Path
     view: torch.Tensor
     cost: BackboneCost
@@ -105,8 +109,11 @@ class ImageRun(NamedTuple):
 
 def pipeline_without_annotations(cfg: Config) -> Compose:
     """The config's test pipeline for images that have no annotations."""
-    pipeline = [dict(transform) for transform in cfg.test_dataloader.dataset.pipeline
-                if 'LoadAnnotations' not in transform['type']]
+    pipeline = [
+        dict(transform)
+        for transform in cfg.test_dataloader.dataset.pipeline
+        if 'LoadAnnotations' not in transform['type']
+    ]
     for transform in pipeline:
         if transform['type'] == 'LoadImageFromFile':
             transform['type'] = 'mmdyn.LoadImageFromFile'  # which names the file
@@ -119,13 +126,19 @@ def run_on_images(model: nn.Module, cfg: Config, files: Iterable[Path]) -> Itera
     for path in files:
         packed = pipeline(dict(img_path=str(path), img_id=0))
         with torch.inference_mode():
-            sample, = model.test_step(pseudo_collate([packed]))
+            (sample,) = model.test_step(pseudo_collate([packed]))
         for cost in meter.take():
             yield ImageRun(path, packed['inputs'], cost, sample)
 
 
-def report(cfg: Config, shape: Tuple[int, int], query_ratio: Optional[float] = None, images: Optional[str] = None,
-           checkpoint: Optional[str] = None, detections: int = 0) -> dict:
+def report(
+    cfg: Config,
+    shape: tuple[int, int],
+    query_ratio: float | None = None,
+    images: str | None = None,
+    checkpoint: str | None = None,
+    detections: int = 0,
+) -> dict:
     """Count a config's model.
 
     Args:
@@ -150,18 +163,24 @@ def report(cfg: Config, shape: Tuple[int, int], query_ratio: Optional[float] = N
     result = dict(params=params, params_dense=params_dense, flops_dense=count_macs(dense, shape, detections=detections))
     backbone = dynamic_backbone(dense)
     if backbone is None:
-        return dict(result, flops=result['flops_dense'], query_ratio=1., layers=[])
+        return dict(result, flops=result['flops_dense'], query_ratio=1.0, layers=[])
 
     if images is None:
         dynamic = dynamic_backbone(model)
         with torch.no_grad():
             dynamic(torch.zeros(1, 3, *shape))
-        ratio = 1. if query_ratio is None or not dynamic.has_dge else query_ratio
+        ratio = 1.0 if query_ratio is None or not dynamic.has_dge else query_ratio
         cost = dynamic.cost
         rest = result['flops_dense'] - cost.dense
         layers = [
-            dict(name=layer.name, flops_dense=layer.dense, flops_queries=layer.dense - layer.static,
-                 flops=layer.spent_at(ratio), query_ratio=ratio if layer.dynamic else 1.) for layer in cost.layers
+            dict(
+                name=layer.name,
+                flops_dense=layer.dense,
+                flops_queries=layer.dense - layer.static,
+                flops=layer.spent_at(ratio),
+                query_ratio=ratio if layer.dynamic else 1.0,
+            )
+            for layer in cost.layers
         ]
         return dict(result, flops=rest + cost.spent_at(ratio), query_ratio=ratio, layers=layers)
 
@@ -174,10 +193,19 @@ def report(cfg: Config, shape: Tuple[int, int], query_ratio: Optional[float] = N
         return sum(float(value) for value in values) / len(costs)
 
     layers = [
-        dict(name=of[0].name, flops_dense=mean(layer.dense for layer in of),
-             flops_queries=mean(layer.dense - layer.static for layer in of), flops=mean(layer.spent for layer in of),
-             query_ratio=mean(layer.query_ratio for layer in of)) for of in zip(*(cost.layers for cost in costs))
+        dict(
+            name=of[0].name,
+            flops_dense=mean(layer.dense for layer in of),
+            flops_queries=mean(layer.dense - layer.static for layer in of),
+            flops=mean(layer.spent for layer in of),
+            query_ratio=mean(layer.query_ratio for layer in of),
+        )
+        for of in zip(*(cost.layers for cost in costs))
     ]
-    return dict(result, flops_dense=rest + mean(cost.dense for cost in costs),
-                flops=rest + mean(cost.spent for cost in costs), query_ratio=mean(cost.query_ratio for cost in costs),
-                layers=layers)
+    return dict(
+        result,
+        flops_dense=rest + mean(cost.dense for cost in costs),
+        flops=rest + mean(cost.spent for cost in costs),
+        query_ratio=mean(cost.query_ratio for cost in costs),
+        layers=layers,
+    )

@@ -1,4 +1,5 @@
 """Routing that is made up or replayed, so that speed is measured at a chosen query ratio without trained weights."""
+
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ from ..models.dge.routing import grid
 PATTERNS = ('clustered', 'random')
 
 
-def synthetic_choice(regions: tuple[int, int], granularities: Sequence[int], query_ratio: float, pattern: str,
-                     seed: int = 0) -> Tensor:
+def synthetic_choice(
+    regions: tuple[int, int], granularities: Sequence[int], query_ratio: float, pattern: str, seed: int = 0
+) -> Tensor:
     """Choose a granularity for each region so that about ``query_ratio`` of the dense queries are used.
 
     The finest granularity gets the share of regions that the ratio asks for, the others share the rest alike.
@@ -31,14 +33,16 @@ def synthetic_choice(regions: tuple[int, int], granularities: Sequence[int], que
     """
     if pattern not in PATTERNS:
         raise ValueError(f'pattern={pattern!r}: choose from {PATTERNS}.')
-    shares = [1 / phi**2 if phi else 0. for phi in granularities]
+    shares = [1 / phi**2 if phi else 0.0 for phi in granularities]
     order = sorted(range(len(shares)), key=lambda k: -shares[k])
     others = [shares[k] for k in order[1:]]
     coarse = sum(others) / len(others) if others else shares[order[0]]
     if not coarse <= query_ratio <= max(shares):
-        raise ValueError(f'query_ratio={query_ratio}: granularities {tuple(granularities)}, with equal shares of all '
-                         f'but the finest, allow {coarse:.4f} to {max(shares):.4f}.')
-    finest = (query_ratio - coarse) / (shares[order[0]] - coarse) if others else 1.
+        raise ValueError(
+            f'query_ratio={query_ratio}: granularities {tuple(granularities)}, with equal shares of all '
+            f'but the finest, allow {coarse:.4f} to {max(shares):.4f}.'
+        )
+    finest = (query_ratio - coarse) / (shares[order[0]] - coarse) if others else 1.0
     noise = torch.rand(*regions, generator=torch.Generator().manual_seed(seed))
     if pattern == 'clustered':
         small = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
@@ -57,6 +61,7 @@ class LayerChoice(NamedTuple):
         granularities: sides of the patches in cells.
         choice: (rows, columns) indices into them.
     """
+
     granularities: tuple[int, ...]
     choice: Tensor
 
@@ -68,8 +73,11 @@ Recording = list[list[LayerChoice]]
 def record_routing(backbone: DynamicBackbone, image: int = 0) -> Recording:
     """What the DGE layers chose for an image of the last forward pass."""
     dynamic = [[encoder for encoder in stage.dge if encoder is not None] for stage, _ in backbone.named_stages()]
-    return [[LayerChoice(encoder.granularities, encoder.decision.choice[image]) for encoder in of_stage]
-            for of_stage in dynamic if of_stage]
+    return [
+        [LayerChoice(encoder.granularities, encoder.decision.choice[image]) for encoder in of_stage]
+        for of_stage in dynamic
+        if of_stage
+    ]
 
 
 def proportional(items: Sequence, index: int, count: int):
@@ -110,8 +118,10 @@ def replay_routing(backbone: DynamicBackbone, size: tuple[int, int], recording: 
         recorded = proportional(proportional(recording, i, len(stages)), j, len(stages[i].dge))
         if recorded.granularities != encoder.granularities:
             needed = recorded_granularities(recording, len(stages))
-            raise ValueError(f'Layer {j} of stage {i} has granularities {encoder.granularities}, but the recorded one '
-                             f'{recorded.granularities}: build the backbone with dge=dict(granularities={needed}).')
+            raise ValueError(
+                f'Layer {j} of stage {i} has granularities {encoder.granularities}, but the recorded one '
+                f'{recorded.granularities}: build the backbone with dge=dict(granularities={needed}).'
+            )
         encoder.forced = replay_choice(recorded.choice, regions).to(encoder.router.weight.device)
 
 

@@ -1,4 +1,5 @@
 """What CF-ViT's confidence threshold trades: accuracy against multiply-adds."""
+
 import math
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ class Curve(NamedTuple):
         top1: (T,) accuracy in per cent.
         macs: (T,) multiply-adds of an image on average.
     """
+
     threshold: Tensor
     exit_share: Tensor
     top1: Tensor
@@ -25,8 +27,9 @@ class Curve(NamedTuple):
         return {name: values[index].item() for name, values in self._asdict().items()}
 
 
-def curve(coarse_scores: Tensor, fine_scores: Tensor, labels: Tensor, coarse_macs: float, fine_macs: float,
-          thresholds: Tensor) -> Curve:
+def curve(
+    coarse_scores: Tensor, fine_scores: Tensor, labels: Tensor, coarse_macs: float, fine_macs: float, thresholds: Tensor
+) -> Curve:
     """What early exit would have done at each threshold, from one run of both stages.
 
     An image stops if its coarse confidence reaches the threshold; threshold 1 stops none.
@@ -40,14 +43,16 @@ def curve(coarse_scores: Tensor, fine_scores: Tensor, labels: Tensor, coarse_mac
     thresholds = torch.as_tensor(thresholds, dtype=torch.double)
     confidence, coarse_class = coarse_scores.max(-1)
     confidence, order = confidence.sort()
-    coarse_right, fine_right = (right[order].long() for right in (coarse_class == labels,
-                                                                  fine_scores.argmax(-1) == labels))
+    coarse_right, fine_right = (
+        right[order].long() for right in (coarse_class == labels, fine_scores.argmax(-1) == labels)
+    )
     num, none = len(labels), labels.new_zeros(1)
     # The images that go on are the least confident ones. As in the classifier, a threshold has the scores' precision.
     goes_on = torch.searchsorted(confidence, thresholds.to(confidence))
     goes_on[thresholds >= 1] = num
     right = torch.cat([none, fine_right.cumsum(0)])[goes_on] + (
-        coarse_right.sum() - torch.cat([none, coarse_right.cumsum(0)])[goes_on])
+        coarse_right.sum() - torch.cat([none, coarse_right.cumsum(0)])[goes_on]
+    )
     right, goes_on = right.double(), goes_on.double()
     return Curve(thresholds, (num - goes_on) / num, 100 * right / num, coarse_macs + fine_macs * (goes_on / num))
 
@@ -67,9 +72,11 @@ def most_accurate(of: Curve, macs: float) -> int:
     """
     allowed = of.macs <= macs
     if not allowed.any():
-        raise ValueError(f'No threshold brings the multiply-adds down to {macs / 1e9:.7g} G: they range from '
-                         f'{round_up(of.macs.min().item() / 1e9)} G, where all images stop after the coarse stage, to '
-                         f'{round_up(of.macs.max().item() / 1e9)} G.')
+        raise ValueError(
+            f'No threshold brings the multiply-adds down to {macs / 1e9:.7g} G: they range from '
+            f'{round_up(of.macs.min().item() / 1e9)} G, where all images stop after the coarse stage, to '
+            f'{round_up(of.macs.max().item() / 1e9)} G.'
+        )
     best = allowed & (of.top1 == of.top1[allowed].max())
     return of.macs.where(best, torch.inf).argmin().item()
 
@@ -82,8 +89,10 @@ def cheapest(of: Curve, top1: float) -> int:
     """
     allowed = of.top1 >= top1
     if not allowed.any():
-        raise ValueError(f'No threshold reaches {top1:g} % top-1: the accuracy ranges from '
-                         f'{round_down(of.top1.min().item())} to {round_down(of.top1.max().item())} %.')
+        raise ValueError(
+            f'No threshold reaches {top1:g} % top-1: the accuracy ranges from '
+            f'{round_down(of.top1.min().item())} to {round_down(of.top1.max().item())} %.'
+        )
     best = allowed & (of.macs == of.macs[allowed].min())
     return of.top1.where(best, -torch.inf).argmax().item()
 

@@ -1,4 +1,5 @@
 """What the data sets of all frameworks share: whatever is wrong with the data, errors name the file and the entry."""
+
 from importlib import import_module
 from pathlib import Path
 
@@ -10,8 +11,10 @@ def parent_class(package: str, name: str, extra: str) -> type:
     try:
         return getattr(import_module(f'{package}.datasets'), name)
     except (ImportError, AssertionError) as reason:  # the frameworks assert the versions of mmcv and mmengine
-        error = ImportError(f'mmdyn.{name} needs {package}, which cannot be imported ({reason}). Install it with: '
-                            f'pip install "mmdyn[{extra}]"')
+        error = ImportError(
+            f'mmdyn.{name} needs {package}, which cannot be imported ({reason}). Install it with: '
+            f'pip install "mmdyn[{extra}]"'
+        )
 
     def fail(*args, **kwargs):
         raise error
@@ -32,6 +35,7 @@ class CheckedDataset:
         ValueError: at the start, if a file or folder is missing, if the list of images is broken, or if there are no
             images; later, if one of the transforms fails on an image.
     """
+
     # Options that name other data.
     options = tuple(f'{split}_dataloader.dataset.data_root=DIR' for split in ('train', 'val', 'test'))
 
@@ -56,8 +60,10 @@ class CheckedDataset:
         """The framework's choice of images, of which some have to be left."""
         chosen = super().filter_data()
         if not chosen:
-            self._fail(f'has {len(self.data_list)} images, of which filter_cfg={self.filter_cfg} leaves none: of all '
-                       f'images, {self.why_filtered()}')
+            self._fail(
+                f'has {len(self.data_list)} images, of which filter_cfg={self.filter_cfg} leaves none: of all '
+                f'images, {self.why_filtered()}'
+            )
         return chosen
 
     def why_filtered(self) -> str:
@@ -80,8 +86,9 @@ class CheckedDataset:
                     raise self.mask_error(files, f'is missing, empty or damaged ({str(error).strip()})') from error
                 if isinstance(error, ValueError) and str(files['img_path']) in str(error):
                     raise
-                raise ValueError(f'{self.name}: {kind} fails on {entry}, {files["img_path"]}: {type(error).__name__}: '
-                                 f'{error}') from error
+                raise ValueError(
+                    f'{self.name}: {kind} fails on {entry}, {files["img_path"]}: {type(error).__name__}: {error}'
+                ) from error
             if info is None:
                 return None
             if kind == 'LoadAnnotations':
@@ -108,11 +115,14 @@ class CheckedDataset:
     def _fail(self, what: str) -> None:
         root = str(self.data_root or '')
         below = [path.removeprefix(root).strip('/') if root else path for path in self._paths().values()]
-        tree = ''.join(f'{"└" if i == len(below) - 1 else "├"}── {path}{self.contents(path)}\n'
-                       for i, path in enumerate(below))
-        raise ValueError(f'{self.name} {what}, seen from {Path.cwd()}. By the config, the layout is:\n\n{root or "."}\n'
-                         f'{tree}\nPut or link your data there, or name its folder: --cfg-options '
-                         f'{" ".join(self.options)}')
+        tree = ''.join(
+            f'{"└" if i == len(below) - 1 else "├"}── {path}{self.contents(path)}\n' for i, path in enumerate(below)
+        )
+        raise ValueError(
+            f'{self.name} {what}, seen from {Path.cwd()}. By the config, the layout is:\n\n{root or "."}\n'
+            f'{tree}\nPut or link your data there, or name its folder: --cfg-options '
+            f'{" ".join(self.options)}'
+        )
 
     def contents(self, path: str) -> str:
         """What a folder has to hold."""

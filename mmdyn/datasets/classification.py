@@ -1,4 +1,5 @@
 """Data sets of mmpretrain, which this module imports."""
+
 import mmengine
 
 from ..registry import DATASETS
@@ -7,6 +8,7 @@ from .checked import CheckedDataset, parent_class, some
 
 class CheckedLabels(CheckedDataset):
     """Check the labels of images, whether they come from folders or from a list."""
+
     options = (*CheckedDataset.options, 'train_dataloader.dataset.data_prefix=FOLDER')
 
     def read_data_list(self) -> list[dict]:
@@ -24,8 +26,11 @@ class CheckedLabels(CheckedDataset):
         classes = self.CLASSES
         for number, (line, info) in enumerate(zip(lines, data_list), 1):
             if classes and info['gt_label'] >= len(classes):
-                self._fail_at(number, line, f'its label must be from 0 to {len(classes) - 1}, since metainfo has '
-                              f'{len(classes)} classes')
+                self._fail_at(
+                    number,
+                    line,
+                    f'its label must be from 0 to {len(classes) - 1}, since metainfo has {len(classes)} classes',
+                )
         return data_list
 
     def _fail_at(self, number: int, line: str, what: str) -> None:
@@ -41,16 +46,20 @@ class CheckedLabels(CheckedDataset):
         if not self.with_label:
             return
         if len(names) != len(folders):
-            raise ValueError(f'{self.name}: {self.img_prefix} has {len(folders)} folders of classes ({some(folders)}), '
-                             f'but metainfo has {len(names)} classes ({some(names)}). Give metainfo=dict(classes=...) '
-                             'with a name for each folder in alphabetical order, or ann_file, a list of images and '
-                             'labels.')
+            raise ValueError(
+                f'{self.name}: {self.img_prefix} has {len(folders)} folders of classes ({some(folders)}), '
+                f'but metainfo has {len(names)} classes ({some(names)}). Give metainfo=dict(classes=...) '
+                'with a name for each folder in alphabetical order, or ann_file, a list of images and '
+                'labels.'
+            )
         # Names may be others than the folders', as ImageNet's are, but not the same in another order.
         if names != folders and set(names) & set(folders):
             at = next(i for i, pair in enumerate(zip(names, folders)) if pair[0] != pair[1])
-            raise ValueError(f'{self.name}: class {at} is {names[at]!r} in metainfo, but the folder {folders[at]!r} of '
-                             f'{self.img_prefix}: labels count the folders in alphabetical order. Give '
-                             f'metainfo=dict(classes=...) in that order, or leave it out.')
+            raise ValueError(
+                f'{self.name}: class {at} is {names[at]!r} in metainfo, but the folder {folders[at]!r} of '
+                f'{self.img_prefix}: labels count the folders in alphabetical order. Give '
+                f'metainfo=dict(classes=...) in that order, or leave it out.'
+            )
 
 
 @DATASETS.register_module()

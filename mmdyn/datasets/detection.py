@@ -1,4 +1,5 @@
 """Data sets of mmdet, which this module imports."""
+
 import json
 import logging
 import math
@@ -33,8 +34,10 @@ def what_is_wrong_with_segmentation(segmentation) -> str:
         if not all(map(are_numbers, segmentation)):
             return 'is a list, but not of polygons: lists of numbers x1, y1, x2, y2, ...'
         if not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation):
-            return (f'has polygons of {some(map(len, segmentation))} numbers, but needs one with an even number of '
-                    'them, and at least 6')
+            return (
+                f'has polygons of {some(map(len, segmentation))} numbers, but needs one with an even number of '
+                'them, and at least 6'
+            )
         return ''
     if not isinstance(segmentation, dict) or not {'size', 'counts'} <= set(segmentation):
         return 'must be a list of polygons, or a dict of size and counts'
@@ -111,8 +114,11 @@ def check_coco(content, needs_annotations: bool, needs_mask: bool) -> None:
 @DATASETS.register_module()
 class CocoDataset(CheckedDataset, parent_class('mmdet', 'CocoDataset', 'det')):
     """mmdet's data set for COCO, which checks its folders and the entries of its JSON file."""
-    options = (*CheckedDataset.options, *(f'{split}_evaluator.0.ann_file=DIR/annotations/instances_val2017.json'
-                                          for split in ('val', 'test')))
+
+    options = (
+        *CheckedDataset.options,
+        *(f'{split}_evaluator.0.ann_file=DIR/annotations/instances_val2017.json' for split in ('val', 'test')),
+    )
 
     def COCOAPI(self, path: str):
         """Read and check a file; mmdet calls it in place of the constructor of that name."""
@@ -121,11 +127,15 @@ class CocoDataset(CheckedDataset, parent_class('mmdet', 'CocoDataset', 'det')):
             needs_mask = any(getattr(transform, 'with_mask', False) for transform in self.pipeline.transforms)
             check_coco(content, not self.test_mode, needs_mask)
         except ValueError as error:  # of JSON and of Unicode, too
-            raise ValueError(f'{self.name}: {self.ann_file} is no COCO file, because {error}. Mend it there, or take '
-                             'it out.') from error
+            raise ValueError(
+                f'{self.name}: {self.ann_file} is no COCO file, because {error}. Mend it there, or take it out.'
+            ) from error
         if 'annotations' not in content:
-            print_log(f'{self.name}: {self.ann_file} has no annotations, so that no metric can use it.', 'current',
-                      logging.WARNING)
+            print_log(
+                f'{self.name}: {self.ann_file} has no annotations, so that no metric can use it.',
+                'current',
+                logging.WARNING,
+            )
         self._check_names(content)
         coco = super().COCOAPI()
         coco.dataset = content
@@ -141,19 +151,28 @@ class CocoDataset(CheckedDataset, parent_class('mmdet', 'CocoDataset', 'det')):
         absent = [name for name in classes if name not in names]
         fix = 'Give metainfo=dict(classes=...) with the names of the file.'
         if len(absent) == len(classes):
-            raise ValueError(f'{self.name}: metainfo has the classes {some(classes)}, of which {self.ann_file} has '
-                             f'none: its categories are {some(names)}. {fix}')
-        counts = Counter(categories[entry['category_id']] for entry in content.get('annotations', ())
-                         if not entry.get('ignore'))
+            raise ValueError(
+                f'{self.name}: metainfo has the classes {some(classes)}, of which {self.ann_file} has '
+                f'none: its categories are {some(names)}. {fix}'
+            )
+        counts = Counter(
+            categories[entry['category_id']] for entry in content.get('annotations', ()) if not entry.get('ignore')
+        )
         dropped = {name: count for name, count in counts.items() if name not in classes}
         if dropped and absent:
             name = next(iter(dropped))
-            raise ValueError(f'{self.name}: {self.ann_file} has {dropped[name]} annotations of the category {name!r}, '
-                             f'which metainfo does not name; it names {some(absent)} instead, which the file does not '
-                             f'have. {fix}')
+            raise ValueError(
+                f'{self.name}: {self.ann_file} has {dropped[name]} annotations of the category {name!r}, '
+                f'which metainfo does not name; it names {some(absent)} instead, which the file does not '
+                f'have. {fix}'
+            )
         if dropped:
-            print_log(f'{self.name}: {sum(dropped.values())} annotations of {self.ann_file} are left out, because '
-                      f'metainfo does not name their categories {some(dropped)}.', 'current', logging.WARNING)
+            print_log(
+                f'{self.name}: {sum(dropped.values())} annotations of {self.ann_file} are left out, because '
+                f'metainfo does not name their categories {some(dropped)}.',
+                'current',
+                logging.WARNING,
+            )
 
     def why_filtered(self) -> str:
         """What the images lack that were filtered."""

@@ -5,8 +5,10 @@ from ..registry import TRANSFORMS
 
 def image_error(path: str, error: Exception) -> ValueError:
     """What to raise in place of an error from inside a reader of images."""
-    return ValueError(f'Cannot load the image {path}: it is missing, empty or damaged ({str(error).strip()}). Restore '
-                      'the file, or take it out of the annotations.')
+    return ValueError(
+        f'Cannot load the image {path}: it is missing, empty or damaged ({str(error).strip()}). Restore '
+        'the file, or take it out of the annotations.'
+    )
 
 
 @TRANSFORMS.register_module()

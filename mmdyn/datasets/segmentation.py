@@ -1,4 +1,5 @@
 """Data sets of mmseg, which this module imports."""
+
 import difflib
 
 import numpy as np
@@ -18,19 +19,26 @@ class CheckedMasks(CheckedDataset):
         """
         labels, shape = results['gt_seg_map'], tuple(results['ori_shape'][:2])
         if labels.ndim != 2:
-            raise self.mask_error(files, f'has the shape {labels.shape}, but must be {shape}, with the number of a '
-                                  'class in each pixel; a picture in colours has to be translated to them')
+            raise self.mask_error(
+                files,
+                f'has the shape {labels.shape}, but must be {shape}, with the number of a '
+                'class in each pixel; a picture in colours has to be translated to them',
+            )
         if labels.shape != shape:
-            raise self.mask_error(files, f'has {labels.shape[0]} x {labels.shape[1]} pixels, but the image {shape[0]} '
-                                  f'x {shape[1]}')
+            raise self.mask_error(
+                files, f'has {labels.shape[0]} x {labels.shape[1]} pixels, but the image {shape[0]} x {shape[1]}'
+            )
         classes = self.metainfo.get('classes')
         wrong = (labels >= len(classes)) & (labels != self.ignore_index) if classes else np.zeros(0, bool)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             moved = ' (after reduce_zero_label, which takes 1 off)' if self.reduce_zero_label else ''
-            raise self.mask_error(files, f'has the label {labels[row, column]}{moved} in {wrong.sum()} pixels, first '
-                                  f'in row {row}, column {column}, but metainfo has {len(classes)} classes: allowed '
-                                  f'are 0 to {len(classes) - 1}, and {self.ignore_index} for what is ignored')
+            raise self.mask_error(
+                files,
+                f'has the label {labels[row, column]}{moved} in {wrong.sum()} pixels, first '
+                f'in row {row}, column {column}, but metainfo has {len(classes)} classes: allowed '
+                f'are 0 to {len(classes) - 1}, and {self.ignore_index} for what is ignored',
+            )
 
     def contents(self, path: str) -> str:
         """What a folder has to hold."""
@@ -48,9 +56,11 @@ class CheckedMasks(CheckedDataset):
         for name in new_classes or () if known else ():
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
-                raise ValueError(f'mmdyn.{cls.__name__}: metainfo names the class {name!r}, which is none of the '
-                                 f'{len(known)} of the data set{f"; did you mean {close[0]!r}?" if close else "."} For '
-                                 'classes of your own use mmdyn.BaseSegDataset.')
+                raise ValueError(
+                    f'mmdyn.{cls.__name__}: metainfo names the class {name!r}, which is none of the '
+                    f'{len(known)} of the data set{f"; did you mean {close[0]!r}?" if close else "."} For '
+                    'classes of your own use mmdyn.BaseSegDataset.'
+                )
         return super().get_label_map(new_classes)
 
 

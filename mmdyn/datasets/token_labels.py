@@ -1,4 +1,5 @@
 """Token labels (LV-ViT): maps of what is seen where in an image, cropped and flipped together with it."""
+
 import math
 from pathlib import Path
 
@@ -36,18 +37,24 @@ class LoadTokenLabels(mmcv.transforms.BaseTransform):
         try:
             labels = torch.load(path, map_location='cpu', weights_only=True)
         except Exception as error:
-            raise ValueError(f'Cannot load the token labels {path} of the image {image}: the file is missing or '
-                             f'damaged ({str(error).strip()}). Restore it, or take LoadTokenLabels out of the pipeline '
-                             'to train without token labels.') from error
+            raise ValueError(
+                f'Cannot load the token labels {path} of the image {image}: the file is missing or '
+                f'damaged ({str(error).strip()}). Restore it, or take LoadTokenLabels out of the pipeline '
+                'to train without token labels.'
+            ) from error
         shape = tuple(getattr(labels, 'shape', ()))
         if len(shape) != 4 or shape[0] != 2 or 0 in shape:
-            raise ValueError(f'The token labels {path} have the shape {shape}, but need (2, k, H, W): scores and '
-                             'indices of the top k classes of each cell.')
+            raise ValueError(
+                f'The token labels {path} have the shape {shape}, but need (2, k, H, W): scores and '
+                'indices of the top k classes of each cell.'
+            )
         scores, classes = labels.permute(0, 2, 3, 1).float()
         classes = classes.long()
         if classes.min() < 0 or classes.max() >= self.num_classes:
-            raise ValueError(f'The token labels {path} name the classes {classes.min()} to {classes.max()}, but '
-                             f'num_classes={self.num_classes} allows 0 to {self.num_classes - 1}.')
+            raise ValueError(
+                f'The token labels {path} name the classes {classes.min()} to {classes.max()}, but '
+                f'num_classes={self.num_classes} allows 0 to {self.num_classes - 1}.'
+            )
         results['token_label_map'] = torch.zeros(*classes.shape[:2], self.num_classes).scatter_(2, classes, scores)
         return results
 
@@ -85,8 +92,9 @@ class TokenLabelCrop(mmcv.transforms.BaseTransform):
     def __init__(self, scale, patch_size: int = 16, **kwargs):
         self.crop = TRANSFORMS.build(dict(type='mmpretrain.RandomResizedCrop', scale=scale, **kwargs))
         if any(side % patch_size for side in self.crop.scale):
-            raise ValueError(f'scale={scale} does not divide into patches of patch_size={patch_size}: choose a '
-                             'multiple.')
+            raise ValueError(
+                f'scale={scale} does not divide into patches of patch_size={patch_size}: choose a multiple.'
+            )
         self.grid = tuple(side // patch_size for side in self.crop.scale)
 
     def transform(self, results: dict) -> dict:
@@ -94,9 +102,10 @@ class TokenLabelCrop(mmcv.transforms.BaseTransform):
         image = results['img']
         height, width = image.shape[:2]
         top, left, crop_height, crop_width = self.crop.rand_crop_params(image)
-        image = image[top:top + crop_height, left:left + crop_width]
-        results['img'] = mmcv.imresize(image, tuple(self.crop.scale[::-1]), interpolation=self.crop.interpolation,
-                                       backend=self.crop.backend)
+        image = image[top : top + crop_height, left : left + crop_width]
+        results['img'] = mmcv.imresize(
+            image, tuple(self.crop.scale[::-1]), interpolation=self.crop.interpolation, backend=self.crop.backend
+        )
         results['img_shape'] = results['img'].shape
         labels = results.pop('token_label_map', None)
         if labels is not None:

@@ -1,4 +1,5 @@
 """Layers in which nearly all regions choose one granularity for long: they have stopped to decide by the image."""
+
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ NEARLY_ALL = 0.99
 
 ADVICE = {
     True: 'the routers feel too little of the budget. Lower budget or raise weight of BudgetHook, or let the routers '
-          "learn faster: optim_wrapper=dict(paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=10.)})).",
+    "learn faster: optim_wrapper=dict(paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=10.)})).",
     False: 'the budget outweighs the task. Raise budget or lower weight of BudgetHook, start from a checkpoint of the '
-           "dense model, or give each granularity a gradient: dge=dict(train_mode='dense').",
+    "dense model, or give each granularity a gradient: dge=dict(train_mode='dense').",
 }
 
 

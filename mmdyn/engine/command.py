@@ -1,4 +1,5 @@
 """What all command lines of tools/ share: a user's mistake is a line on stderr, and results are alone on stdout."""
+
 import contextlib
 import functools
 import inspect

@@ -1,4 +1,5 @@
 """What tools/train.py and tools/test.py share beside :mod:`mmdyn.engine.command`."""
+
 import argparse
 import os
 from datetime import timedelta
@@ -47,8 +48,11 @@ def prepare_processes_without_devices(cfg: Config) -> None:
     if not dist.is_initialized():
         # mmengine leaves a group alone that it finds.
         dist.init_process_group('gloo', timeout=None if seconds is None else timedelta(seconds=seconds))
-    defaults = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
-                    find_unused_parameters=cfg.get('find_unused_parameters', False))
+    defaults = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
     cfg.model_wrapper_cfg = {**(cfg.get('model_wrapper_cfg') or defaults), 'device_ids': None}
 
     def revert(part: Any) -> None:

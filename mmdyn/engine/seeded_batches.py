@@ -1,4 +1,5 @@
 """Batches that follow from their number in the training alone, so that a training may go on at any of them."""
+
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,12 +121,24 @@ def number_batches(loader: DataLoader[Any], *key: int) -> DataLoader[Any] | None
     batches: Any = getattr(loader, 'batch_sampler', None)
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or not hasattr(batches, 'sampler'):
         return None
-    options = ('num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context',
-               'generator', 'prefetch_factor', 'persistent_workers', 'pin_memory_device', 'in_order')
+    options = (
+        'num_workers',
+        'collate_fn',
+        'pin_memory',
+        'timeout',
+        'worker_init_fn',
+        'multiprocessing_context',
+        'generator',
+        'prefetch_factor',
+        'persistent_workers',
+        'pin_memory_device',
+        'in_order',
+    )
     # torch says that batches are lists; it hands them to the data set as they are.
     numbers: Any = NumberedBatches(batches)
-    numbered = DataLoader(SeededDataset(loader.dataset, *key), batch_sampler=numbers,
-                          **{name: getattr(loader, name) for name in options})
+    numbered = DataLoader(
+        SeededDataset(loader.dataset, *key), batch_sampler=numbers, **{name: getattr(loader, name) for name in options}
+    )
     # torch forgets them where there is a batch sampler, but hooks of the frameworks read them.
     vars(numbered).update(batch_size=loader.batch_size, drop_last=loader.drop_last)
     return numbered

@@ -1,6 +1,7 @@
 import math
 from collections import OrderedDict
-from typing import Any, List, Sequence, Union
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.evaluator import BaseMetric
@@ -23,11 +24,12 @@ class CoarseToFineMetric(BaseMetric):
         collect_device: as in mmengine's metrics.
         prefix: as in mmengine's metrics. Defaults to ``'cf'``.
     """
+
     default_prefix = 'cf'
 
-    def __init__(self, topk: Union[int, Sequence[int]] = (1, 5), collect_device: str = 'cpu', prefix=None):
+    def __init__(self, topk: int | Sequence[int] = (1, 5), collect_device: str = 'cpu', prefix=None):
         super().__init__(collect_device=collect_device, prefix=prefix)
-        self.topk = (topk, ) if isinstance(topk, int) else tuple(topk)
+        self.topk = (topk,) if isinstance(topk, int) else tuple(topk)
         if not self.topk or min(self.topk) < 1:
             raise ValueError(f'CoarseToFineMetric: topk={topk}: give a positive k, or several, e.g. (1, 5).')
 
@@ -35,26 +37,34 @@ class CoarseToFineMetric(BaseMetric):
         """Note of each image by which stages its label is among the best k."""
         for sample in data_samples:
             if 'coarse_score' not in sample:
-                raise ValueError('CoarseToFineMetric: the predictions have no coarse_score, which a CF-ViT gives: use '
-                                 'the model type mmdyn.CoarseToFineClassifier, or leave out the metric.')
+                raise ValueError(
+                    'CoarseToFineMetric: the predictions have no coarse_score, which a CF-ViT gives: use '
+                    'the model type mmdyn.CoarseToFineClassifier, or leave out the metric.'
+                )
             if 'gt_label' not in sample:
-                raise ValueError('CoarseToFineMetric: the images have no gt_label: give a test set with labels, or '
-                                 'leave out the metric.')
-            hits = {name: self._hits(sample[f'{score}_score'], sample['gt_label'])
-                    for name, score in (('', 'pred'), ('coarse_', 'coarse'), ('fine_', 'fine'))
-                    if f'{score}_score' in sample}
+                raise ValueError(
+                    'CoarseToFineMetric: the images have no gt_label: give a test set with labels, or '
+                    'leave out the metric.'
+                )
+            hits = {
+                name: self._hits(sample[f'{score}_score'], sample['gt_label'])
+                for name, score in (('', 'pred'), ('coarse_', 'coarse'), ('fine_', 'fine'))
+                if f'{score}_score' in sample
+            }
             # One entry for each image: mmengine cuts what was gathered from all processes to the size of the data set.
             self.results.append(dict(hits=hits, exits=sample['exit_stage'] == 0, macs=sample['macs']))
 
-    def _hits(self, score: Tensor, label: Tensor) -> List[bool]:
+    def _hits(self, score: Tensor, label: Tensor) -> list[bool]:
         """For each k, whether the label is among the k classes of the highest score."""
         if max(self.topk) > len(score):
-            raise ValueError(f'CoarseToFineMetric: topk={self.topk}, but the model tells {len(score)} classes apart: '
-                             f'give a topk of at most {len(score)}.')
+            raise ValueError(
+                f'CoarseToFineMetric: topk={self.topk}, but the model tells {len(score)} classes apart: '
+                f'give a topk of at most {len(score)}.'
+            )
         found = (score.topk(max(self.topk)).indices == label.to(score.device)).tolist()
         return [any(found[:k]) for k in self.topk]
 
-    def compute_metrics(self, results: List[dict]) -> dict:
+    def compute_metrics(self, results: list[dict]) -> dict:
         """Average over the images."""
         metrics = OrderedDict()
         for name in ('', 'coarse_', 'fine_'):

@@ -60,6 +60,7 @@ class DynamicFLOPs(BaseMetric):
         collect_device: as in mmengine's metrics.
         prefix: as in mmengine's metrics. Defaults to ``'flops'``.
     """
+
     default_prefix = 'flops'
 
     def __init__(self, per_layer: bool = True, collect_device: str = 'cpu', prefix: str | None = None) -> None:
@@ -72,15 +73,17 @@ class DynamicFLOPs(BaseMetric):
         """Note of each image what the forward passes since the last call spent on it."""
         costs = self._meter.take()
         if not costs:
-            raise ValueError('DynamicFLOPs saw no forward pass of an mmdyn backbone: use one (e.g. mmdyn.PVT), or '
-                             'leave out the metric.')
+            raise ValueError(
+                'DynamicFLOPs saw no forward pass of an mmdyn backbone: use one (e.g. mmdyn.PVT), or '
+                'leave out the metric.'
+            )
         num, sums, counts = len(data_samples), {}, {}
         owners = owners_of_passes([len(cost.query_ratio) for cost in costs], data_samples) if num else []
         for cost, owner in zip(costs, owners):
             for name, values in self._columns(cost).items():
                 if owner is None:
                     self._say_that_passes_are_shared()
-                    share = values.new_full((num, ), len(values) / num)
+                    share = values.new_full((num,), len(values) / num)
                     total = share * values.mean()
                 else:
                     share = torch.bincount(owner, minlength=num).double()
@@ -99,15 +102,23 @@ class DynamicFLOPs(BaseMetric):
         layers = [layer for layer in cost.layers if layer.dynamic]
         names = ['gflops', 'gflops_dense', 'query_ratio', *(f'query_ratio/{layer.name}' for layer in layers)]
         ratio = cost.query_ratio.double()
-        columns = [cost.spent / 1e9, torch.full_like(ratio, cost.dense / 1e9), ratio,
-                   *(layer.query_ratio.double() for layer in layers)]
+        columns = [
+            cost.spent / 1e9,
+            torch.full_like(ratio, cost.dense / 1e9),
+            ratio,
+            *(layer.query_ratio.double() for layer in layers),
+        ]
         return dict(zip(names, torch.stack(columns).detach().cpu()))
 
     def _say_that_passes_are_shared(self) -> None:
         if not self._shares_equally:
             self._shares_equally = True
-            print_log('DynamicFLOPs: some forward passes have fewer images than the batch, and nothing tells which. '
-                      "They are shared equally among the batch's images.", 'current', logging.WARNING)
+            print_log(
+                'DynamicFLOPs: some forward passes have fewer images than the batch, and nothing tells which. '
+                "They are shared equally among the batch's images.",
+                'current',
+                logging.WARNING,
+            )
 
     def compute_metrics(self, results: list[dict]) -> dict:
         """Average over the images."""
@@ -117,8 +128,9 @@ class DynamicFLOPs(BaseMetric):
         # A validation is part of a training, whose hooks look at the routers and know for how long.
         if MessageHub.get_current_instance().get_info('loop_stage') != 'val':
             self._warn_of_collapse({name.partition('/')[2]: values for name, values in columns.items() if '/' in name})
-        return OrderedDict((name, sum(values) / len(values)) for name, values in columns.items()
-                           if self.per_layer or '/' not in name)
+        return OrderedDict(
+            (name, sum(values) / len(values)) for name, values in columns.items() if self.per_layer or '/' not in name
+        )
 
     @staticmethod
     def _warn_of_collapse(ratios: dict[str, list[float]]) -> None:
@@ -135,4 +147,7 @@ class DynamicFLOPs(BaseMetric):
             f'{"All" if len(alike) == len(ratios) else "Some"} layers with DGE spend the same share of queries, in '
             f'brackets, on at least {ALIKE:.0%} of the {len(values)} images: {layers}. Their regions choose one '
             'granularity, whatever the image. draw_gates.py shows it; the log of the training says since when, and '
-            'what to try.', 'current', logging.WARNING)
+            'what to try.',
+            'current',
+            logging.WARNING,
+        )

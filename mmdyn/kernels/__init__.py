@@ -3,6 +3,7 @@
 Importing the package registers the kernels with the functions of :mod:`mmdyn.models` that they stand in for. Without it
 everything is slower and nothing is different.
 """
+
 from . import accelerators, functions, pieces, stage
 
 __all__ = ['accelerators', 'functions', 'pieces', 'stage']

@@ -1,4 +1,5 @@
 """Fused operators of accelerators that torch or mmcv has: attention of variable length, and deformable sampling."""
+
 import torch
 from torch import Tensor
 
@@ -30,15 +31,18 @@ def attention_of_variable_length(query: Tensor, key: Tensor, value: Tensor, leng
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
     """Queries (N, heads, D) and keys and values (B, heads, M, D) as torch's operator takes them."""
     images, _, keys, _ = key.shape
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
+    ends = (
+        torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
+    )
     starts = torch.arange(0, images * keys + 1, keys, dtype=torch.int32, device=query.device)
     key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
     return varlen_attn(query, key, value, ends, starts, max(lengths), keys)
 
 
 @deformable_sampling.register
-def sample_by_mmcv(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int],
-                   lengths: list[int]) -> Tensor | Refused:
+def sample_by_mmcv(
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+) -> Tensor | Refused:
     """:func:`~mmdyn.models.layers.deformable.deformable_sampling` with mmcv's operator for accelerators."""
     if value.device.type == 'cpu':
         return Refused("the values are on the CPU, for which mmcv's operator is not written")
@@ -50,8 +54,9 @@ def sample_by_mmcv(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[
     return mmcv_sampling(value, points, weights, shape, lengths)
 
 
-def mmcv_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int],
-                  lengths: list[int]) -> Tensor | Refused:
+def mmcv_sampling(
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+) -> Tensor | Refused:
     """Values, points and weights as mmcv's operator takes them, or why there is no operator for them."""
     try:
         from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
@@ -65,14 +70,18 @@ def mmcv_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[i
     if ragged:
         starts = range(0, images * most, most)
         slots = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths)]).to(value.device)
-        points, weights = (
-            x.new_zeros(images * most, *x.shape[1:]).index_copy(0, slots, x) for x in (points, weights))
+        points, weights = (x.new_zeros(images * most, *x.shape[1:]).index_copy(0, slots, x) for x in (points, weights))
     sides = torch.tensor([shape], device=value.device)
     where = ((points + 0.5) / sides.flip(1)).unflatten(0, (images, most))[:, :, :, None]
     try:
-        sums = MultiScaleDeformableAttnFunction.apply(value.contiguous(), sides, sides.new_zeros(1), where.contiguous(),
-                                                      weights.unflatten(0, (images, most))[:, :, :, None].contiguous(),
-                                                      images)
+        sums = MultiScaleDeformableAttnFunction.apply(
+            value.contiguous(),
+            sides,
+            sides.new_zeros(1),
+            where.contiguous(),
+            weights.unflatten(0, (images, most))[:, :, :, None].contiguous(),
+            images,
+        )
     except RuntimeError as error:
         if 'implementation for device' not in str(error):
             raise
@@ -81,6 +90,8 @@ def mmcv_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[i
     return (sums[slots] if ragged else sums).to(kind)
 
 
-_NEEDS_OPERATORS = ("the installed mmcv has no operators: compile them with the CUDA toolkit of your torch in place: "
-                    'MMCV_WITH_OPS=1 FORCE_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir '
-                    '--no-build-isolation mmcv==2.1.0')
+_NEEDS_OPERATORS = (
+    'the installed mmcv has no operators: compile them with the CUDA toolkit of your torch in place: '
+    'MMCV_WITH_OPS=1 FORCE_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir '
+    '--no-build-isolation mmcv==2.1.0'
+)

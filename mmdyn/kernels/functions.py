@@ -1,4 +1,5 @@
 """Functions in inference on a CPU by compiled code: the router's choice, patches, deformable sampling, maps."""
+
 import ctypes
 import math
 
@@ -11,8 +12,18 @@ from ..models.dge.routing import grid
 from ..models.layers import Positions, deformable_sampling, project_patches, to_maps
 from ..models.replaceable import Refused
 from .library import Map, Projection, Sampling, Step, call, library
-from .prepared import (Cache, Prepared, Refusal, are_counts, decision_of, first, refuse_context, refuse_rows,
-                       refuse_tensor, refuse_tokens)
+from .prepared import (
+    Cache,
+    Prepared,
+    Refusal,
+    are_counts,
+    decision_of,
+    first,
+    refuse_context,
+    refuse_rows,
+    refuse_tensor,
+    refuse_tokens,
+)
 from .stage import as_numbers, refuse_processor
 
 _cache = Cache()
@@ -47,8 +58,9 @@ class PreparedRouter(Prepared):
 
 
 @choose.register
-def choose_by_means(router: Router, tokens: Tensor, shape: tuple[int, int], region: int,
-                    num_extra: int) -> Tensor | Refused:
+def choose_by_means(
+    router: Router, tokens: Tensor, shape: tuple[int, int], region: int, num_extra: int
+) -> Tensor | Refused:
     """:func:`~mmdyn.models.dge.router.choose` without a table of means."""
     reason = refuse_context() or refuse_library() or refuse_tokens(tokens, shape, num_extra)
     if reason is None and not are_counts([region], 1):
@@ -68,8 +80,14 @@ def choose_by_means(router: Router, tokens: Tensor, shape: tuple[int, int], regi
     choice, options = torch.empty(images, *grid(region, shape), dtype=torch.long, device='cpu'), prepared.options
     job = ctypes.byref(Map(images, num_extra, *shape, region, channels, choice.data_ptr()))
     logits = None if budget < 0 else torch.empty(*choice.shape, options, dtype=torch.float32, device='cpu')
-    library().choose(job, tokens.data_ptr(), prepared.addresses[0], bias.data_ptr(), options,
-                     None if logits is None else logits.data_ptr())
+    library().choose(
+        job,
+        tokens.data_ptr(),
+        prepared.addresses[0],
+        bias.data_ptr(),
+        options,
+        None if logits is None else logits.data_ptr(),
+    )
     if logits is not None:
         steps = torch.empty(2 * logits.numel() * ctypes.sizeof(Step), dtype=torch.uint8, device='cpu')
         granularities = ctypes.addressof(as_numbers(router.granularities))
@@ -90,10 +108,12 @@ class PreparedPatches(Prepared):
         super().__init__()
         self.module(proj, 'proj', nn.Conv2d)
         self.module(norm, 'norm', nn.LayerNorm, nn.Identity)
-        self.channels, self.depth = (self.attribute(proj, 'proj', name, int) for name in ('out_channels', 'in_channels'))
+        self.channels, self.depth = (
+            self.attribute(proj, 'proj', name, int) for name in ('out_channels', 'in_channels')
+        )
         order = (0, 2, 3, 1) if of_tokens else (0, 1, 2, 3)
         self.side, self.weight = self.patches(proj, 'proj', self.channels, self.depth, order)
-        self.eps, self.norm_weight = 0., (None, None)
+        self.eps, self.norm_weight = 0.0, (None, None)
         if type(norm) is nn.LayerNorm:
             self.eps, self.norm_weight = self.norm(norm, 'norm', self.channels)
 
@@ -109,7 +129,9 @@ def _refuse_positions(positions: Positions, channels: int) -> str | None:
 
 
 @project_patches.register
-def project_panels(maps: Tensor, proj: nn.Module, norm: nn.Module, positions: Positions | None = None) -> Tensor | Refused:
+def project_panels(
+    maps: Tensor, proj: nn.Module, norm: nn.Module, positions: Positions | None = None
+) -> Tensor | Refused:
     """:func:`~mmdyn.models.layers.embedding.project_patches` on panels of patches that stay in cache."""
     if maps.ndim != 4:
         return Refused(f'there are {maps.ndim} dimensions, not 4')
@@ -133,16 +155,42 @@ def project_panels(maps: Tensor, proj: nn.Module, norm: nn.Module, positions: Po
     segments, strides = ((side, side, depth), (line, cell)) if of_tokens else ((depth, side, side), (channel, line))
     rows, columns = height // side, width // side
     out = torch.empty(images, rows * columns, channels, dtype=torch.float32, device='cpu')
-    call('project', ctypes.byref(Projection(
-        images, rows, columns, *segments, channels, 0, image, side * line, side * cell, *strides, 0., prepared.eps,
-        None, None, *prepared.weight, *prepared.norm_weight, None, None, maps.data_ptr(), out.data_ptr(),
-        positions.embedding.data_ptr() if positions else None, *(positions.shape if positions else (0, 0)))))
+    call(
+        'project',
+        ctypes.byref(
+            Projection(
+                images,
+                rows,
+                columns,
+                *segments,
+                channels,
+                0,
+                image,
+                side * line,
+                side * cell,
+                *strides,
+                0.0,
+                prepared.eps,
+                None,
+                None,
+                *prepared.weight,
+                *prepared.norm_weight,
+                None,
+                None,
+                maps.data_ptr(),
+                out.data_ptr(),
+                positions.embedding.data_ptr() if positions else None,
+                *(positions.shape if positions else (0, 0)),
+            )
+        ),
+    )
     return out
 
 
 @deformable_sampling.register
-def sample_points(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int],
-                  lengths: list[int]) -> Tensor | Refused:
+def sample_points(
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+) -> Tensor | Refused:
     """:func:`~mmdyn.models.layers.deformable.deformable_sampling` point by point."""
     names = dict(value='the values', points='the points', weights='the weights')
     tensors = dict(value=value, points=points, weights=weights)
@@ -153,14 +201,24 @@ def sample_points(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[i
         return Refused('values, points, weights, lengths and shape are not of the kinds that belong together')
     images, cells, heads, channels = value.shape
     num = sum(lengths)
-    if (images, cells) != (len(lengths), math.prod(shape)) or points.shape != (num, heads, points.shape[2], 2) or (
-            weights.shape != points.shape[:3]):
+    if (
+        (images, cells) != (len(lengths), math.prod(shape))
+        or points.shape != (num, heads, points.shape[2], 2)
+        or (weights.shape != points.shape[:3])
+    ):
         return Refused('values, points, weights and lengths do not fit each other')
     value, points, weights = value.contiguous(), points.contiguous(), weights.contiguous()
     counts = torch.tensor(lengths, dtype=torch.long, device='cpu')
     out = torch.empty(num, heads * channels, dtype=torch.float32, device='cpu')
-    library().sample(ctypes.byref(Sampling(*shape, heads, points.shape[2], channels)), value.data_ptr(),
-                     points.data_ptr(), weights.data_ptr(), counts.data_ptr(), images, out.data_ptr())
+    library().sample(
+        ctypes.byref(Sampling(*shape, heads, points.shape[2], channels)),
+        value.data_ptr(),
+        points.data_ptr(),
+        weights.data_ptr(),
+        counts.data_ptr(),
+        images,
+        out.data_ptr(),
+    )
     return out
 
 

@@ -1,8 +1,9 @@
 """The functions that were compiled when mmdyn was installed, and the workspace that they compute in."""
+
 import ctypes
 import platform
 import threading
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -28,62 +29,89 @@ def parameters(names: str) -> list[tuple[str, type]]:
 
 class Map(ctypes.Structure):
     """As in routing.h."""
+
     _fields_ = [*fields(Number, 'images num_extra height width region channels'), ('choice', Address)]
 
 
 class Step(ctypes.Structure):
     """As in routing.h."""
+
     _fields_ = [('key', ctypes.c_uint32), *fields(ctypes.c_int32, 'region option')]
 
 
 class Sampling(ctypes.Structure):
     """As in sampling.h."""
+
     _fields_ = fields(Number, 'height width heads points channels')
 
 
 class Block(ctypes.Structure):
     """As in block.h."""
+
     _fields_ = [
         *fields(Number, 'dim hidden heads points sr_ratio'),
         *fields(Real, 'norm1_eps norm2_eps sr_norm_eps residual_scale'),
-        *parameters('norm1 q kv sr sr_norm offsets point_weights proj norm2 fc1 fc2'), ('is_bfloat16', Number),
-        ('tokens', Address), ('map', Map), ('granularities', Address), *parameters('router'), ('num_options', Number),
-        ('chosen', Address), ('budget', Number), ('lengths', Address)
+        *parameters('norm1 q kv sr sr_norm offsets point_weights proj norm2 fc1 fc2'),
+        ('is_bfloat16', Number),
+        ('tokens', Address),
+        ('map', Map),
+        ('granularities', Address),
+        *parameters('router'),
+        ('num_options', Number),
+        ('chosen', Address),
+        ('budget', Number),
+        ('lengths', Address),
     ]
 
 
 class Projection(ctypes.Structure):
     """As in projection.h."""
+
     _fields_ = [
-        *fields(Number, 'images height width outer inner length channels kv_channels image_stride row_stride '
-                'column_stride outer_stride inner_stride'),
-        *fields(Real, 'eps_before eps_after'), *parameters('norm_before linear norm_after kv'),
-        *fields(Address, 'input output positions'), *fields(Number, 'positions_height positions_width'),
-        ('router', Address), ('num_options', Number), ('scores', Address)
+        *fields(
+            Number,
+            'images height width outer inner length channels kv_channels image_stride row_stride '
+            'column_stride outer_stride inner_stride',
+        ),
+        *fields(Real, 'eps_before eps_after'),
+        *parameters('norm_before linear norm_after kv'),
+        *fields(Address, 'input output positions'),
+        *fields(Number, 'positions_height positions_width'),
+        ('router', Address),
+        ('num_options', Number),
+        ('scores', Address),
     ]
 
 
 STRUCTS = (Map, Step, Sampling, Block, Projection)
 # What csrc/library.c must say: the size of each, and where its last field begins.
-LAYOUT = [VERSION, *(number for struct in STRUCTS
-                     for number in (ctypes.sizeof(struct), getattr(struct, struct._fields_[-1][0]).offset))]
+LAYOUT = [
+    VERSION,
+    *(
+        number
+        for struct in STRUCTS
+        for number in (ctypes.sizeof(struct), getattr(struct, struct._fields_[-1][0]).offset)
+    ),
+]
 # The arguments of each function: addresses and numbers. Those for AVX-512 are missing where compilers do not know it.
 FUNCTIONS = dict(choose='aaaana', choose_within='aaanna', sample='aaaaana')
-AVX512 = dict(encode_blocks='ana', encode_blocks_workspace='an', project='aa', project_workspace='a',
-              transpose_tokens='annna')
+AVX512 = dict(
+    encode_blocks='ana', encode_blocks_workspace='an', project='aa', project_workspace='a', transpose_tokens='annna'
+)
 
 # glibc keeps as much free memory as twice the largest block that it has seen freed, of up to 32 MiB, and gives the rest
 # back to the system, whose fresh pages take time. It sees one of this size when the functions are loaded.
 LARGEST = (32 << 20) - (16 << 10)
 
 
-@lru_cache(maxsize=None)
+@cache
 def library() -> ctypes.CDLL | Refused:
     """The compiled functions, or why there are none."""
     spec = find_spec('mmdyn.kernels._cpu')
     if spec is None or spec.origin is None:
-        return Refused('mmdyn was installed without a C compiler: install one (Debian: apt-get install gcc), then mmdyn '
-                       'again')
+        return Refused(
+            'mmdyn was installed without a C compiler: install one (Debian: apt-get install gcc), then mmdyn again'
+        )
     np.empty(LARGEST, np.uint8)
     functions = ctypes.CDLL(spec.origin)
     built = (Number * len(LAYOUT))()
@@ -92,8 +120,10 @@ def library() -> ctypes.CDLL | Refused:
     except AttributeError:
         built[0] = 0
     if [*built] != LAYOUT:
-        return Refused(f'{spec.origin} was compiled for another version of mmdyn: install mmdyn again, by `make setup` or '
-                       '`pip install -e .`')
+        return Refused(
+            f'{spec.origin} was compiled for another version of mmdyn: install mmdyn again, by `make setup` or '
+            '`pip install -e .`'
+        )
     types = dict(a=Address, n=Number)
     for name, arguments in {**FUNCTIONS, **(AVX512 if functions.runs() else {})}.items():
         function = getattr(functions, name)
@@ -101,7 +131,7 @@ def library() -> ctypes.CDLL | Refused:
     return functions
 
 
-@lru_cache(maxsize=None)
+@cache
 def runs(half: bool = False) -> Refused | None:
     """None if this processor has the encoder's instructions, or those for bfloat16 if ``half``."""
     functions = library()
@@ -130,5 +160,5 @@ def call(name: str, *job: object) -> None:
         _kept.workspace = torch.empty(numbers, dtype=torch.float32, device='cpu')
         if _kept.workspace.data_ptr() % 64:
             room = torch.empty(numbers + 16, dtype=torch.float32, device='cpu')
-            _kept.workspace = room[-room.data_ptr() % 64 // 4:][:numbers]
+            _kept.workspace = room[-room.data_ptr() % 64 // 4 :][:numbers]
     getattr(functions, name)(*job, _kept.workspace.data_ptr())

@@ -3,6 +3,7 @@
 torch's float32 products on a CPU are MKL's, which on some CPUs do not use their widest instructions. oneDNN's do, and
 apply the GELU to what they have just computed.
 """
+
 import math
 from collections.abc import Iterator
 
@@ -26,14 +27,15 @@ NUMBERS, ROWS = 2**20, 2**12
 
 def few_sizes(rows: int) -> int:
     """``rows``, rounded up by at most 1/32 to one of a few numbers: oneDNN prepares for each number that it meets."""
-    step = min(2**max(rows.bit_length() - 6, 0), 64)
+    step = min(2 ** max(rows.bit_length() - 6, 0), 64)
     return -(-rows // step) * step
 
 
 def linear(x: Tensor, layer: nn.Linear, gelu: bool = False) -> Tensor:
     """A linear layer, with a GELU behind it if ``gelu``: (..., C_in) -> (..., C_out)."""
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *(('gelu', [], 'none') if gelu else
-                                                                            ('none', [], '')))
+    return torch.ops.mkldnn._linear_pointwise(
+        x, layer.weight, layer.bias, *(('gelu', [], 'none') if gelu else ('none', [], ''))
+    )
 
 
 if torch.backends.mkldnn.is_available():
@@ -45,8 +47,9 @@ if torch.backends.mkldnn.is_available():
 
 
 @run_blocks.register
-def run_in_pieces(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
-                  stop: int | None = None) -> Tensor | Refused:
+def run_in_pieces(
+    stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0, stop: int | None = None
+) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
     if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
         return Refused('oneDNN is switched off, or torch was built without it')
@@ -61,8 +64,9 @@ def run_in_pieces(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: i
     return tokens
 
 
-def encode(block: EncoderBlock, encoder: DynamicGrainedEncoder | None, tokens: Tensor, shape: tuple[int, int],
-           num_extra: int) -> Tensor:
+def encode(
+    block: EncoderBlock, encoder: DynamicGrainedEncoder | None, tokens: Tensor, shape: tuple[int, int], num_extra: int
+) -> Tensor:
     """One block on tokens (B, E + H*W, C), which it changes."""
     images, size, channels = tokens.shape
     keys_values = _keys_values(block, tokens, shape, num_extra)
@@ -96,7 +100,7 @@ def _keys_values(block: EncoderBlock, tokens: Tensor, shape: tuple[int, int], nu
     """What the queries attend to: tensors with a first dimension of images."""
     attn, normed = block.attn, block.norm1(tokens)
     if block.uses_points:
-        return (linear(normed, attn.v).unflatten(-1, (attn.num_heads, -1)), )
+        return (linear(normed, attn.v).unflatten(-1, (attn.num_heads, -1)),)
     key_value = linear(attn.reduce(normed, shape, num_extra), attn.kv)
     return tuple(key_value.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4))
 
@@ -116,12 +120,22 @@ def _pieces(lengths: list[int], count: int) -> Iterator[tuple[slice, slice, list
         size = max(few_sizes(-(-total // parts)), 1)
         for start in range(0, total, size):
             end = min(start + size, total)
-            yield slice(row + start, row + end), slice(first, last), lengths[first:last] if parts == 1 else [end - start]
+            yield (
+                slice(row + start, row + end),
+                slice(first, last),
+                lengths[first:last] if parts == 1 else [end - start],
+            )
         row, first = row + total, last
 
 
-def _changes(block: EncoderBlock, queries: Tensor, lengths: list[int], shape: tuple[int, int],
-             keys_values: tuple[Tensor, ...], points: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def _changes(
+    block: EncoderBlock,
+    queries: Tensor,
+    lengths: list[int],
+    shape: tuple[int, int],
+    keys_values: tuple[Tensor, ...],
+    points: Tensor | None,
+) -> Iterator[tuple[slice, Tensor]]:
     """The rows of pieces of packed queries (N, C), and what the block adds to them."""
     attn, ffn, scale = block.attn, block.ffn, block.residual_scale
     for piece, images, of_images in _pieces(lengths, min(max(NUMBERS // queries.shape[1], 1), ROWS)):

@@ -3,6 +3,7 @@
 A layer is taken only if it is exactly of the type that the kernel knows, unchanged and without hooks, and its
 parameters only if type, shape and order are those that the kernel reads. All else is refused, in a sentence.
 """
+
 import math
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
@@ -15,7 +16,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ..models.dge.budget import queries_within
-from ..models.replaceable import Refused
 
 _dtypes, _shapes = attrgetter('dtype'), attrgetter('shape')
 
@@ -106,8 +106,8 @@ def decision_of(router: nn.Module, options: int, shape: tuple[int, int], num_ext
     if price is None:
         return router.bias, -1
     reason = refuse_rows(price, 'router.price')
-    if reason is not None or price.shape != (options, ):
-        raise Refusal(reason or f'router.price has the shape {tuple(price.shape)}, not {(options, )}')
+    if reason is not None or price.shape != (options,):
+        raise Refusal(reason or f'router.price has the shape {tuple(price.shape)}, not {(options,)}')
     return router.bias - price, -1
 
 
@@ -162,8 +162,9 @@ class Prepared:
             raise Refusal(f'{path}{name} is a {type(value).__name__}, with which the kernel does not compute')
         return value
 
-    def parameter(self, module: nn.Module, path: str, name: str, *shape: int,
-                  order: tuple[int, ...] = ()) -> int | None:
+    def parameter(
+        self, module: nn.Module, path: str, name: str, *shape: int, order: tuple[int, ...] = ()
+    ) -> int | None:
         """The address of a parameter of this shape, without gaps in this order of its dimensions; None for None."""
         tensor, name = self._look(module._parameters, path, name), f'{self.prefix}{path}.{name}'
         if tensor is None:
@@ -191,20 +192,27 @@ class Prepared:
 
     def norm(self, norm: nn.Module, path: str, channels: int) -> tuple[float, tuple[int, int]]:
         """The epsilon and the addresses of a LayerNorm's parameters."""
-        if self.attribute(norm, path, 'normalized_shape') != (channels, ):
+        if self.attribute(norm, path, 'normalized_shape') != (channels,):
             raise Refusal(f'{self.prefix}{path} norms {norm.normalized_shape}, not {channels} channels')
         weight, bias = self.weights(norm, path, channels)
         if bias is None:
             raise Refusal(f'{self.prefix}{path} has no bias')
         return self.attribute(norm, path, 'eps', int, float), (weight, bias)
 
-    def patches(self, conv: nn.Module, path: str, rows: int, columns: int,
-                order: tuple[int, ...] = (0, 2, 3, 1)) -> tuple[int, tuple[int, int | None]]:
+    def patches(
+        self, conv: nn.Module, path: str, rows: int, columns: int, order: tuple[int, ...] = (0, 2, 3, 1)
+    ) -> tuple[int, tuple[int, int | None]]:
         """The side and the addresses of the parameters of a convolution of patches, whose weights lie in this order."""
         size = self.attribute(conv, path, 'kernel_size', tuple)
         side = size[0] if size else 0
-        for name, value in (('kernel_size', (side, side)), ('stride', (side, side)), ('padding', (0, 0)),
-                            ('dilation', (1, 1)), ('groups', 1), ('padding_mode', 'zeros')):
+        for name, value in (
+            ('kernel_size', (side, side)),
+            ('stride', (side, side)),
+            ('padding', (0, 0)),
+            ('dilation', (1, 1)),
+            ('groups', 1),
+            ('padding_mode', 'zeros'),
+        ):
             if self.attribute(conv, path, name) != value:
                 raise Refusal(f'{self.prefix}{path} has {name}={getattr(conv, name)}, which does not make patches')
         return side, self.weights(conv, path, rows, columns, side, side, order=order)
@@ -221,9 +229,13 @@ class Prepared:
     def is_current(self) -> bool:
         """Whether all is as it was."""
         modules = [found() for found in self._modules]
-        return (all(map(is_, [mapping.get(name) for mapping, name in self._slots], self._found))
-                and list(map(type, modules)) == self._types and not any(self._hooks)
-                and not any('forward' in module.__dict__ for module in modules) and self._looks() == self._facts)
+        return (
+            all(map(is_, [mapping.get(name) for mapping, name in self._slots], self._found))
+            and list(map(type, modules)) == self._types
+            and not any(self._hooks)
+            and not any('forward' in module.__dict__ for module in modules)
+            and self._looks() == self._facts
+        )
 
 
 class Cache:

@@ -2,9 +2,10 @@
 
 Each thread works on panels of queries that stay in the cache of its core.
 """
+
 import ctypes
 import math
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,16 @@ from ..models.layers import FFN, Attention, DeformableAttention, EncoderBlock
 from ..models.replaceable import Refused
 from ..models.stage import Stage, run_blocks
 from .library import Block, Map, Number, call, runs
-from .prepared import (Cache, Prepared, Refusal, decision_of, refuse_context, refuse_tensor, refuse_tokens,
-                       refuse_watched_tokens)
+from .prepared import (
+    Cache,
+    Prepared,
+    Refusal,
+    decision_of,
+    refuse_context,
+    refuse_tensor,
+    refuse_tokens,
+    refuse_watched_tokens,
+)
 
 _cache = Cache()
 
@@ -43,7 +52,7 @@ def refuse_processor() -> str | None:
     return None if torch._C._get_mkldnn_enabled() else 'torch.backends.mkldnn is switched off'
 
 
-@lru_cache(maxsize=None)
+@cache
 def as_numbers(granularities: tuple[int, ...]) -> ctypes.Array:
     """Granularities, as C reads them."""
     return (Number * len(granularities))(*granularities)
@@ -140,6 +149,7 @@ class PreparedBlock(Prepared):
 
 class Layer(NamedTuple):
     """An encoder block of a stage, its encoder or None, and what is known of both."""
+
     block: EncoderBlock
     encoder: DynamicGrainedEncoder | None
     prepared: PreparedBlock
@@ -167,8 +177,12 @@ def layers_of(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int, 
             raise Refusal(f'blocks.{index}.attn takes no extra tokens')
         if encoder is not None and encoder.forced is not None:
             forced, regions = encoder.forced, grid(prepared.region, shape)
-            if (refuse_tensor(forced, 'forced', torch.long) or forced.shape != regions or forced.min() < 0
-                    or forced.max() >= struct.num_options):
+            if (
+                refuse_tensor(forced, 'forced', torch.long)
+                or forced.shape != regions
+                or forced.min() < 0
+                or forced.max() >= struct.num_options
+            ):
                 raise Refusal(f'dge.{index}.forced is no choice of {regions[0]} x {regions[1]} regions on the CPU')
         layers.append(Layer(block, encoder, prepared))
     if not layers:
@@ -177,16 +191,19 @@ def layers_of(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int, 
 
 
 @run_blocks.register
-def encode_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0,
-                  stop: int | None = None) -> Tensor | Refused:
+def encode_blocks(
+    stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0, stop: int | None = None
+) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
     reason = refuse_processor()
     if reason is not None:
         return Refused(reason)
     try:
         layers = layers_of(stage, tokens, shape, start, stop)
-        rules = [encoder and decision_of(encoder.router, prepared.struct.num_options, shape, stage.num_extra)
-                 for _, encoder, prepared in layers]
+        rules = [
+            encoder and decision_of(encoder.router, prepared.struct.num_options, shape, stage.num_extra)
+            for _, encoder, prepared in layers
+        ]
     except Refusal as refusal:
         return Refused(str(refusal))
     images, extra, half, address = len(tokens), stage.num_extra, computes_in_half(), tokens.data_ptr()

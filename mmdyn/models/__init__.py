@@ -11,7 +11,8 @@ LAZY = dict(
     CoarseToFineClassifier='.classifiers.coarse_to_fine',
     LVViTHead='.heads.lvvit_head',
     MaskTTAModel='.tta.mask_tta',
-    MixTokenPreprocessor='.data_preprocessors.mix_token')
+    MixTokenPreprocessor='.data_preprocessors.mix_token',
+)
 
 
 def __getattr__(name: str) -> type:

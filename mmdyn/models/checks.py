@@ -1,4 +1,5 @@
 """What is said about a model and its data before they run, in place of an error from inside torch."""
+
 import logging
 import re
 
@@ -22,9 +23,11 @@ def check_channels(model: nn.Module) -> None:
     for backbone in find_backbones(model):
         given = backbone.out_channels
         if backbone is model.backbone and list(taken) != given:
-            raise ValueError(f'The neck {type(neck).__name__} takes in_channels={list(taken)}, but the backbone '
-                             f'{type(backbone).__name__} returns maps of {given} channels: write '
-                             f'neck=dict(in_channels={given}), or choose another arch or out_indices of the backbone.')
+            raise ValueError(
+                f'The neck {type(neck).__name__} takes in_channels={list(taken)}, but the backbone '
+                f'{type(backbone).__name__} returns maps of {given} channels: write '
+                f'neck=dict(in_channels={given}), or choose another arch or out_indices of the backbone.'
+            )
 
 
 def check_classes(model: nn.Module, dataset) -> None:
@@ -39,9 +42,12 @@ def check_classes(model: nn.Module, dataset) -> None:
     Raises:
         ValueError: if a head has fewer classes than the data.
     """
-    heads = {name: module for name, module in model.named_modules()
-             if re.fullmatch(r'(.*\.)?(?!rpn_)\w*head(\.\d+)?', name)
-             and isinstance(getattr(module, 'num_classes', None), int)}
+    heads = {
+        name: module
+        for name, module in model.named_modules()
+        if re.fullmatch(r'(.*\.)?(?!rpn_)\w*head(\.\d+)?', name)
+        and isinstance(getattr(module, 'num_classes', None), int)
+    }
     if not heads:
         return
     name, head = min(heads.items(), key=lambda item: item[1].num_classes)
@@ -58,17 +64,22 @@ def check_classes(model: nn.Module, dataset) -> None:
         while hasattr(inner, 'dataset') or hasattr(inner, 'datasets'):  # the usual wrappers
             inner = getattr(inner, 'dataset', None) or inner.datasets[0]
         places = [getattr(inner, 'ann_file', ''), *(getattr(inner, 'data_prefix', None) or {}).values()]
-        raise ValueError(f'The data set {type(inner).__name__} of {", ".join(filter(None, places))} has {count} '
-                         f'classes, {last}, but {name}, a {type(head).__name__}, has num_classes={head.num_classes}: '
-                         f'write num_classes={count} there, or leave out what does not belong to the data.')
+        raise ValueError(
+            f'The data set {type(inner).__name__} of {", ".join(filter(None, places))} has {count} '
+            f'classes, {last}, but {name}, a {type(head).__name__}, has num_classes={head.num_classes}: '
+            f'write num_classes={count} there, or leave out what does not belong to the data.'
+        )
 
 
 def has_backbone(model: nn.Module, who: str) -> bool:
     """Whether there is a backbone to look for; if a tool swapped the model, the log says that ``who`` does nothing."""
     found = hasattr(model, 'backbone') or bool(find_backbones(model))
     if not found:
-        print_log(f'{who} does nothing, because the {type(model).__name__} has no backbone.', logger='current',
-                  level=logging.WARNING)
+        print_log(
+            f'{who} does nothing, because the {type(model).__name__} has no backbone.',
+            logger='current',
+            level=logging.WARNING,
+        )
     return found
 
 
@@ -95,7 +106,9 @@ def check_sides(backbone: DynamicBackbone, shape: tuple, images: list[str]) -> N
     """
     least = least_side(backbone)
     if min(shape[-2:]) < least:
-        raise ValueError(f'Images of {shape[-2]} x {shape[-1]} pixels are too small for the {type(backbone).__name__}, '
-                         f'which needs {least} x {least}: resize or pad them in the pipeline, e.g. with '
-                         f'data_preprocessor=dict(pad_size_divisor={least}), or leave them out.'
-                         + (f' Images: {", ".join(images)}' if images else ''))
+        raise ValueError(
+            f'Images of {shape[-2]} x {shape[-1]} pixels are too small for the {type(backbone).__name__}, '
+            f'which needs {least} x {least}: resize or pad them in the pipeline, e.g. with '
+            f'data_preprocessor=dict(pad_size_divisor={least}), or leave them out.'
+            + (f' Images: {", ".join(images)}' if images else '')
+        )

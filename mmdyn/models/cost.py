@@ -4,6 +4,7 @@ Counted are linear layers, convolutions and both matrix products of attention; n
 additions are not. A *layer* is an encoder block. Its cost is split into what an image costs in any case (keys and
 values, the router) and what each query costs (C^l of eq. 7: its projections, its share of attention, its FFN).
 """
+
 import math
 import weakref
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class LayerCost:
         dense_queries: queries of an image without DGE.
         dynamic: whether the block has a router.
     """
+
     name: str
     per_query: int
     static: int
@@ -53,7 +55,7 @@ class LayerCost:
 
     def spent_at(self, query_ratio: float) -> float:
         """Multiply-adds of an image if the router granted this share of the dense block's queries."""
-        granted = query_ratio if self.dynamic else 1.
+        granted = query_ratio if self.dynamic else 1.0
         return self.static + self.router + self.per_query * granted * self.dense_queries
 
 
@@ -65,6 +67,7 @@ class BackboneCost:
         layers: the encoder blocks.
         stem: multiply-adds of an image outside of them (patch embeddings).
     """
+
     layers: list[LayerCost]
     stem: int
 
@@ -92,8 +95,9 @@ class BackboneCost:
         return self.stem + sum(layer.spent_at(query_ratio) for layer in self.layers)
 
 
-def stage_cost(stage: Stage, prefix: str, shape: tuple[int, int],
-               queries_of: Callable[[nn.Module | None], Tensor]) -> BackboneCost:
+def stage_cost(
+    stage: Stage, prefix: str, shape: tuple[int, int], queries_of: Callable[[nn.Module | None], Tensor]
+) -> BackboneCost:
     """What the blocks of a stage, and the embedding before them, spend.
 
     Args:
@@ -106,8 +110,15 @@ def stage_cost(stage: Stage, prefix: str, shape: tuple[int, int],
     for i, block in enumerate(stage.blocks):
         encoder = stage.dge[i] if len(stage.dge) else None
         layers.append(
-            LayerCost(f'{prefix}blocks.{i}', *block.macs(shape, stage.num_extra), encoder.macs(shape) if encoder else 0,
-                      queries_of(encoder), dense, encoder is not None))
+            LayerCost(
+                f'{prefix}blocks.{i}',
+                *block.macs(shape, stage.num_extra),
+                encoder.macs(shape) if encoder else 0,
+                queries_of(encoder),
+                dense,
+                encoder is not None,
+            )
+        )
     return BackboneCost(layers, stage.patch_embed.macs(shape))
 
 
@@ -118,6 +129,7 @@ class CostMeter:
         training: collect passes in training mode, or those in evaluation mode.
         backbones: the backbones to listen to. Defaults to all.
     """
+
     _meters: 'weakref.WeakSet[CostMeter]' = weakref.WeakSet()
 
     def __init__(self, training: bool, backbones: list | None = None):
@@ -129,8 +141,9 @@ class CostMeter:
     def publish(cls, backbone) -> None:
         """Called by a backbone at the end of its forward pass."""
         for meter in cls._meters if backbone.is_counted else ():
-            if meter.training == backbone.training and (meter.backbones is None or any(
-                    backbone is other for other in meter.backbones)):
+            if meter.training == backbone.training and (
+                meter.backbones is None or any(backbone is other for other in meter.backbones)
+            ):
                 meter.costs.append(backbone.cost)
 
     def take(self) -> list[BackboneCost]:

@@ -1,4 +1,5 @@
 """The seam to the kernels: a function whose body is the reference, and that kernels may stand in for."""
+
 from collections.abc import Callable
 from functools import update_wrapper
 from typing import Generic, NamedTuple, ParamSpec, TypeVar
@@ -13,6 +14,7 @@ R = TypeVar('R')
 
 class Refused(NamedTuple):
     """What a kernel returns for a call that it does not take: the reason, in a sentence without a full stop."""
+
     reason: str
 
 

@@ -1,4 +1,5 @@
 """The encoder blocks of a stage, one after another."""
+
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ class Stage(Protocol):
         num_extra: extra tokens, such as a class token, in front of the map's.
         patch_embed: makes the tokens; its ``macs(shape)`` are its multiply-adds.
     """
+
     blocks: nn.ModuleList
     dge: nn.ModuleList
     num_extra: int

@@ -1,4 +1,5 @@
 """What a module keeps of its last forward pass, for reading afterwards."""
+
 import threading
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary

@@ -1,5 +1,6 @@
 """Pictures of the routing, in the colours of the DGE paper's figure 4."""
-from typing import Optional, Sequence, Tuple
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -10,8 +11,9 @@ from ..models.dge import DynamicGrainedEncoder
 COLOURS = ((230, 60, 60), (60, 200, 80), (60, 100, 230), (230, 200, 60), (180, 80, 200))
 
 
-def granularity_of_pixels(encoder: DynamicGrainedEncoder, shape: Tuple[int, int], size: Tuple[int, int],
-                          image: int = 0) -> np.ndarray:
+def granularity_of_pixels(
+    encoder: DynamicGrainedEncoder, shape: tuple[int, int], size: tuple[int, int], image: int = 0
+) -> np.ndarray:
     """The granularity that served each pixel in the encoder's last forward pass.
 
     Args:
@@ -29,8 +31,13 @@ def granularity_of_pixels(encoder: DynamicGrainedEncoder, shape: Tuple[int, int]
     return cells[np.ix_(rows, columns)]
 
 
-def draw_gates(image: np.ndarray, granularities: np.ndarray, candidates: Sequence[int],
-               mask: Optional[np.ndarray] = None, opacity: float = 0.45) -> np.ndarray:
+def draw_gates(
+    image: np.ndarray,
+    granularities: np.ndarray,
+    candidates: Sequence[int],
+    mask: np.ndarray | None = None,
+    opacity: float = 0.45,
+) -> np.ndarray:
     """Lay the colours of the granularities over an image.
 
     Args:

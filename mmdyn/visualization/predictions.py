@@ -1,5 +1,4 @@
 """Pictures of what a model predicts, drawn by the visualizer of its own framework."""
-from typing import Optional
 
 import numpy as np
 from mmengine.config import Config
@@ -8,7 +7,7 @@ from mmengine.structures import BaseDataElement, PixelData
 from mmengine.visualization import Visualizer
 
 
-def build_visualizer(cfg: Config, dataset_meta: Optional[dict] = None) -> Visualizer:
+def build_visualizer(cfg: Config, dataset_meta: dict | None = None) -> Visualizer:
     """The config's visualizer, without the backends that would save its pictures.
 
     Args:
@@ -24,8 +23,9 @@ def build_visualizer(cfg: Config, dataset_meta: Optional[dict] = None) -> Visual
     return visualizer
 
 
-def draw_prediction(visualizer: Visualizer, image: np.ndarray, sample: BaseDataElement,
-                    score_thr: float = 0.3, enlarge: int = 1) -> np.ndarray:
+def draw_prediction(
+    visualizer: Visualizer, image: np.ndarray, sample: BaseDataElement, score_thr: float = 0.3, enlarge: int = 1
+) -> np.ndarray:
     """Draw the instances or the segmentation of a sample over its image.
 
     Args:

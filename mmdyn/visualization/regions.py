@@ -1,5 +1,6 @@
 """Pictures of CF-ViT's two stages, after the CF-ViT paper's figure 9."""
-from typing import List, Optional, Sequence, Tuple
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 GREY, LINE = 150, 255
 
 
-def split_pixels(regions: Sequence[int], coarse_size: int, size: Tuple[int, int]) -> np.ndarray:
+def split_pixels(regions: Sequence[int], coarse_size: int, size: tuple[int, int]) -> np.ndarray:
     """Which pixels lie in a coarse patch that is split.
 
     Args:
@@ -25,14 +26,16 @@ def split_pixels(regions: Sequence[int], coarse_size: int, size: Tuple[int, int]
     """
     regions = np.asarray(regions, dtype=int)
     if len(regions) and not 0 <= regions.min() <= regions.max() < coarse_size**2:
-        raise ValueError(f'Regions {regions.min()} to {regions.max()} are not all in a grid of {coarse_size} x '
-                         f'{coarse_size} patches, which has 0 to {coarse_size**2 - 1}: give the coarse_size of the '
-                         'model.')
+        raise ValueError(
+            f'Regions {regions.min()} to {regions.max()} are not all in a grid of {coarse_size} x '
+            f'{coarse_size} patches, which has 0 to {coarse_size**2 - 1}: give the coarse_size of the '
+            'model.'
+        )
     cells = np.isin(np.arange(coarse_size**2), regions).reshape(coarse_size, coarse_size)
     return cells[np.ix_(*(np.arange(side) * coarse_size // side for side in size))]
 
 
-def draw_regions(image: np.ndarray, coarse_size: int, regions: Optional[Sequence[int]] = None) -> np.ndarray:
+def draw_regions(image: np.ndarray, coarse_size: int, regions: Sequence[int] | None = None) -> np.ndarray:
     """Draw the coarse patches, and the four fine ones of each that is split; the others are greyed.
 
     Args:
@@ -53,13 +56,13 @@ def draw_regions(image: np.ndarray, coarse_size: int, regions: Optional[Sequence
     return drawn
 
 
-def _borders(count: int, size: Tuple[int, int]) -> np.ndarray:
+def _borders(count: int, size: tuple[int, int]) -> np.ndarray:
     """(H, W), the first row and column of pixels of each patch of a count x count grid, but not at the image's edge."""
     rows, columns = (np.diff(np.arange(side) * count // side, prepend=0) > 0 for side in size)
     return rows[:, None] | columns
 
 
-def describe_stages(sample: BaseDataElement, dataset_meta: dict) -> List[str]:
+def describe_stages(sample: BaseDataElement, dataset_meta: dict) -> list[str]:
     """The class of each stage that ran with its confidence, e.g. ``['coarse: cat 0.41', 'fine: dog 0.83']``."""
 
     def describe(stage: str, score: Tensor) -> str:
@@ -70,7 +73,7 @@ def describe_stages(sample: BaseDataElement, dataset_meta: dict) -> List[str]:
     return [describe(stage, sample.get(f'{stage}_score')) for stage in ('coarse', 'fine') if f'{stage}_score' in sample]
 
 
-def with_title(picture: np.ndarray, title: str, colour: Tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
+def with_title(picture: np.ndarray, title: str, colour: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
     """A picture (H, W, 3) below a line of text, with a white margin on the right and at the bottom."""
     line = np.full((18, picture.shape[1], 3), 255, np.uint8)
     cv2.putText(line, title, (2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)

@@ -1,8 +1,16 @@
 import pytest
 import torch
 
-from mmdyn.analysis.synthetic import (PATTERNS, LayerChoice, force_routing, record_routing, recorded_granularities,
-                                      replay_choice, replay_routing, synthetic_choice)
+from mmdyn.analysis.synthetic import (
+    PATTERNS,
+    LayerChoice,
+    force_routing,
+    record_routing,
+    recorded_granularities,
+    replay_choice,
+    replay_routing,
+    synthetic_choice,
+)
 
 
 def ratio(choice, granularities):
@@ -14,8 +22,9 @@ def neighbours_alike(choice):
 
 
 @pytest.mark.parametrize('pattern', PATTERNS)
-@pytest.mark.parametrize('granularities, query_ratio', [((1, 2, 4), 0.5), ((1, 2, 4), 1.), ((1, 2), 0.4),
-                                                        ((0, 1), 0.3)])
+@pytest.mark.parametrize(
+    'granularities, query_ratio', [((1, 2, 4), 0.5), ((1, 2, 4), 1.0), ((1, 2), 0.4), ((0, 1), 0.3)]
+)
 def test_query_ratio(granularities, query_ratio, pattern):
     choice = synthetic_choice((50, 80), granularities, query_ratio, pattern)
     assert choice.shape == (50, 80) and ratio(choice, granularities) == pytest.approx(query_ratio, abs=1e-3)
@@ -29,7 +38,7 @@ def test_coarse_granularities_share_alike():
 def test_patterns():
     clustered, random = (synthetic_choice((50, 80), (1, 2, 4), 0.5, pattern) for pattern in PATTERNS)
     assert neighbours_alike(clustered) > 0.9
-    chance = sum((random == k).float().mean().item()**2 for k in range(3))
+    chance = sum((random == k).float().mean().item() ** 2 for k in range(3))
     assert neighbours_alike(random) == pytest.approx(chance, abs=0.03)
 
 
@@ -62,7 +71,7 @@ def test_dense_layers_have_nothing_to_record_and_to_force(make_backbone):
     small = make_backbone('pvt', dge=dict(granularities=(1, 2), dense_layers=['stages.0'])).eval()
     with torch.no_grad():
         small(torch.randn(1, 3, 32, 32))
-    (layer, ), = recording = record_routing(small)
+    ((layer,),) = recording = record_routing(small)
     assert torch.equal(layer.choice, small.stages[1].dge[0].decision.choice[0])
     assert recorded_granularities(recording, 2) == [(1, 2), (1, 2)]
     model = make_backbone('pvt', dge=dict(granularities=(1, 2), dense_layers=['stages.0.blocks.0'])).eval()
@@ -95,22 +104,28 @@ def test_backbone_replays_another_one(make_backbone):
 
     plain = make_backbone('deit', dge=dict(granularities=(1, 2)))  # three layers: the first two take the first of two
     replay_routing(plain, (32, 32), recording)
-    (layers, ) = ran(plain, (32, 32))
+    (layers,) = ran(plain, (32, 32))
     for layer, other in zip(layers, (0, 0, 1)):
         assert torch.equal(layer[0], replay_choice(chosen[0][other][1], (4, 4)))
 
 
 def test_other_granularities_cannot_be_replayed(make_backbone):
     recording = [[LayerChoice((1, 2), torch.zeros(2, 2, dtype=torch.long))]]
-    with pytest.raises(ValueError, match=r'Layer 0 of stage 0 has granularities \(1, 2, 4\), but the recorded one '
-                       r'\(1, 2\): build the backbone with dge=dict\(granularities=\[\(1, 2\), \(1, 2\)\]\)'):
+    with pytest.raises(
+        ValueError,
+        match=r'Layer 0 of stage 0 has granularities \(1, 2, 4\), but the recorded one '
+        r'\(1, 2\): build the backbone with dge=dict\(granularities=\[\(1, 2\), \(1, 2\)\]\)',
+    ):
         replay_routing(make_backbone('pvt', dge=dict(granularities=(1, 2, 4))), (64, 64), recording)
 
 
-@pytest.mark.parametrize('query_ratio, pattern, said', [
-    (0.1, 'random', r'query_ratio=0.1: granularities \(1, 2, 4\), .* allow 0.1562 to 1.0000'),
-    (0.5, 'stripes', r"pattern='stripes': choose from \('clustered', 'random'\)"),
-])
+@pytest.mark.parametrize(
+    'query_ratio, pattern, said',
+    [
+        (0.1, 'random', r'query_ratio=0.1: granularities \(1, 2, 4\), .* allow 0.1562 to 1.0000'),
+        (0.5, 'stripes', r"pattern='stripes': choose from \('clustered', 'random'\)"),
+    ],
+)
 def test_errors(query_ratio, pattern, said):
     with pytest.raises(ValueError, match=said):
         synthetic_choice((4, 4), (1, 2, 4), query_ratio, pattern)

@@ -8,7 +8,7 @@ COARSE_MACS, FINE_MACS = 100, 300
 
 def scores(count, classes=4):
     coarse, fine = (torch.randn(count, classes).mul(2).softmax(-1) for _ in range(2))
-    return coarse, fine, torch.randint(0, classes, (count, ))
+    return coarse, fine, torch.randint(0, classes, (count,))
 
 
 def slow(coarse, fine, labels, threshold):
@@ -37,10 +37,10 @@ def test_curve_is_that_of_a_loop_over_images():
 
 def test_confidences_that_equal_a_threshold():
     # 0.7 is less in single precision, in which the classifier compares; threshold 1 does not stop the certain image.
-    confident = torch.tensor([0.7, 0.5, 1., 0.7])
+    confident = torch.tensor([0.7, 0.5, 1.0, 0.7])
     coarse = torch.stack([confident, 1 - confident], 1)
     fine, labels = 1 - coarse, torch.zeros(4, dtype=torch.long)
-    of = curve(coarse, fine, labels, COARSE_MACS, FINE_MACS, [0., 0.5, 0.7, 0.70001, 1.])
+    of = curve(coarse, fine, labels, COARSE_MACS, FINE_MACS, [0.0, 0.5, 0.7, 0.70001, 1.0])
     assert of.exit_share.tolist() == [1, 1, 0.75, 0.25, 0]
     assert of.macs.tolist() == [100, 100, 175, 325, 400]
     assert_same(of, coarse, fine, labels)
@@ -52,16 +52,17 @@ def test_operating_points_are_all_that_there_are():
     points = operating_points(coarse)
     of = curve(coarse, fine, labels, COARSE_MACS, FINE_MACS, points)
     assert sorted(of.exit_share.mul(50).round().int().tolist()) == sorted(
-        {sum(1 for score in coarse if score.max() >= t) for t in (*coarse.amax(-1).tolist(), 2)})
+        {sum(1 for score in coarse if score.max() >= t) for t in (*coarse.amax(-1).tolist(), 2)}
+    )
     assert_same(of, coarse, fine, labels)
     assert torch.equal(points, torch.tensor([float(f'{t:.6f}') for t in points.tolist()], dtype=torch.double))
 
 
 def example():
     """Exits 3/3, 2/3, 1/3, 0/3; the fine stage mistakes the image of the middle confidence for another."""
-    coarse = torch.tensor([[.4, .6], [.8, .2], [.1, .9]])
-    fine = torch.tensor([[.9, .1], [.2, .8], [.1, .9]])
-    return curve(coarse, fine, torch.tensor([0, 0, 1]), COARSE_MACS, FINE_MACS, [0., .7, .85, 1.])
+    coarse = torch.tensor([[0.4, 0.6], [0.8, 0.2], [0.1, 0.9]])
+    fine = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9]])
+    return curve(coarse, fine, torch.tensor([0, 0, 1]), COARSE_MACS, FINE_MACS, [0.0, 0.7, 0.85, 1.0])
 
 
 def test_choices():
@@ -70,7 +71,7 @@ def test_choices():
     assert of.top1.tolist() == pytest.approx([200 / 3, 100, 200 / 3, 200 / 3])
     assert most_accurate(of, 199) == 0 and most_accurate(of, 200) == 1 and most_accurate(of, 1000) == 1
     assert cheapest(of, 10) == 0 and cheapest(of, 66.7) == 1 and cheapest(of, 100) == 1
-    assert of.point(1) == dict(threshold=.7, exit_share=pytest.approx(2 / 3), top1=100, macs=200)
+    assert of.point(1) == dict(threshold=0.7, exit_share=pytest.approx(2 / 3), top1=100, macs=200)
 
 
 def test_unreachable():

@@ -31,12 +31,15 @@ def test_folders_and_lists(build):
     assert len(build(with_label=False)) == 3
 
 
-@pytest.mark.parametrize('classes, said', [
-    (('dog', 'cat', 'owl'), "class 0 is 'dog' in metainfo, but the folder 'cat' of .*: labels count the folders"),
-    (('cat', 'dog', 'eel'), "class 2 is 'eel' in metainfo, but the folder 'owl' of"),
-    (('cat', 'dog', 'eel', 'owl'), r"has 3 folders of classes \('cat', 'dog', 'owl'\), but metainfo has 4 classes"),
-    (('a', 'b'), "has 3 folders of classes"),
-])
+@pytest.mark.parametrize(
+    'classes, said',
+    [
+        (('dog', 'cat', 'owl'), "class 0 is 'dog' in metainfo, but the folder 'cat' of .*: labels count the folders"),
+        (('cat', 'dog', 'eel'), "class 2 is 'eel' in metainfo, but the folder 'owl' of"),
+        (('cat', 'dog', 'eel', 'owl'), r"has 3 folders of classes \('cat', 'dog', 'owl'\), but metainfo has 4 classes"),
+        (('a', 'b'), 'has 3 folders of classes'),
+    ],
+)
 def test_classes_that_are_not_the_folders(build, classes, said, tmp_path):
     with pytest.raises(ValueError, match=said) as error:
         build(metainfo=dict(classes=classes))

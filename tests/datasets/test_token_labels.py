@@ -33,14 +33,17 @@ def test_loads_scores_of_all_classes(save, tmp_path):
     torch.testing.assert_close(labels, expected)
 
 
-@pytest.mark.parametrize('labels, message', [
-    (torch.zeros(3, 5, 4, 4), r'a.b.pt have the shape \(3, 5, 4, 4\), but need \(2, k, H, W\)'),
-    (torch.zeros(2, 5, 4), 'a.b.pt have the shape'),
-    (torch.zeros(2, 5, 0, 4), 'a.b.pt have the shape'),
-    (dict(labels=1), r'a.b.pt have the shape \(\)'),
-    (torch.full((2, 5, 4, 4), 7.), 'a.b.pt name the classes 7 to 7, but num_classes=7'),
-    (torch.full((2, 5, 4, 4), -1.), 'a.b.pt name the classes -1 to -1'),
-])
+@pytest.mark.parametrize(
+    'labels, message',
+    [
+        (torch.zeros(3, 5, 4, 4), r'a.b.pt have the shape \(3, 5, 4, 4\), but need \(2, k, H, W\)'),
+        (torch.zeros(2, 5, 4), 'a.b.pt have the shape'),
+        (torch.zeros(2, 5, 0, 4), 'a.b.pt have the shape'),
+        (dict(labels=1), r'a.b.pt have the shape \(\)'),
+        (torch.full((2, 5, 4, 4), 7.0), 'a.b.pt name the classes 7 to 7, but num_classes=7'),
+        (torch.full((2, 5, 4, 4), -1.0), 'a.b.pt name the classes -1 to -1'),
+    ],
+)
 def test_names_a_map_that_does_not_fit(save, tmp_path, labels, message):
     with pytest.raises(ValueError, match=message):
         LoadTokenLabels(str(tmp_path / 'maps'), num_classes=7)(dict(img_path=save(labels)))
@@ -54,8 +57,9 @@ def test_names_a_map_that_cannot_be_read(save, tmp_path, content):
         LoadTokenLabels(str(tmp_path / 'maps'))(dict(img_path=path))
 
 
-@pytest.mark.parametrize('top, left, height, width', [(0., 0, 1, 1), (0.2, 0.55, 0.31, 0.4), (0.9, 0, 0.1, 0.07),
-                                                      (0, 0.3, 0.85, 0.7)])
+@pytest.mark.parametrize(
+    'top, left, height, width', [(0.0, 0, 1, 1), (0.2, 0.55, 0.31, 0.4), (0.9, 0, 0.1, 0.07), (0, 0.3, 0.85, 0.7)]
+)
 @pytest.mark.parametrize('grid', [(3, 4), (14, 14), (1, 1)])
 def test_resampling_is_roi_align(top, left, height, width, grid):
     maps = torch.randn(1, 5, 6, 9)
@@ -93,15 +97,17 @@ def places(height, width):
 @pytest.mark.parametrize('flip_first', [False, True])
 def test_image_and_labels_stay_together(direction, flip_first):
     """Pixels and scores say where in the image they are from; in the end each patch and its label must agree."""
-    crop = TRANSFORMS.build(dict(type='mmdyn.TokenLabelCrop', scale=(48, 64), patch_size=16,
-                                 crop_ratio_range=(0.1, 1.)))
-    flip = TRANSFORMS.build(dict(type='mmdyn.TokenLabelFlip', prob=float(direction is not None),
-                                 direction=direction or 'horizontal'))
+    crop = TRANSFORMS.build(
+        dict(type='mmdyn.TokenLabelCrop', scale=(48, 64), patch_size=16, crop_ratio_range=(0.1, 1.0))
+    )
+    flip = TRANSFORMS.build(
+        dict(type='mmdyn.TokenLabelFlip', prob=float(direction is not None), direction=direction or 'horizontal')
+    )
     np.random.seed(0)
     for _ in range(10):
         labels = np.pad(places(60, 80), [(0, 0), (0, 0), (0, 1)])
         results = dict(img=places(90, 140), token_label_map=torch.from_numpy(labels))
-        for transform in ([flip, crop] if flip_first else [crop, flip]):
+        for transform in [flip, crop] if flip_first else [crop, flip]:
             results = transform(results)
         patches = results['img'].reshape(3, 16, 4, 16, 2).mean((1, 3))
         scores = results['gt_token_score'].float().log()
@@ -122,11 +128,11 @@ def test_a_pipeline_with_and_without_labels(save, tmp_path, with_labels):
     (tmp_path / 'a.png').rename(path)
     results = dict(img_path=path, gt_label=3)
     for config in [
-            dict(type='mmdyn.LoadImageFromFile'),
-            *[dict(type='mmdyn.LoadTokenLabels', root=str(tmp_path / 'maps'), num_classes=5)] * with_labels,
-            dict(type='mmdyn.TokenLabelCrop', scale=32, patch_size=8),
-            dict(type='mmdyn.TokenLabelFlip', prob=1., direction='horizontal'),
-            dict(type='mmpretrain.PackInputs', algorithm_keys=['gt_token_score']),
+        dict(type='mmdyn.LoadImageFromFile'),
+        *[dict(type='mmdyn.LoadTokenLabels', root=str(tmp_path / 'maps'), num_classes=5)] * with_labels,
+        dict(type='mmdyn.TokenLabelCrop', scale=32, patch_size=8),
+        dict(type='mmdyn.TokenLabelFlip', prob=1.0, direction='horizontal'),
+        dict(type='mmpretrain.PackInputs', algorithm_keys=['gt_token_score']),
     ]:
         results = TRANSFORMS.build(config)(results)
     sample = results['data_samples']

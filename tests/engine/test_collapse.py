@@ -18,7 +18,7 @@ def backbone(encoders):
     model = PVT(ARCH, img_size=32, dge=dict(granularities=(1, 2, 4), routing='layer'))
     for number, encoder in enumerate(encoders(model)):
         torch.nn.init.zeros_(encoder.router.weight)
-        encoder.router.bias.data = torch.tensor([0., 0., 1e4 if number == 0 else -1e4])
+        encoder.router.bias.data = torch.tensor([0.0, 0.0, 1e4 if number == 0 else -1e4])
     return model
 
 
@@ -40,39 +40,53 @@ def test_look(backbone, encoders):
 def test_warns_once_of_each_layer_after_long():
     watch = CollapseWatch(patience=200)
     uneven, even = {1: 0.995, 2: 0.005}, {1: 0.5, 2: 0.5}
-    said = {i: watch.warnings(i, dict(a=uneven, b=even if i == 100 else uneven, c=even, d={2: 1.}))
-            for i in range(100, 600, 100)}
+    said = {
+        i: watch.warnings(i, dict(a=uneven, b=even if i == 100 else uneven, c=even, d={2: 1.0}))
+        for i in range(100, 600, 100)
+    }
     assert [bool(said[iteration]) for iteration in said] == [False, False, True, True, False]
-    assert ('for at least 200 iterations 99% or more of the regions chose granularity 1 in a (since iteration 100)'
-            in said[300][0])
+    assert (
+        'for at least 200 iterations 99% or more of the regions chose granularity 1 in a (since iteration 100)'
+        in said[300][0]
+    )
     assert 'chose granularity 1 in b (since iteration 200)' in said[400][0] and ' a ' not in said[400][0]
 
 
-@pytest.mark.parametrize('granularity, advice', [(1, 'Lower budget or raise weight of BudgetHook'),
-                                                 (2, 'Raise budget or lower weight of BudgetHook'),
-                                                 (0, 'Raise budget or lower weight of BudgetHook')])
+@pytest.mark.parametrize(
+    'granularity, advice',
+    [
+        (1, 'Lower budget or raise weight of BudgetHook'),
+        (2, 'Raise budget or lower weight of BudgetHook'),
+        (0, 'Raise budget or lower weight of BudgetHook'),
+    ],
+)
 def test_advice(granularity, advice):
     watch, share = CollapseWatch(1), {phi: float(phi == granularity) for phi in (0, 1, 2)}
     assert not watch.warnings(1, dict(a=share, b=share))
-    said, = watch.warnings(2, dict(a=share, b=share))
+    (said,) = watch.warnings(2, dict(a=share, b=share))
     assert said.startswith('All layers with DGE have collapsed') and advice in said
 
 
 def test_another_granularity_or_a_recovery_begins_anew():
     watch = CollapseWatch(patience=100)
-    for iteration, shares in enumerate(({1: 1., 2: 0.}, {1: 0., 2: 1.}, {1: 0.9, 2: 0.1}, {1: 0., 2: 1.})):
+    for iteration, shares in enumerate(({1: 1.0, 2: 0.0}, {1: 0.0, 2: 1.0}, {1: 0.9, 2: 0.1}, {1: 0.0, 2: 1.0})):
         assert not watch.warnings(100 * iteration, dict(a=shares))
-    assert 'since iteration 300' in watch.warnings(400, dict(a={1: 0., 2: 1.}))[0]
+    assert 'since iteration 300' in watch.warnings(400, dict(a={1: 0.0, 2: 1.0}))[0]
     assert not watch.warnings(500, dict(a={1: 0.9, 2: 0.1}))
-    assert not watch.warnings(600, dict(a={1: 0., 2: 1.}))
-    assert 'since iteration 600' in watch.warnings(700, dict(a={1: 0., 2: 1.}))[0]
+    assert not watch.warnings(600, dict(a={1: 0.0, 2: 1.0}))
+    assert 'since iteration 600' in watch.warnings(700, dict(a={1: 0.0, 2: 1.0}))[0]
 
 
 def test_the_hook_tells_the_log_the_visualizer_and_the_next_run(backbone, caplog):
     logger = logging.getLogger('test_collapse')
     hub, scalars = MessageHub.get_instance('test_collapse'), {}
-    runner = SimpleNamespace(model=backbone.train(), iter=0, logger=logger, message_hub=hub, visualizer=SimpleNamespace(
-        add_scalars=lambda values, step: scalars.update({step: values})))
+    runner = SimpleNamespace(
+        model=backbone.train(),
+        iter=0,
+        logger=logger,
+        message_hub=hub,
+        visualizer=SimpleNamespace(add_scalars=lambda values, step: scalars.update({step: values})),
+    )
 
     def train(begin, end):
         hook = BudgetHook(log_interval=10, patience=20)
@@ -94,7 +108,7 @@ def test_the_hook_tells_the_log_the_visualizer_and_the_next_run(backbone, caplog
     hub.load_state_dict(state)
     with caplog.at_level(logging.INFO, 'test_collapse'):
         train(20, 40)
-    warning, = (record.message for record in caplog.records if record.levelname == 'WARNING')
+    (warning,) = (record.message for record in caplog.records if record.levelname == 'WARNING')
     assert 'chose granularity 4 in stages.0.blocks.0 (since iteration 10)' in warning and 'blocks.1' not in warning
 
 
@@ -109,7 +123,7 @@ def _worker(rank, world):
     for stage in model.stages:
         for encoder in stage.dge:
             torch.nn.init.zeros_(encoder.router.weight)
-            encoder.router.bias.data = torch.tensor([1e4, 0.] if rank == 0 else [0., 1e4])
+            encoder.router.bias.data = torch.tensor([1e4, 0.0] if rank == 0 else [0.0, 1e4])
     model.train()(torch.rand(1 + 2 * rank, 3, 32, 32))
     for ratio, shares in look([model]).values():
         assert ratio == (1 + 3 / 4) / 4 and shares == {1: 1 / 4, 2: 3 / 4}

@@ -29,7 +29,10 @@ def test_mistakes_are_one_line(capsys):
         raise ValueError('no such thing')
 
     assert ends(own, capsys) == (2, 'test_command.py: no such thing\n')
-    assert ends(lambda: Path('/nowhere/a').read_text(), capsys) == (2, f'{NAME}: /nowhere/a: No such file or directory\n')
+    assert ends(lambda: Path('/nowhere/a').read_text(), capsys) == (
+        2,
+        f'{NAME}: /nowhere/a: No such file or directory\n',
+    )
     code, said = ends(lambda: MODELS.build(dict(type='mmdyn.Nothing')), capsys)
     assert code == 2 and said.startswith('test_command.py: mmdyn.Nothing is not in the')
     code, said = ends(lambda: MODELS.build(dict(type='mmdyn.PVT', colour='red')), capsys)
@@ -44,10 +47,10 @@ def test_mistakes_of_ours_keep_their_traceback(mistake):
 
 def test_mistakes_in_processes_that_load_data(capsys, tmp_path):
     from mmengine.registry import TRANSFORMS
+
     load = TRANSFORMS.get('mmdyn.LoadImageFromFile')()
 
     class Files(torch.utils.data.Dataset):
-
         def __init__(self, load):
             self.load = load
 
@@ -80,7 +83,7 @@ def test_results_are_alone_on_stdout(capsys):
 
 def test_interruption_is_quiet(tmp_path):
     script = tmp_path / 'tool.py'
-    script.write_text(f'''
+    script.write_text(f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from mmdyn.engine.command import command
@@ -91,9 +94,14 @@ def main():
     time.sleep(60)
 
 main()
-''')
-    tool = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also below a job that ignores it
+""")
+    tool = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # also below a job that ignores it
     assert tool.stdout.readline() == 'begun\n'
     time.sleep(0.1)
     tool.send_signal(signal.SIGINT)
@@ -106,13 +114,16 @@ def test_a_config_with_options():
     assert cfg.model.backbone.img_size == 32 and read_config(CONFIG).model.backbone.img_size == 64
 
 
-@pytest.mark.parametrize('content, said', [
-    (None, 'There is no config .*c.py: give the path of a .py file'),
-    ('model = dict(', 'Cannot read the config .*c.py: SyntaxError'),
-    ('model = unknown', "Cannot read the config .*c.py: NameError: name 'unknown' is not defined"),
-    ("_base_ = 'nowhere.py'", 'Cannot read the config .*c.py: FileNotFoundError'),
-    ('lr = 1', 'c.py has no model: give a whole config'),
-])
+@pytest.mark.parametrize(
+    'content, said',
+    [
+        (None, 'There is no config .*c.py: give the path of a .py file'),
+        ('model = dict(', 'Cannot read the config .*c.py: SyntaxError'),
+        ('model = unknown', "Cannot read the config .*c.py: NameError: name 'unknown' is not defined"),
+        ("_base_ = 'nowhere.py'", 'Cannot read the config .*c.py: FileNotFoundError'),
+        ('lr = 1', 'c.py has no model: give a whole config'),
+    ],
+)
 def test_configs_that_are_none(tmp_path, content, said):
     if content is not None:
         (tmp_path / 'c.py').write_text(content)
@@ -125,11 +136,14 @@ def test_options_that_do_not_fit():
         read_config(CONFIG, {'val_evaluator.7.topk': 1})
 
 
-@pytest.mark.parametrize('content, said', [
-    (None, 'There is no checkpoint .*c.pth'),
-    (b'', 'Cannot read the checkpoint .*c.pth: EOFError'),
-    (b'no checkpoint', 'Cannot read the checkpoint .*c.pth: UnpicklingError'),
-])
+@pytest.mark.parametrize(
+    'content, said',
+    [
+        (None, 'There is no checkpoint .*c.pth'),
+        (b'', 'Cannot read the checkpoint .*c.pth: EOFError'),
+        (b'no checkpoint', 'Cannot read the checkpoint .*c.pth: UnpicklingError'),
+    ],
+)
 def test_checkpoints_that_are_none(tmp_path, content, said):
     if content is not None:
         (tmp_path / 'c.pth').write_bytes(content)

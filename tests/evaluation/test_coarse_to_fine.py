@@ -13,10 +13,19 @@ def classifier(**test_cfg):
     init_default_scope('mmpretrain')
     torch.manual_seed(0)
     model = MODELS.build(
-        dict(type='mmdyn.CoarseToFineClassifier', test_cfg=test_cfg,
-             backbone=dict(type='mmdyn.CFViT', coarse_size=2, patch_size=4, ema_start=1, arch=dict(
-                 family='deit', embed_dim=16, depth=2, num_heads=2, mlp_ratio=2)),
-             head=dict(type='LinearClsHead', num_classes=7, in_channels=16)))
+        dict(
+            type='mmdyn.CoarseToFineClassifier',
+            test_cfg=test_cfg,
+            backbone=dict(
+                type='mmdyn.CFViT',
+                coarse_size=2,
+                patch_size=4,
+                ema_start=1,
+                arch=dict(family='deit', embed_dim=16, depth=2, num_heads=2, mlp_ratio=2),
+            ),
+            head=dict(type='LinearClsHead', num_classes=7, in_channels=16),
+        )
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -25,12 +34,13 @@ def classifier(**test_cfg):
 
 def everything(count):
     torch.manual_seed(1)
-    return torch.randn(count, 3, 16, 16), torch.randint(0, 7, (count, ))
+    return torch.randn(count, 3, 16, 16), torch.randint(0, 7, (count,))
 
 
 @torch.no_grad()
 def predictions(model, images, labels):
     from mmpretrain.structures import DataSample
+
     return model.predict(images, [DataSample().set_gt_label(label) for label in labels])
 
 
@@ -47,10 +57,18 @@ def expected(model, images, labels, threshold):
     stops = torch.tensor([max(score) >= threshold for score in coarse.tolist()])
     early = torch.stack([c if stop else f for c, f, stop in zip(coarse, fine, stops)])
     first, second = model.backbone.stage_macs()
-    metrics = {f'cf/{name}top{k}': share_in_the_best(scores, labels, k)
-               for name, scores in (('', early), ('coarse_', coarse), ('fine_', fine)) for k in (1, 5)}
-    return dict(metrics, **{'cf/exit_share': stops.sum().item() / len(stops),
-                            'cf/gflops': (first + second * (~stops).sum().item() / len(stops)) / 1e9})
+    metrics = {
+        f'cf/{name}top{k}': share_in_the_best(scores, labels, k)
+        for name, scores in (('', early), ('coarse_', coarse), ('fine_', fine))
+        for k in (1, 5)
+    }
+    return dict(
+        metrics,
+        **{
+            'cf/exit_share': stops.sum().item() / len(stops),
+            'cf/gflops': (first + second * (~stops).sum().item() / len(stops)) / 1e9,
+        },
+    )
 
 
 def evaluate(model, images, labels, batch_size=4, **kwargs):
@@ -73,8 +91,9 @@ def test_fine_stage_that_ran_on_some_images_only_is_no_number():
     """It is told nevertheless: a log would go on to show the value of an earlier test."""
     images, labels = everything(70)
     model = classifier(threshold=0.3)
-    wanted = {name: math.nan if 'fine' in name else value
-              for name, value in expected(model, images, labels, 0.3).items()}
+    wanted = {
+        name: math.nan if 'fine' in name else value for name, value in expected(model, images, labels, 0.3).items()
+    }
     assert evaluate(model, images, labels) == pytest.approx(wanted, nan_ok=True)
 
 
@@ -90,17 +109,39 @@ def _worker(rank, world):
     first, second = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
     samples = [
         dict(coarse_score=first, pred_score=first, exit_stage=0, macs=10**9, gt_label=torch.tensor([0])),
-        dict(coarse_score=first, pred_score=second, fine_score=second, exit_stage=1, macs=4 * 10**9,
-             gt_label=torch.tensor([2])),
-        dict(coarse_score=second, pred_score=first, fine_score=first, exit_stage=1, macs=4 * 10**9,
-             gt_label=torch.tensor([1])),
+        dict(
+            coarse_score=first,
+            pred_score=second,
+            fine_score=second,
+            exit_stage=1,
+            macs=4 * 10**9,
+            gt_label=torch.tensor([2]),
+        ),
+        dict(
+            coarse_score=second,
+            pred_score=first,
+            fine_score=first,
+            exit_stage=1,
+            macs=4 * 10**9,
+            gt_label=torch.tensor([1]),
+        ),
     ]
     metric = CoarseToFineMetric(topk=(1, 2))
     for index in ((0, 2), (1, 0))[rank]:
         metric.process(None, [samples[index]])
-    assert metric.evaluate(3) == pytest.approx({
-        'cf/top1': 200 / 3, 'cf/top2': 100, 'cf/coarse_top1': 100 / 3, 'cf/coarse_top2': 200 / 3,
-        'cf/fine_top1': math.nan, 'cf/fine_top2': math.nan, 'cf/exit_share': 1 / 3, 'cf/gflops': 3}, nan_ok=True)
+    assert metric.evaluate(3) == pytest.approx(
+        {
+            'cf/top1': 200 / 3,
+            'cf/top2': 100,
+            'cf/coarse_top1': 100 / 3,
+            'cf/coarse_top2': 200 / 3,
+            'cf/fine_top1': math.nan,
+            'cf/fine_top2': math.nan,
+            'cf/exit_share': 1 / 3,
+            'cf/gflops': 3,
+        },
+        nan_ok=True,
+    )
 
 
 def test_distributed(run_distributed):
@@ -114,7 +155,7 @@ def test_another_classifier():
 
 
 def test_images_without_labels():
-    sample, = predictions(classifier(), *everything(1))
+    (sample,) = predictions(classifier(), *everything(1))
     del sample.gt_label
     with pytest.raises(ValueError, match='no gt_label'):
         CoarseToFineMetric().process(None, [sample.to_dict()])

@@ -22,7 +22,7 @@ def backbone():
 def images(count, side=32):
     """Noise of very different strengths, which the routers tell apart."""
     noise = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(count))
-    return noise * 10**torch.linspace(-1, 1.5, count)[:, None, None, None]
+    return noise * 10 ** torch.linspace(-1, 1.5, count)[:, None, None, None]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def expected(model, batches):
         'flops/gflops': sum(cost.spent.item() for cost in costs) / len(costs) / 1e9,
         'flops/gflops_dense': costs[0].dense / 1e9,
         'flops/query_ratio': sum(cost.query_ratio.item() for cost in costs) / len(costs),
-        'flops/query_ratio/stages.1.blocks.0': sum(cost.layers[1].query_ratio.item() for cost in costs) / len(costs)
+        'flops/query_ratio/stages.1.blocks.0': sum(cost.layers[1].query_ratio.item() for cost in costs) / len(costs),
     }
 
 
@@ -85,7 +85,7 @@ def test_training_passes_do_not_count():
 def test_each_image_has_its_own_cost(batch, order):
     """Whatever is in its batch."""
     model, everything = backbone(), images(5)
-    alone, metric = [expected(model, [everything[i:i + 1]]) for i in order], DynamicFLOPs()
+    alone, metric = [expected(model, [everything[i : i + 1]]) for i in order], DynamicFLOPs()
     assert len({cost['flops/gflops'] for cost in alone}) > 1
     for indices in torch.tensor(order).split(batch):
         model(everything[indices])
@@ -96,12 +96,16 @@ def test_each_image_has_its_own_cost(batch, order):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('passes', [
-    lambda model, x: [model(x), model(x.flip(3)), model(x[..., :16, :])],  # augmentations, windows
-    lambda model, x: [model(view[None]) for image in x for view in (image, image.flip(2), image[:, :16])],
-    lambda model, x: [model(part) for part in (x[:1], x[1:]) if len(part)],
-    lambda model, x: model(torch.stack([x, x.flip(3)], 1).flatten(0, 1)),
-], ids=['of the batch', 'image after image', 'chunks', 'views in one pass'])
+@pytest.mark.parametrize(
+    'passes',
+    [
+        lambda model, x: [model(x), model(x.flip(3)), model(x[..., :16, :])],  # augmentations, windows
+        lambda model, x: [model(view[None]) for image in x for view in (image, image.flip(2), image[:, :16])],
+        lambda model, x: [model(part) for part in (x[:1], x[1:]) if len(part)],
+        lambda model, x: model(torch.stack([x, x.flip(3)], 1).flatten(0, 1)),
+    ],
+    ids=['of the batch', 'image after image', 'chunks', 'views in one pass'],
+)
 def test_several_passes(passes):
     model, x, metric = backbone(), images(3), DynamicFLOPs()
     results = []
@@ -124,7 +128,8 @@ def test_coarse_to_fine(make_backbone):
     metric.process(None, [dict(exit_stage=stage) for stage in (0, 1, 1, 0)])
     coarse, fine = model.stage_macs()
     assert [result['gflops'] * 1e9 for result in metric.results] == pytest.approx(
-        [coarse, coarse + fine, coarse + fine, coarse])
+        [coarse, coarse + fine, coarse + fine, coarse]
+    )
 
 
 @torch.no_grad()
@@ -137,17 +142,20 @@ def test_passes_of_which_nothing_tells_whose_they_are(warnings):
             total += model.cost.spent.sum().item() / 1e9
         metric.process(None, [{}] * 3)
     assert sum(result['gflops'] for result in metric.results) == pytest.approx(total)
-    warning, = warnings
+    (warning,) = warnings
     assert 'nothing tells which' in warning
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('bias, images_of, said', [
-    ([0., 0., 1e4], 8, 'All layers with DGE spend.*8 images: stages.0.blocks.0 .0.062., stages.1.blocks.0'),
-    ([1e4, 0., 0.], 9, 'All layers with DGE spend.*9 images: stages.0.blocks.0 .1.000., stages.1.blocks.0'),
-    ([0., 1e4, 0.], 7, None),
-    ([0., 0., 0.], 8, None),
-])
+@pytest.mark.parametrize(
+    'bias, images_of, said',
+    [
+        ([0.0, 0.0, 1e4], 8, 'All layers with DGE spend.*8 images: stages.0.blocks.0 .0.062., stages.1.blocks.0'),
+        ([1e4, 0.0, 0.0], 9, 'All layers with DGE spend.*9 images: stages.0.blocks.0 .1.000., stages.1.blocks.0'),
+        ([0.0, 1e4, 0.0], 7, None),
+        ([0.0, 0.0, 0.0], 8, None),
+    ],
+)
 def test_warns_of_collapse(warnings, bias, images_of, said):
     model, metric = backbone(), DynamicFLOPs(per_layer=False)
     for stage in model.stages:
@@ -162,19 +170,20 @@ def test_warns_of_collapse(warnings, bias, images_of, said):
 @torch.no_grad()
 def test_warns_of_one_layer(warnings):
     model, metric = backbone(), DynamicFLOPs()
-    model.stages[1].dge[0].router.bias.data = torch.tensor([0., 1e4, 0.])
+    model.stages[1].dge[0].router.bias.data = torch.tensor([0.0, 1e4, 0.0])
     model(images(12))
     metric.process(None, [{}] * 12)
     metric.evaluate(12)
-    warning, = warnings
+    (warning,) = warnings
     assert 'Some layers with DGE' in warning and 'stages.1.blocks.0 (0.250)' in warning and 'stages.0' not in warning
 
 
 @torch.no_grad()
 def test_validations_of_a_training_do_not_warn(warnings):
     from mmengine.logging import MessageHub
+
     hub, model, metric = MessageHub.get_current_instance(), backbone(), DynamicFLOPs()
-    model.stages[1].dge[0].router.bias.data = torch.tensor([0., 1e4, 0.])
+    model.stages[1].dge[0].router.bias.data = torch.tensor([0.0, 1e4, 0.0])
     for stage in ('val', 'test'):
         hub.update_info('loop_stage', stage)
         model(images(8))
@@ -192,7 +201,7 @@ def _worker(rank, world):
     # Three images on two processes: the sampler gives the first one again to the second process.
     everything = images(3)
     model = backbone()
-    for batches in (((0, 2), (1, 0))[rank], [[0, 2], [1, 0]][rank:rank + 1]):
+    for batches in (((0, 2), (1, 0))[rank], [[0, 2], [1, 0]][rank : rank + 1]):
         metric = DynamicFLOPs()
         with torch.no_grad():
             for batch in batches:
@@ -213,14 +222,24 @@ def test_windows_and_augmentations_of_a_segmentor():
     from mmengine.config import ConfigDict
     from mmengine.registry import MODELS, init_default_scope
     from mmseg.structures import SegDataSample
+
     init_default_scope('mmseg')
     segmentor = ConfigDict(
-        type='EncoderDecoder', data_preprocessor=dict(type='SegDataPreProcessor'),
+        type='EncoderDecoder',
+        data_preprocessor=dict(type='SegDataPreProcessor'),
         backbone=dict(type='mmdyn.PVT', arch=ARCH, img_size=32, dge=dict(granularities=(1, 2, 4))),
         neck=dict(type='FPN', in_channels=[16, 32], out_channels=8, num_outs=2),
-        decode_head=dict(type='FPNHead', in_channels=[8, 8], in_index=[0, 1], feature_strides=[4, 8], channels=8,
-                         num_classes=4, norm_cfg=dict(type='BN')),
-        test_cfg=dict(mode='slide', crop_size=(32, 32), stride=(32, 16)))
+        decode_head=dict(
+            type='FPNHead',
+            in_channels=[8, 8],
+            in_index=[0, 1],
+            feature_strides=[4, 8],
+            channels=8,
+            num_classes=4,
+            norm_cfg=dict(type='BN'),
+        ),
+        test_cfg=dict(mode='slide', crop_size=(32, 32), stride=(32, 16)),
+    )
     model = MODELS.build(dict(type='SegTTAModel', module=segmentor)).eval()
     model.module.backbone.load_state_dict(backbone().state_dict())
     pictures, results = images(3, 48), []
@@ -228,8 +247,12 @@ def test_windows_and_augmentations_of_a_segmentor():
         views = []
         for flip in (False, True):
             meta = dict(img_path='', img_shape=(48, 48), ori_shape=(48, 48), flip=flip, flip_direction='horizontal')
-            views.append(dict(inputs=[pictures[i].flip(2) if flip else pictures[i] for i in batch],
-                              data_samples=[SegDataSample(metainfo=meta) for _ in batch]))
+            views.append(
+                dict(
+                    inputs=[pictures[i].flip(2) if flip else pictures[i] for i in batch],
+                    data_samples=[SegDataSample(metainfo=meta) for _ in batch],
+                )
+            )
         metric = DynamicFLOPs()
         samples = model.test_step({name: [view[name] for view in views] for name in views[0]})
         metric.process(None, [sample.to_dict() for sample in samples])

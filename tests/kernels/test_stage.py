@@ -455,7 +455,9 @@ class TestRefusedLayers:
         del layer.weight
         layer.weight = weight
         assert why_not(stage, tokens) == 'blocks.0.attn.q.weight is not what it was when the layer was made'
-        torch.testing.assert_close(run_blocks(stage, tokens.clone(), SHAPE), run_blocks.plain(stage, tokens, SHAPE), **CLOSE)
+        torch.testing.assert_close(
+            run_blocks(stage, tokens.clone(), SHAPE), run_blocks.plain(stage, tokens, SHAPE), **CLOSE
+        )
 
     @torch.no_grad()
     def test_number_that_is_a_tensor(self, one):

@@ -15,8 +15,12 @@ from mmdyn.models.layers import Attention, EncoderBlock, PatchEmbed
 
 # Sides of the maps of the blocks of the small backbones, for images of 52 x 36.
 SHAPES = {'pvt': [(13, 9), (13, 9), (6, 4)], 'deit': [(13, 9)] * 3}
-DGES = [dict(granularities=(1, 2, 4)), dict(granularities=(0, 1)), dict(granularities=(2, 4), region_size=8),
-        dict(granularities=(1, 2, 4), routing='layer')]
+DGES = [
+    dict(granularities=(1, 2, 4)),
+    dict(granularities=(0, 1)),
+    dict(granularities=(2, 4), region_size=8),
+    dict(granularities=(1, 2, 4), routing='layer'),
+]
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def plain_attention(monkeypatch):
     """Attention as matrix products, which every counter knows."""
 
     def attention(query, key, value):
-        return (query @ key.transpose(-2, -1) / query.shape[-1]**0.5).softmax(-1) @ value
+        return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1) @ value
 
     monkeypatch.setattr(F, 'scaled_dot_product_attention', attention)
 
@@ -39,7 +43,8 @@ def count_queries(encoder, shape, num_extra):
                 phi, side = encoder.granularities[choice], encoder.region
                 if phi:
                     count += len(range(r * side, min((r + 1) * side, shape[0]), phi)) * len(
-                        range(c * side, min((c + 1) * side, shape[1]), phi))
+                        range(c * side, min((c + 1) * side, shape[1]), phi)
+                    )
         counts.append(count)
     return counts
 
@@ -139,11 +144,14 @@ def test_training_cost_is_on_the_device_of_the_images(name, frozen_stages, make_
 @pytest.fixture
 def cost():
     """Two dynamic layers and a static one."""
-    return BackboneCost([
-        LayerCost('a', 10, 100, 3, torch.tensor([4, 8]), 16, True),
-        LayerCost('b', 30, 200, 5, torch.tensor([4, 2]), 8, True),
-        LayerCost('c', 1000, 300, 0, torch.tensor([2, 2]), 2, False)
-    ], stem=7)
+    return BackboneCost(
+        [
+            LayerCost('a', 10, 100, 3, torch.tensor([4, 8]), 16, True),
+            LayerCost('b', 30, 200, 5, torch.tensor([4, 2]), 8, True),
+            LayerCost('c', 1000, 300, 0, torch.tensor([2, 2]), 2, False),
+        ],
+        stem=7,
+    )
 
 
 def test_sums_by_hand(cost):

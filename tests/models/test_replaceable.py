@@ -48,7 +48,7 @@ def test_the_body_runs_where_all_kernels_refuse(double):
     assert double(3, times=5) == 15 and double(3) == 6
 
 
-@pytest.mark.parametrize('result', [None, 0, [], ('no', )])
+@pytest.mark.parametrize('result', [None, 0, [], ('no',)])
 def test_whatever_a_kernel_returns_is_the_result(double, result):
     double.register(lambda x: result)
     assert double(3) is result
@@ -72,7 +72,9 @@ def test_why_not_names_the_kernels_and_their_reasons(double):
     double.register(refuse_all), double.register(refuse_others)
     assert double.why_not(3) == {f'{__name__}.refuse_all': 'it is Sunday'}
     assert double.why_not(3, times=5) == {
-        f'{__name__}.refuse_all': 'it is Sunday', f'{__name__}.refuse_others': 'times=5 is not 2'}
+        f'{__name__}.refuse_all': 'it is Sunday',
+        f'{__name__}.refuse_others': 'times=5 is not 2',
+    }
 
 
 def test_why_not_leaves_the_tensors_as_they_are(double):

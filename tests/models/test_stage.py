@@ -10,8 +10,11 @@ from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
 from mmdyn.models.stage import Stage, run_blocks
 
 DIM, SHAPE, DEPTH = 8, (5, 7), 4
-ATTENTIONS = dict(full=lambda: Attention(DIM, 2), reduced=lambda: Attention(DIM, 2, sr_ratio=2),
-                  deformable=lambda: DeformableAttention(DIM, 2))
+ATTENTIONS = dict(
+    full=lambda: Attention(DIM, 2),
+    reduced=lambda: Attention(DIM, 2, sr_ratio=2),
+    deformable=lambda: DeformableAttention(DIM, 2),
+)
 
 
 def make_stage(kind='full', dge=None, num_extra=0):
@@ -19,7 +22,7 @@ def make_stage(kind='full', dge=None, num_extra=0):
     stage = SimpleNamespace(num_extra=num_extra, patch_embed=None)
     make_blocks(stage, [EncoderBlock(DIM, ATTENTIONS[kind](), 2).eval() for _ in range(DEPTH)], DIM, dge)
     for encoder in filter(None, stage.dge.eval()):
-        nn.init.normal_(encoder.router.weight, std=5.)
+        nn.init.normal_(encoder.router.weight, std=5.0)
         nn.init.zeros_(encoder.router.bias)
     return stage
 
@@ -56,9 +59,12 @@ def test_each_block_runs_in_its_own_encoder(grad, kind, num_extra, start, stop):
             found = run(stage, tokens.clone(), SHAPE, start, stop)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert [encoder.decision is not None for encoder in stage.dge] == [
-            i in range(DEPTH)[start:stop] for i in range(DEPTH)]
-        assert all(torch.equal(encoder.decision.choice, choice) for encoder, choice in
-                   zip(list(stage.dge)[start:stop], choices))
+            i in range(DEPTH)[start:stop] for i in range(DEPTH)
+        ]
+        assert all(
+            torch.equal(encoder.decision.choice, choice)
+            for encoder, choice in zip(list(stage.dge)[start:stop], choices)
+        )
 
 
 @pytest.mark.parametrize('kind, num_extra', [('full', 1), ('reduced', 0), ('deformable', 0)])

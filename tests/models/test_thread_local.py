@@ -39,7 +39,7 @@ def test_a_value_is_the_threads_own():
         turns.wait(timeout=60)
         seen.append(module.last)
 
-    threads = [threading.Thread(target=work, args=(number, )) for number in (1, 2)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:

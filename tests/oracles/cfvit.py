@@ -1,4 +1,5 @@
 """CF-ViT on one image in loops, that takes a model's weights."""
+
 from types import SimpleNamespace
 
 import torch
@@ -14,8 +15,9 @@ def half(image):
     return torch.einsum('ir,jc,xrc->xij', tent, tent, image)
 
 
-def slow_cfvit(model, image, count, *, side=4, columns=3, score='global', reuse='mlp', start=4, decay=0.99,
-               chosen=None):
+def slow_cfvit(
+    model, image, count, *, side=4, columns=3, score='global', reuse='mlp', start=4, decay=0.99, chosen=None
+):
     """Both stages' normed tokens (n, C), the global class attention (N,) and the ``count`` split patches.
 
     ``chosen`` gives the patches for a score that cannot be foreseen.

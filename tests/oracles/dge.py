@@ -1,4 +1,5 @@
 """Section 3.2 of the DGE paper in loops: one image, one region and one patch after the other."""
+
 import itertools
 
 import torch
@@ -20,8 +21,16 @@ def slow_areas(granularities, shape, region, num_extra):
         side = granularities(*place)
         if side and row % side == 0 and column % side == 0:
             # The range ends with the map, so what hangs over its edge is left out of the means.
-            queries.append(([num_extra + r * shape[1] + c for r in range(row, min(row + side, shape[0]))
-                             for c in range(column, min(column + side, shape[1]))], place))
+            queries.append(
+                (
+                    [
+                        num_extra + r * shape[1] + c
+                        for r in range(row, min(row + side, shape[0]))
+                        for c in range(column, min(column + side, shape[1]))
+                    ],
+                    place,
+                )
+            )
     return queries
 
 
@@ -52,7 +61,7 @@ def slow_dge(encoder, block, tokens, shape, num_extra):
     for image, image_noise in zip(tokens, noise):
         cells, gates = image[num_extra:].unflatten(0, shape), {}
         for region_noise, (row, column) in zip(image_noise.expand(len(regions), -1), regions):
-            region = cells[row * side:(row + 1) * side, column * side:(column + 1) * side]
+            region = cells[row * side : (row + 1) * side, column * side : (column + 1) * side]
             means = (cells if encoder.routing == 'layer' else region).mean((0, 1))
             forced = None if encoder.forced is None else encoder.forced[row, column].item()
             gates[row, column] = gates_of_region(encoder, means, region_noise, forced)

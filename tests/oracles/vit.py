@@ -1,4 +1,5 @@
 """A plain ViT of one image in loops, that takes a model's weights."""
+
 import torch
 
 # Factor of the branches, and epsilon of the norms.
@@ -23,9 +24,16 @@ def patches(embed, image, side):
             x = torch.conv2d(image[None], conv.weight, None, stride, conv.weight.shape[2] // 2)[0]
             x = (x - batch_norm.running_mean[:, None, None]) / (batch_norm.running_var[:, None, None] + 1e-5).sqrt()
             image = (x * batch_norm.weight[:, None, None] + batch_norm.bias[:, None, None]).clamp(min=0)
-    return torch.stack([
-        torch.einsum('ocij,cij->o', embed.proj.weight, image[:, row:row + side, column:column + side])
-        for row in range(0, image.shape[1], side) for column in range(0, image.shape[2], side)]) + embed.proj.bias
+    return (
+        torch.stack(
+            [
+                torch.einsum('ocij,cij->o', embed.proj.weight, image[:, row : row + side, column : column + side])
+                for row in range(0, image.shape[1], side)
+                for column in range(0, image.shape[2], side)
+            ]
+        )
+        + embed.proj.bias
+    )
 
 
 def blocks(layers, tokens, family):
@@ -36,7 +44,7 @@ def blocks(layers, tokens, family):
         query, (key, value) = attn.q(normed), attn.kv(normed).chunk(2, -1)
         matrices, heads = [], []
         for q, k, v in zip(*(x.chunk(attn.num_heads, -1) for x in (query, key, value))):
-            matrices.append((q @ k.T / q.shape[1]**0.5).softmax(-1))
+            matrices.append((q @ k.T / q.shape[1] ** 0.5).softmax(-1))
             heads.append(matrices[-1] @ v)
         rows.append(torch.stack(matrices).mean(0)[0])
         tokens = tokens + scale * attn.proj(torch.cat(heads, -1))

@@ -25,7 +25,7 @@ def test_a_task_has_the_columns_of_its_metrics():
 
 
 def test_configs_of_different_tasks_share_a_table():
-    lines = demo.table({'a': {'accuracy/top1': 90., **COSTS}, 'segmentation': {'mIoU': 33.333, **COSTS}}).splitlines()
+    lines = demo.table({'a': {'accuracy/top1': 90.0, **COSTS}, 'segmentation': {'mIoU': 33.333, **COSTS}}).splitlines()
     assert lines[0].index('top-1 %') < lines[0].index('mIoU %')
     assert lines[1].split()[:3] == ['a', '90.0', '-'] and lines[2].split()[:3] == ['segmentation', '-', '33.3']
     assert len({len(line) for line in lines}) == 1
@@ -63,8 +63,9 @@ def test_a_config_starts_from_what_another_has_left_in_the_same_folder(monkeypat
     assert test[:5] == ['test', 'mmdyn', str(config), '--checkpoint', 'last.pth'] and 'load_from' not in str(test)
 
 
-@pytest.mark.parametrize('configs', [line.split() for line in re.findall(
-    r'\t\$\(call run-demo,([^,]+),', (ROOT / 'Makefile').read_text())])
+@pytest.mark.parametrize(
+    'configs', [line.split() for line in re.findall(r'\t\$\(call run-demo,([^,]+),', (ROOT / 'Makefile').read_text())]
+)
 def test_the_demos_run_what_others_start_from_first(configs):
     for i, name in enumerate(configs):
         start = Config.fromfile(ROOT / f'configs/demo/{name}.py').get('load_from')

@@ -1,4 +1,5 @@
 """Training and testing in two processes on the CPU, killed while a checkpoint is being written."""
+
 import json
 import os
 import socket
@@ -51,7 +52,7 @@ class CutOff(LocalBackend):
 
 register_backend('cut_off', CutOff)
 '''
-CONFIG = '''
+CONFIG = """
 default_scope = 'mmpretrain'
 custom_imports = dict(imports=['mmdyn', 'tiny_images'])
 arch = dict(embed_dims=(16, 24), depths=(1, 1), num_heads=(2, 3), mlp_ratios=(2, 3), sr_ratios=(2, 1))
@@ -75,7 +76,7 @@ default_hooks = dict(
 custom_hooks = [dict(type='mmdyn.BudgetHook', budget=0.5, log_interval=1)]
 env_cfg = dict(dist_cfg=dict(backend='nccl', timeout=120))
 randomness = dict(seed=None)
-'''
+"""
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='these processes would use the GPU')
 
 
@@ -92,16 +93,32 @@ def call(script, *args, cwd=ROOT, **environment):
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    environment = {**os.environ, 'PATH': path, 'PYTHONPATH': f'{ROOT}:{cwd}', 'PORT': str(port), 'OMP_NUM_THREADS': '1',
-                   'GLOO_SOCKET_IFNAME': 'lo', **environment}
-    return subprocess.run(['bash', str(ROOT / 'tools' / script), *map(str, args)], cwd=cwd, env=environment,
-                          timeout=300, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        'PATH': path,
+        'PYTHONPATH': f'{ROOT}:{cwd}',
+        'PORT': str(port),
+        'OMP_NUM_THREADS': '1',
+        'GLOO_SOCKET_IFNAME': 'lo',
+        **environment,
+    }
+    return subprocess.run(
+        ['bash', str(ROOT / 'tools' / script), *map(str, args)],
+        cwd=cwd,
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
 
 
 def losses(work_dir):
     """{iteration: loss} of a training's runs."""
-    lines = [json.loads(line) for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
-             for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
+        for line in path.read_text().splitlines()
+    ]
     return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
 
@@ -134,22 +151,34 @@ def test_killed_while_a_checkpoint_is_written(folder, trained):
 def test_testing_in_two_processes(folder, trained):
     results = []
     for processes, batch in ((2, 3), (1, 7)):
-        ran = call('dist_test.sh', 'config.py', trained / 'epoch_3.pth', processes, '--work-dir', f'test{processes}',
-                   '--cfg-options', f'test_dataloader.batch_size={batch}', cwd=folder)
+        ran = call(
+            'dist_test.sh',
+            'config.py',
+            trained / 'epoch_3.pth',
+            processes,
+            '--work-dir',
+            f'test{processes}',
+            '--cfg-options',
+            f'test_dataloader.batch_size={batch}',
+            cwd=folder,
+        )
         assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-        path, = (folder / f'test{processes}').glob('*/*.json')
+        (path,) = (folder / f'test{processes}').glob('*/*.json')
         found = json.loads(path.read_text().splitlines()[-1])
         results.append({name: value for name, value in found.items() if 'time' not in name})
     assert results[0] == results[1] and 0 < results[0]['flops/query_ratio'] <= 1
 
 
-@pytest.mark.parametrize('script, args, usage', [
-    ('dist_train.sh', [], 'Usage: dist_train.sh CONFIG PROCESSES [options of train.py]'),
-    ('dist_train.sh', ['config.py'], 'Usage: dist_train.sh'),
-    ('dist_train.sh', ['config.py', '--resume'], 'Usage: dist_train.sh'),
-    ('dist_test.sh', ['config.py', 'epoch_1.pth'], 'Usage: dist_test.sh CONFIG CHECKPOINT PROCESSES [options'),
-    ('dist_test.sh', ['config.py', '2', 'epoch_1.pth'], 'Usage: dist_test.sh'),
-])
+@pytest.mark.parametrize(
+    'script, args, usage',
+    [
+        ('dist_train.sh', [], 'Usage: dist_train.sh CONFIG PROCESSES [options of train.py]'),
+        ('dist_train.sh', ['config.py'], 'Usage: dist_train.sh'),
+        ('dist_train.sh', ['config.py', '--resume'], 'Usage: dist_train.sh'),
+        ('dist_test.sh', ['config.py', 'epoch_1.pth'], 'Usage: dist_test.sh CONFIG CHECKPOINT PROCESSES [options'),
+        ('dist_test.sh', ['config.py', '2', 'epoch_1.pth'], 'Usage: dist_test.sh'),
+    ],
+)
 def test_usage(script, args, usage):
     ran = call(script, *args)
     assert ran.returncode == 2 and usage in ran.stderr and not ran.stdout and 'unbound' not in ran.stderr
@@ -157,12 +186,17 @@ def test_usage(script, args, usage):
 
 def test_config_of_processes_without_devices(monkeypatch):
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
-    cfg = Config(dict(find_unused_parameters=True, model=dict(
-        neck=[dict(norm_cfg=dict(type='SyncBN', eps=1e-3))], head=dict(norm_cfg=dict(type='GN')))))
+    cfg = Config(
+        dict(
+            find_unused_parameters=True,
+            model=dict(neck=[dict(norm_cfg=dict(type='SyncBN', eps=1e-3))], head=dict(norm_cfg=dict(type='GN'))),
+        )
+    )
     prepare_processes_without_devices(cfg)
     assert cfg.model.neck[0].norm_cfg == dict(type='BN', eps=1e-3) and cfg.model.head.norm_cfg.type == 'GN'
-    assert cfg.model_wrapper_cfg == dict(type='MMDistributedDataParallel', broadcast_buffers=False,
-                                         find_unused_parameters=True, device_ids=None)
+    assert cfg.model_wrapper_cfg == dict(
+        type='MMDistributedDataParallel', broadcast_buffers=False, find_unused_parameters=True, device_ids=None
+    )
     cfg.model_wrapper_cfg = dict(type='MMFullyShardedDataParallel')
     prepare_processes_without_devices(cfg)
     assert cfg.model_wrapper_cfg == dict(type='MMFullyShardedDataParallel', device_ids=None)

@@ -45,7 +45,7 @@ def test_draws_and_counts(draw):
     # Fresh routers choose the finest granularity, red, in the five blocks of the stages that have several regions.
     assert printed.count('finest granularity on 100.0% of the object, 100.0% of the background') == 5
     assert picture.shape[1] == 7 * (160 + 4)
-    blue, _, red = picture[30:170, 2 * 164 + 10:3 * 164 - 10].mean((0, 1))
+    blue, _, red = picture[30:170, 2 * 164 + 10 : 3 * 164 - 10].mean((0, 1))
     assert red > blue
 
 

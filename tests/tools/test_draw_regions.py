@@ -25,8 +25,10 @@ def draw(tmp_path, monkeypatch, capsys):
 
     def run(config, *args):
         config = str(ROOT / f'configs/demo/{config}.py')
-        state = dict(state_dict=build_model(Config.fromfile(config)).state_dict(),
-                     meta=dict(dataset_meta=dict(classes=[f'class{i}' for i in range(10)])))
+        state = dict(
+            state_dict=build_model(Config.fromfile(config)).state_dict(),
+            meta=dict(dataset_meta=dict(classes=[f'class{i}' for i in range(10)])),
+        )
         torch.save(state, tmp_path / 'model.pth')
         for folder in ('images/3', 'masks/3'):
             (tmp_path / folder).mkdir(parents=True)
@@ -56,14 +58,14 @@ def test_images_that_go_on_show_the_patches_that_were_split(draw):
     # Of 4 x 4 patches half are split; the object fills one of them.
     shares = re.search(r'hold ([\d.]+)% of the object, ([\d.]+)% of the background', printed)
     inside, outside = (float(share) / 100 for share in shares.groups())
-    assert inside in (0, 0.5, 1) and 16 * 8 * 2 == pytest.approx(inside * 16 * 2 + outside * 15 * 16 * 2, abs=0.5)
+    assert inside in (0, 0.5, 1) and pytest.approx(inside * 16 * 2 + outside * 15 * 16 * 2, abs=0.5) == 16 * 8 * 2
     assert all(picture.shape == (160 + 18 + 4, 3 * SIDE, 3) for picture in pictures)
     plain = pictures[0]
-    assert not is_red(plain[:18, SIDE:2 * SIDE]) and is_red(plain[:18, 2 * SIDE:])
+    assert not is_red(plain[:18, SIDE : 2 * SIDE]) and is_red(plain[:18, 2 * SIDE :])
     # The image is red, and half of its area remains so, but for the lines.
     red = (plain == (0, 0, 200)).all(-1)[18:178]
     assert red[:, :160].all()
-    assert 0.75 * 0.5 < red[:, 2 * SIDE:2 * SIDE + 160].mean() < 0.5
+    assert 0.75 * 0.5 < red[:, 2 * SIDE : 2 * SIDE + 160].mean() < 0.5
 
 
 def test_images_that_stop_have_no_fine_stage(draw):
@@ -77,7 +79,7 @@ def test_every_stage_shows_what_the_fine_one_would_have_made_of_it(draw):
     assert '2 of 2 images stop' in printed
     for picture in pictures:
         assert picture.shape[1] == 3 * SIDE
-        assert is_red(picture[:18, SIDE:2 * SIDE]) and not is_red(picture[:18, 2 * SIDE:])
+        assert is_red(picture[:18, SIDE : 2 * SIDE]) and not is_red(picture[:18, 2 * SIDE :])
 
 
 def test_plain_model_has_nothing_to_draw(draw):

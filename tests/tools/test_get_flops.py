@@ -20,12 +20,14 @@ DENSE = ROOT / 'configs/demo/pvt-mini_digits.py'
 
 
 def get_flops(*args):
-    return subprocess.run([sys.executable, ROOT / 'tools/analysis_tools/get_flops.py', *map(str, args)],
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / 'tools/analysis_tools/get_flops.py', *map(str, args)], capture_output=True, text=True
+    )
 
 
-@pytest.mark.parametrize('config', ['demo/pvt-mini_digits.py', 'dge/deit-tiny_8xb16_in1k-256px.py',
-                                    'dge/pvt-tiny_8xb16_in1k-256px.py'])
+@pytest.mark.parametrize(
+    'config', ['demo/pvt-mini_digits.py', 'dge/deit-tiny_8xb16_in1k-256px.py', 'dge/pvt-tiny_8xb16_in1k-256px.py']
+)
 def test_dense_count_is_that_of_fvcore_without_norms(config):
     cfg = Config.fromfile(ROOT / 'configs' / config)
     model = build_model(cfg)
@@ -55,9 +57,16 @@ PYRAMID = dict(embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(1, 2
 
 
 def test_sampled_points_are_counted():
-    cfg = Config(dict(default_scope='mmpretrain', model=dict(
-        type='ImageClassifier', head=dict(type='LinearClsHead', num_classes=10, in_channels=64),
-        backbone=dict(type='mmdyn.DPVT', arch=dict(PYRAMID, num_points=(4, 4, 4, 4)), out_type='avg_featmap'))))
+    cfg = Config(
+        dict(
+            default_scope='mmpretrain',
+            model=dict(
+                type='ImageClassifier',
+                head=dict(type='LinearClsHead', num_classes=10, in_channels=64),
+                backbone=dict(type='mmdyn.DPVT', arch=dict(PYRAMID, num_points=(4, 4, 4, 4)), out_type='avg_featmap'),
+            ),
+        )
+    )
     model = build_model(cfg)
     assert count_macs(model, (64, 96)) == model.backbone.cost.dense + 64 * 10
 
@@ -66,8 +75,12 @@ def test_sampled_points_are_counted():
 def detector():
     cfg = Config.fromstring('_base_ = "mmdet::_base_/models/mask-rcnn_r50_fpn.py"', '.py')
     backbone = dict(type='mmdyn.PVT', arch=dict(PYRAMID, sr_ratios=(8, 4, 2, 1)), dge=dict())
-    cfg.merge_from_dict(dict(default_scope='mmdet', model=dict(
-        backbone=dict(backbone, _delete_=True), neck=dict(in_channels=[16, 32, 48, 64]))))
+    cfg.merge_from_dict(
+        dict(
+            default_scope='mmdet',
+            model=dict(backbone=dict(backbone, _delete_=True), neck=dict(in_channels=[16, 32, 48, 64])),
+        )
+    )
     return cfg
 
 
@@ -106,8 +119,10 @@ def test_images_are_normalised_as_the_config_says():
     assert preprocessor.mean.flatten().tolist() == pytest.approx(cfg.data_preprocessor.mean)
     bgr = torch.arange(3, dtype=torch.uint8)[:, None, None].expand(-1, 4, 4)
     seen = preprocessor(dict(inputs=[bgr]))['inputs'][0, :, 0, 0]
-    expected = [(value - mean) / std
-                for value, mean, std in zip((2, 1, 0), cfg.data_preprocessor.mean, cfg.data_preprocessor.std)]
+    expected = [
+        (value - mean) / std
+        for value, mean, std in zip((2, 1, 0), cfg.data_preprocessor.mean, cfg.data_preprocessor.std)
+    ]
     assert seen.tolist() == pytest.approx(expected)
 
 
@@ -142,11 +157,19 @@ def test_images(tmp_path):
     alone = [report(cfg, size)['flops_dense'] for size in [(64, 64), (32, 64)]]
     assert result['flops_dense'] == pytest.approx(sum(alone) / 2)
     # Fresh routers choose the finest granularity everywhere, so that only they come on top.
-    assert result['query_ratio'] == pytest.approx(1) and result['flops_dense'] < result['flops'] < 1.01 * result['flops_dense']
+    assert (
+        result['query_ratio'] == pytest.approx(1)
+        and result['flops_dense'] < result['flops'] < 1.01 * result['flops_dense']
+    )
 
 
-@pytest.mark.parametrize('args, message', [(['--query-ratio', '1.5'], 'query_ratio=1.5 must be greater than 0 and at most 1'),
-                                           (['--images', 'nowhere'], 'There is no folder of images nowhere')])
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--query-ratio', '1.5'], 'query_ratio=1.5 must be greater than 0 and at most 1'),
+        (['--images', 'nowhere'], 'There is no folder of images nowhere'),
+    ],
+)
 def test_errors(args, message):
     result = get_flops(DGE, *args)
     assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr

@@ -1,4 +1,5 @@
 """The script runs a python that does nothing but what a test says, and the real one to keep results."""
+
 import json
 import os
 import re
@@ -12,8 +13,19 @@ import mmdyn
 
 ROOT = Path(mmdyn.__file__).parents[1]
 SCRIPT = ROOT / 'tools/gpu_check.sh'
-STEPS = ['install', 'kernels', 'machine', 'operator', 'tests-cuda', 'tests-models', 'benchmark', 'trace-pvt',
-         'trace-deit', 'data', 'training']
+STEPS = [
+    'install',
+    'kernels',
+    'machine',
+    'operator',
+    'tests-cuda',
+    'tests-models',
+    'benchmark',
+    'trace-pvt',
+    'trace-deit',
+    'data',
+    'training',
+]
 
 
 @pytest.fixture
@@ -25,8 +37,13 @@ def check(tmp_path):
         python.write_text(f'#!/bin/bash\ncase "$*" in *gpu/results.py*) exec {sys.executable} "$@";; esac\n{line}\n')
         python.chmod(0o755)
         (tmp_path / 'some.whl').touch()
-        done = subprocess.run(['bash', SCRIPT, tmp_path / 'out'], capture_output=True, text=True, timeout=60,
-                              env={**os.environ, 'PYTHON': str(python), 'KIT': str(tmp_path), **environment})
+        done = subprocess.run(
+            ['bash', SCRIPT, tmp_path / 'out'],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, 'PYTHON': str(python), 'KIT': str(tmp_path), **environment},
+        )
         assert done.returncode == 0, done.stderr
         results = tmp_path / 'out/results.json'
         return (tmp_path / 'out/log.txt').read_text(), json.loads(results.read_text())['step']
@@ -50,7 +67,7 @@ def test_a_step_that_takes_too_long_is_ended_and_the_end_is_kept(check):
 def test_mmpretrain_finds_no_transformers(check):
     """It cannot be imported beside those of version 5."""
     code = 'import importlib.metadata as m; print("version", m.version("transformers")); import transformers'
-    log, _ = check(f"case \"$*\" in *gpu/machine.py*) exec {sys.executable} -c '{code}';; esac")
+    log, _ = check(f'case "$*" in *gpu/machine.py*) exec {sys.executable} -c \'{code}\';; esac')
     assert '\nversion 0\n' in log and 'ImportError: gpu_check.sh hides transformers from mmpretrain' in log
 
 
@@ -78,20 +95,26 @@ def test_options_are_those_of_the_tools():
             assert f"'{option}'" in text or f'{option[2:].replace("-", "_")}:' in text, (file, option)
 
 
-@pytest.mark.parametrize('args, said', [
-    ([], 'usage: bash tools/gpu_check.sh OUT'),
-    (['out'], "There are no wheels in missing: run 'make gpu-kit' where there is a package index."),
-])
+@pytest.mark.parametrize(
+    'args, said',
+    [
+        ([], 'usage: bash tools/gpu_check.sh OUT'),
+        (['out'], "There are no wheels in missing: run 'make gpu-kit' where there is a package index."),
+    ],
+)
 def test_errors(args, said, tmp_path):
-    done = subprocess.run(['bash', SCRIPT, *args], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, 'KIT': 'missing'})
+    done = subprocess.run(
+        ['bash', SCRIPT, *args], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'KIT': 'missing'}
+    )
     assert done.returncode == 2 and said in done.stderr
 
 
 def test_the_kit_has_one_version_of_each_package():
     """Those of requirements.txt, and of others that versions are written of in requirements-gpu.txt."""
-    lines = {name: [line for line in (ROOT / name).read_text().splitlines() if line and line[0] != '#']
-             for name in ('requirements.txt', 'requirements-gpu.txt')}
+    lines = {
+        name: [line for line in (ROOT / name).read_text().splitlines() if line and line[0] != '#']
+        for name in ('requirements.txt', 'requirements-gpu.txt')
+    }
     assert all(re.fullmatch(r'[a-z0-9-]+==[0-9.]+', line) for line in lines['requirements-gpu.txt'])
     pinned, more = ({line.split('==')[0] for line in of} for of in lines.values())
     named = re.search(r'GPU_PACKAGES := (.+)', (ROOT / 'Makefile').read_text())[1].split()

@@ -31,8 +31,11 @@ def made(tmp_path_factory):
 
 
 def tree(folder):
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob('*') if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob('*')
+        if path.is_file()
+    }
 
 
 def mtimes(folder):
@@ -52,7 +55,7 @@ def rasterise(polygons, scale=8):
         fine = np.zeros((128 * scale, 128 * scale), np.uint8)
         points = np.array(polygon).reshape(-1, 2) * scale - 0.5
         cv2.fillPoly(fine, [points.round().astype(np.int32)], 1)
-        inside |= fine[scale // 2::scale, scale // 2::scale] > 0
+        inside |= fine[scale // 2 :: scale, scale // 2 :: scale] > 0
     return inside
 
 
@@ -212,6 +215,7 @@ def test_other_arguments_remake(tool, made, tmp_path):
 @pytest.mark.parametrize('first_seed', (0, 1))
 def test_interrupted_run_is_redone(tool, made, tmp_path, monkeypatch, first_seed):
     with monkeypatch.context() as patch:
+
         def interrupt(*_):
             raise KeyboardInterrupt
 
@@ -231,8 +235,10 @@ def test_folders_of_somebody_else_are_kept(tool, tmp_path):
     assert list(tree(tmp_path)) == ['coco/train2017/000000000009.jpg']
 
 
-@pytest.mark.parametrize('name, count, least', (
-    ('cls_train', 0, 10), ('cls_train', 9, 10), ('cls_val', -1, 10), ('dense_train', 0, 1), ('dense_val', -3, 1)))
+@pytest.mark.parametrize(
+    'name, count, least',
+    (('cls_train', 0, 10), ('cls_train', 9, 10), ('cls_val', -1, 10), ('dense_train', 0, 1), ('dense_val', -3, 1)),
+)
 def test_wrong_counts(tool, tmp_path, name, count, least):
     option = name.replace('_', '-')
     with pytest.raises(ValueError, match=f'{name} is {count}, .* at least {least}.*--{option} {least} or more'):
@@ -253,6 +259,13 @@ def test_out_is_a_file(tool, tmp_path, inside):
 
 
 def test_command_line(tool, made, tmp_path):
-    tool.main(['--out', str(tmp_path / 'demo'), '--seed', '0',
-               *(word for name, count in SMALL.items() for word in (f'--{name.replace("_", "-")}', str(count)))])
+    tool.main(
+        [
+            '--out',
+            str(tmp_path / 'demo'),
+            '--seed',
+            '0',
+            *(word for name, count in SMALL.items() for word in (f'--{name.replace("_", "-")}', str(count))),
+        ]
+    )
     assert tree(tmp_path / 'demo') == tree(made)

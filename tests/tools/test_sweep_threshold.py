@@ -18,7 +18,7 @@ spec = importlib.util.spec_from_file_location('sweep_threshold', ROOT / 'tools/a
 sweep_threshold = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sweep_threshold)
 
-CONFIG = '''
+CONFIG = """
 default_scope = 'mmpretrain'
 data_preprocessor = dict(mean=[127.5] * 3, std=[64.] * 3, to_rgb=True)
 model = dict(
@@ -34,7 +34,7 @@ test_dataloader = dict(
                  pipeline=[dict(type='mmdyn.LoadImageFromFile'), dict(type='PackInputs')]))
 test_evaluator = dict(type='Accuracy')
 test_cfg = dict()
-'''
+"""
 
 
 @pytest.fixture
@@ -57,8 +57,18 @@ def sweep(example, monkeypatch, capsys):
     """Run the tool; returns what it prints and what it writes."""
 
     def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['sweep_threshold.py', str(example / 'cfvit.py'), str(example / 'model.pth'),
-                                          '--out', str(example / 'out'), *args])
+        monkeypatch.setattr(
+            sys,
+            'argv',
+            [
+                'sweep_threshold.py',
+                str(example / 'cfvit.py'),
+                str(example / 'model.pth'),
+                '--out',
+                str(example / 'out'),
+                *args,
+            ],
+        )
         sweep_threshold.main()
         return capsys.readouterr().out, json.loads((example / 'out/curve.json').read_text())
 
@@ -69,13 +79,18 @@ def sweep(example, monkeypatch, capsys):
 def classify(folder, threshold):
     """(share that stops, per cent right, multiply-adds) of a classifier with this threshold."""
     cfg = Config.fromfile(folder / 'cfvit.py')
-    model = MODELS.build(dict(cfg.model, data_preprocessor=dict(cfg.data_preprocessor, type='ClsDataPreprocessor'),
-                              test_cfg=dict(threshold=threshold))).eval()
+    model = MODELS.build(
+        dict(
+            cfg.model,
+            data_preprocessor=dict(cfg.data_preprocessor, type='ClsDataPreprocessor'),
+            test_cfg=dict(threshold=threshold),
+        )
+    ).eval()
     model.load_state_dict(torch.load(folder / 'model.pth')['state_dict'])
     stopped, right, macs, files = 0, 0, 0, sorted((folder / 'images').rglob('*.png'))
     for file in files:
         image = torch.from_numpy(cv2.imread(str(file))).permute(2, 0, 1)
-        sample, = model.test_step(dict(inputs=[image]))
+        (sample,) = model.test_step(dict(inputs=[image]))
         stopped += sample.exit_stage == 0
         right += sample.pred_label.item() == int(file.parent.name)
         macs += sample.macs
@@ -119,12 +134,21 @@ def test_budget_and_accuracy(sweep, example):
         assert f'--{name} is met by' in printed
 
 
-@pytest.mark.parametrize('args, message', [
-    (('--flops', '1K'), r'--flops: No threshold brings the multiply-adds down to 1e-06 G: they range from [\d.e-]+ G'),
-    (('--top1', '100.5'), r'--top1: No threshold reaches 100.5 % top-1: the accuracy ranges from [\d.]+ to [\d.]+ %'),
-    (('--cfg-options', 'model.type=ImageClassifier'), 'the model is a ImageClassifier: give the config of'),
-    (('--cfg-options', 'test_dataloader=None'), 'no test_dataloader'),
-])
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (
+            ('--flops', '1K'),
+            r'--flops: No threshold brings the multiply-adds down to 1e-06 G: they range from [\d.e-]+ G',
+        ),
+        (
+            ('--top1', '100.5'),
+            r'--top1: No threshold reaches 100.5 % top-1: the accuracy ranges from [\d.]+ to [\d.]+ %',
+        ),
+        (('--cfg-options', 'model.type=ImageClassifier'), 'the model is a ImageClassifier: give the config of'),
+        (('--cfg-options', 'test_dataloader=None'), 'no test_dataloader'),
+    ],
+)
 def test_what_cannot_be_done(sweep, args, message):
     with pytest.raises(SystemExit, match=message):
         sweep(*args)

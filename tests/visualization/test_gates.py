@@ -18,9 +18,9 @@ def test_granularity_of_pixels_with_a_region_over_the_edge():
 
 def test_colours_stand_for_granularities_in_order():
     image = np.full((2, 4, 3), 100, np.uint8)
-    drawn = draw_gates(image, np.array([[0, 1, 2, 4]] * 2), (0, 1, 2, 4), opacity=1.)
+    drawn = draw_gates(image, np.array([[0, 1, 2, 4]] * 2), (0, 1, 2, 4), opacity=1.0)
     assert [tuple(pixel) for pixel in drawn[0]] == [(0, 0, 0), *COLOURS[:3]]
-    assert (draw_gates(image, np.ones((2, 4)), (1, 2), opacity=0.) == image).all()
+    assert (draw_gates(image, np.ones((2, 4)), (1, 2), opacity=0.0) == image).all()
 
 
 def test_outline_is_white_and_on_the_object_only():

@@ -4,6 +4,7 @@ Protocol: multiply-adds of linear layers, convolutions, both matrix products of 
 deformable attention, on one image, of the whole model; of a two-stage detector with 1000 proposals. Spent are those
 that do not depend on the routing, the routers, and C^l of eq. 7 for each query that is used.
 """
+
 import argparse
 import json
 
@@ -18,7 +19,7 @@ def default_shape(cfg: Config) -> tuple:
     """(H, W) of the images that the config's backbone is made for."""
     backbone = cfg.model.backbone
     if backbone.type.endswith('CFViT'):
-        return (2 * backbone.get('patch_size', 16) * backbone.get('coarse_size', 7), ) * 2
+        return (2 * backbone.get('patch_size', 16) * backbone.get('coarse_size', 7),) * 2
     size = backbone.get('img_size', 256)
     return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -45,14 +46,19 @@ def main() -> str:
     if args.json:
         return json.dumps(result)
     sizes = f'the sizes of the images in {args.images}' if args.images else f'{shape[0]} x {shape[1]}'
-    return '\n'.join([
-        f'{args.config} at {sizes}',
-        f'parameters            {result["params"] / 1e6:10.2f} M',
-        f'multiply-adds, dense  {result["flops_dense"] / 1e9:10.3f} G',
-        f'multiply-adds, spent  {result["flops"] / 1e9:10.3f} G  at query ratio {result["query_ratio"]:.4f}',
-        *(f'  {layer["name"]:20} {layer["flops_dense"] / 1e9:10.4f} G dense {layer["flops"] / 1e9:10.4f} G spent'
-          f'  query ratio {layer["query_ratio"]:.4f}' for layer in (result['layers'] if args.layers else []))
-    ])
+    return '\n'.join(
+        [
+            f'{args.config} at {sizes}',
+            f'parameters            {result["params"] / 1e6:10.2f} M',
+            f'multiply-adds, dense  {result["flops_dense"] / 1e9:10.3f} G',
+            f'multiply-adds, spent  {result["flops"] / 1e9:10.3f} G  at query ratio {result["query_ratio"]:.4f}',
+            *(
+                f'  {layer["name"]:20} {layer["flops_dense"] / 1e9:10.4f} G dense {layer["flops"] / 1e9:10.4f} G spent'
+                f'  query ratio {layer["query_ratio"]:.4f}'
+                for layer in (result['layers'] if args.layers else [])
+            ),
+        ]
+    )
 
 
 if __name__ == '__main__':

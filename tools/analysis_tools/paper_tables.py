@@ -10,11 +10,12 @@ count saves what the paper prints.
 Protocol of CF-ViT: the same operations of a classifier with 1000 classes. Both stages run for each image; where the
 paper's threshold lets images stop at the coarse stage, the share of them is told at which our count is what it prints.
 """
+
 import argparse
 import json
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Iterator
 
 import yaml
 from mmengine.config import Config
@@ -30,7 +31,7 @@ PAPER = yaml.safe_load(HERE.with_name('paper_numbers.yml').read_text())
 LIMITS = dict(params=0.015, params_dge=0.015, dense=0.015, saving=0.12)
 
 
-@lru_cache(maxsize=None)
+@cache
 def count(config: str, shape: tuple, query_ratio: float, detections: int) -> dict:
     """What we count of a config: parameters in millions, multiply-adds in G.
 
@@ -47,7 +48,8 @@ def count(config: str, shape: tuple, query_ratio: float, detections: int) -> dic
         saving=dense - spent,
         blocks=sum(layer['flops_dense'] for layer in result['layers']) / 1e9,
         queries=queries,
-        routers=(1 - query_ratio) * queries - (dense - spent))
+        routers=(1 - query_ratio) * queries - (dense - spent),
+    )
 
 
 def printed_heads() -> list:
@@ -59,28 +61,46 @@ def printed_heads() -> list:
 
 def compare(row: dict, ours: dict, query_ratio: float) -> dict:
     """A model of a table: our numbers, the paper's, their relative differences, and why they differ where they do."""
-    paper = dict(params=row['params'], params_dge=row['params'] + row.get('routers', 0) / 1e3, dense=row['dense'],
-                 spent=row['spent'], saving=row['dense'] - row['spent'])
+    paper = dict(
+        params=row['params'],
+        params_dge=row['params'] + row.get('routers', 0) / 1e3,
+        dense=row['dense'],
+        spent=row['spent'],
+        saving=row['dense'] - row['spent'],
+    )
     difference = {name: ours[name] / paper[name] - 1 for name in paper}
     far = {name for name, limit in LIMITS.items() if abs(difference[name]) > limit}
     # saving = (1 - beta) * queries - routers
     beta = 1 - (paper['saving'] + ours['routers']) / ours['queries']
     why = []
     if 'dense' in far:
-        why.append(f'the dense models are not the same, {ours["dense"]:.2f} G and {paper["dense"]} G. The paper saves '
-                   f'{paper["saving"] / paper["dense"]:.0%} of its own, ours {ours["saving"] / ours["dense"]:.0%}')
+        why.append(
+            f'the dense models are not the same, {ours["dense"]:.2f} G and {paper["dense"]} G. The paper saves '
+            f'{paper["saving"] / paper["dense"]:.0%} of its own, ours {ours["saving"] / ours["dense"]:.0%}'
+        )
         far.clear()
     if far & {'params', 'params_dge'}:
-        why.append(f'{paper["params"]} M parameters are printed, {ours["params"]:.2f} M counted. By what is printed, '
-                   f'Mask R-CNN has from {min(printed_heads()):.1f} to {max(printed_heads()):.1f} M more than Semantic FPN, '
-                   'although the heads are the same for each backbone')
+        why.append(
+            f'{paper["params"]} M parameters are printed, {ours["params"]:.2f} M counted. By what is printed, '
+            f'Mask R-CNN has from {min(printed_heads()):.1f} to {max(printed_heads()):.1f} M more than Semantic FPN, '
+            'although the heads are the same for each backbone'
+        )
     if 'saving' in far:
-        why.append(f'queries spend {ours["queries"]:.1f} of the {ours["blocks"]:.1f} G in the encoder blocks. A query '
-                   f'ratio of {query_ratio} saves {ours["saving"]:.1f} G, and would save '
-                   f'{(1 - query_ratio) * ours["blocks"]:.1f} G if nothing in them were static. The printed '
-                   f'{paper["saving"]:g} G are what a query ratio of {beta:.2f} saves')
-    return dict(model=row['model'], config=f'configs/{row["config"]}', ours=ours, paper=paper, difference=difference,
-                query_ratio_of_papers_saving=beta, why=why)
+        why.append(
+            f'queries spend {ours["queries"]:.1f} of the {ours["blocks"]:.1f} G in the encoder blocks. A query '
+            f'ratio of {query_ratio} saves {ours["saving"]:.1f} G, and would save '
+            f'{(1 - query_ratio) * ours["blocks"]:.1f} G if nothing in them were static. The printed '
+            f'{paper["saving"]:g} G are what a query ratio of {beta:.2f} saves'
+        )
+    return dict(
+        model=row['model'],
+        config=f'configs/{row["config"]}',
+        ours=ours,
+        paper=paper,
+        difference=difference,
+        query_ratio_of_papers_saving=beta,
+        why=why,
+    )
 
 
 def show(table: dict) -> Iterator[str]:
@@ -96,8 +116,14 @@ def show(table: dict) -> Iterator[str]:
         lines = [(base, ('params', 'dense'), '')] * (base not in shown)
         lines += [(row['model'], ('params_dge', 'spent', 'saving'), f'{row["query_ratio_of_papers_saving"]:14.2f}')]
         for name, columns, end in lines:
-            yield (f'{name:26}' + ''.join(f'{row["ours"][column]:9.2f}{row["paper"][column]:7.4g}'
-                                         f'{row["difference"][column]:+8.1%} ' for column in columns) + end)
+            yield (
+                f'{name:26}'
+                + ''.join(
+                    f'{row["ours"][column]:9.2f}{row["paper"][column]:7.4g}{row["difference"][column]:+8.1%} '
+                    for column in columns
+                )
+                + end
+            )
         shown.add(base)
         for reason in row['why']:
             reasons.setdefault(reason, []).append(row['model'])
@@ -138,8 +164,10 @@ def show_stages(table: dict) -> Iterator[str]:
     for row in table['rows']:
         ours, printed = row['ours'], f'{row["paper"]["macs"]:7.4g}'
         if 'exits' in row:
-            yield (f'{row["model"]:30}{"":8}{printed}{"":8}  {ours["coarse"]:.2f} coarse, {ours["fine"]:.2f} more for fine'
-                  f': what is printed if {row["exits"]:.0%} of the images stop')
+            yield (
+                f'{row["model"]:30}{"":8}{printed}{"":8}  {ours["coarse"]:.2f} coarse, {ours["fine"]:.2f} more for fine'
+                f': what is printed if {row["exits"]:.0%} of the images stop'
+            )
         else:
             yield f'{row["model"]:30}{ours["macs"]:8.2f}{printed}{row["difference"]["macs"]:+8.1%}'
 
@@ -161,8 +189,12 @@ def main() -> str:
         if table['paper'] == 'cfvit':
             tables.append(dict(table, rows=[compare_stages(row) for row in table['rows']]))
             continue
-        rows = [compare(row, count(row['config'], tuple(table['shape']), args.query_ratio, args.detections),
-                        args.query_ratio) for row in table['rows']]
+        rows = [
+            compare(
+                row, count(row['config'], tuple(table['shape']), args.query_ratio, args.detections), args.query_ratio
+            )
+            for row in table['rows']
+        ]
         tables.append(dict(table, query_ratio=args.query_ratio, detections=args.detections, rows=rows))
     if args.json:
         return json.dumps(tables)

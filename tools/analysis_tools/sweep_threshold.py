@@ -4,6 +4,7 @@ Runs both stages on each image of the config's test set once, and from that tell
 curve.json, curve.csv and curve.png. With --flops or --top1, finds the threshold to write into the config's
 model.test_cfg.
 """
+
 import argparse
 import csv
 import json
@@ -32,11 +33,13 @@ def macs(text: str) -> int:
 def run_both_stages(cfg: Config, checkpoint: str, work_dir: Path) -> dict:
     """The arguments of :func:`~mmdyn.analysis.threshold.curve`, but for the thresholds."""
     if cfg.model.type.split('.')[-1] != 'CoarseToFineClassifier':
-        raise ValueError(f'the model is a {cfg.model.type}: give the config of an mmdyn.CoarseToFineClassifier, which '
-                         'has a threshold.')
+        raise ValueError(
+            f'the model is a {cfg.model.type}: give the config of an mmdyn.CoarseToFineClassifier, which '
+            'has a threshold.'
+        )
     if cfg.get('test_dataloader') is None:
         raise ValueError('the config has no test_dataloader, whose images are needed.')
-    cfg.model.test_cfg = dict(threshold=1., every_stage=True)
+    cfg.model.test_cfg = dict(threshold=1.0, every_stage=True)
     cfg.load_from, cfg.work_dir = checkpoint, str(work_dir)
     runner = build_runner(cfg)
     runner.load_or_resume()
@@ -51,14 +54,18 @@ def run_both_stages(cfg: Config, checkpoint: str, work_dir: Path) -> dict:
         fine += [sample.fine_score.cpu() for sample in samples]
         labels += [sample.gt_label.cpu() for sample in samples]
     coarse_macs, fine_macs = runner.model.backbone.stage_macs()
-    return dict(coarse_scores=torch.stack(coarse), fine_scores=torch.stack(fine), labels=torch.cat(labels),
-                coarse_macs=coarse_macs, fine_macs=fine_macs)
+    return dict(
+        coarse_scores=torch.stack(coarse),
+        fine_scores=torch.stack(fine),
+        labels=torch.cat(labels),
+        coarse_macs=coarse_macs,
+        fine_macs=fine_macs,
+    )
 
 
 def line(point: dict) -> str:
     """A point as a line of the table."""
-    return (f'{point["threshold"]:10.6g}{point["exit_share"]:10.1%}{point["top1"]:10.2f}'
-            f'{point["macs"] / 1e9:18.4g}')
+    return f'{point["threshold"]:10.6g}{point["exit_share"]:10.1%}{point["top1"]:10.2f}{point["macs"] / 1e9:18.4g}'
 
 
 def draw(swept: Curve, chosen: dict, path: Path) -> None:
@@ -71,8 +78,9 @@ def draw(swept: Curve, chosen: dict, path: Path) -> None:
         axes.plot(*place, '.', color='C0')
         axes.annotate(f'{threshold:g}', place, (2, 3), textcoords='offset points', fontsize=7)
     for name, point in chosen.items():
-        axes.plot(point['macs'] / 1e9, point['top1'], 'o', mfc='none',
-                  label=f'{name}: threshold {point["threshold"]:.6g}')
+        axes.plot(
+            point['macs'] / 1e9, point['top1'], 'o', mfc='none', label=f'{name}: threshold {point["threshold"]:.6g}'
+        )
     if chosen:
         axes.legend(loc='lower right')
     axes.set(xlabel='multiply-adds of the backbone (G)', ylabel='top-1 accuracy (%)')
@@ -111,19 +119,29 @@ def main() -> str:
             unreachable.append(f'--{name}: {error}')
 
     columns = {name: values.tolist() for name, values in swept._asdict().items()}
-    (out / 'curve.json').write_text(json.dumps(dict(
-        images=len(run['labels']), coarse_macs=run['coarse_macs'], fine_macs=run['fine_macs'], chosen=chosen,
-        curve=columns)))
+    (out / 'curve.json').write_text(
+        json.dumps(
+            dict(
+                images=len(run['labels']),
+                coarse_macs=run['coarse_macs'],
+                fine_macs=run['fine_macs'],
+                chosen=chosen,
+                curve=columns,
+            )
+        )
+    )
     with open(out / 'curve.csv', 'w', newline='') as file:
         csv.writer(file).writerows([columns, *zip(*columns.values())])
     draw(swept, chosen, out / 'curve.png')
 
-    results = '\n'.join([
-        f'{"threshold":>10}{"exit":>10}{"top-1":>10}{"multiply-adds, G":>18}',
-        *(line(swept.point(index)) for index in tenths(swept)),
-        *(f'--{name} is met by\n{line(point)}' for name, point in chosen.items()),
-        f'curve.json, curve.csv and curve.png are in {out}'
-    ])
+    results = '\n'.join(
+        [
+            f'{"threshold":>10}{"exit":>10}{"top-1":>10}{"multiply-adds, G":>18}',
+            *(line(swept.point(index)) for index in tenths(swept)),
+            *(f'--{name} is met by\n{line(point)}' for name, point in chosen.items()),
+            f'curve.json, curve.csv and curve.png are in {out}',
+        ]
+    )
     if unreachable:
         print(results)
         raise ValueError('\n'.join(unreachable))

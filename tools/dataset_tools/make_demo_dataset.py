@@ -3,6 +3,7 @@
 The digits are the 1,797 real ones that scikit-learn ships, so nothing is downloaded. The same arguments give the same
 bytes, and no digit of the validation split is ever drawn in the training split.
 """
+
 import argparse
 import inspect
 import json
@@ -36,7 +37,7 @@ def split_digits(labels: np.ndarray, seed: int) -> dict:
     """
     rng = np.random.default_rng([seed, 0])
     shuffled = [rng.permutation(np.flatnonzero(labels == label)) for label in range(10)]
-    return {'train': [of[len(of) // 5:] for of in shuffled], 'val': [of[:len(of) // 5] for of in shuffled]}
+    return {'train': [of[len(of) // 5 :] for of in shuffled], 'val': [of[: len(of) // 5] for of in shuffled]}
 
 
 def _glyph(digit, side):
@@ -45,7 +46,7 @@ def _glyph(digit, side):
     length = round(side * 10 / 8)
     alpha = cv2.resize(np.pad(digit / 16, 1), (length, length), interpolation=cv2.INTER_CUBIC).clip(0, 1)
     rows, cols = (np.flatnonzero((alpha > 0.02).any(axis)) for axis in (1, 0))
-    return alpha[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1]
+    return alpha[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
 
 
 def _scene(rng, size, sides, digits):
@@ -64,7 +65,7 @@ def _scene(rng, size, sides, digits):
         for _ in range(20):
             alpha = _glyph(digit, rng.integers(*sides, endpoint=True))
             top, left = (rng.integers(size - length, endpoint=True) for length in alpha.shape)
-            box = np.s_[top:top + alpha.shape[0], left:left + alpha.shape[1]]
+            box = np.s_[top : top + alpha.shape[0], left : left + alpha.shape[1]]
             if not taken[box].any():
                 break
         else:
@@ -88,7 +89,7 @@ def _write_imagenet(root, split, count, rng, images, pools):
     for i in range(count):
         label = i % 10
         digit = images[orders[label][i // 10 % len(orders[label])]]
-        image, (layer, ) = _scene(rng, CLS_SIZE, CLS_SIDES, [digit])
+        image, (layer,) = _scene(rng, CLS_SIZE, CLS_SIDES, [digit])
         _write_png(root / split / str(label) / f'{i:06d}.png', image)
         if split == 'val':
             _write_png(root / 'masks/val' / str(label) / f'{i:06d}.png', (layer > STROKE).astype(np.uint8) * 255)
@@ -116,7 +117,7 @@ def _polygons(layer):
             outer = outlines[tree[0][i][3]]
             gaps = np.square(outer[:, None] - hole).sum(-1)
             a, b = np.unravel_index(gaps.argmin(), gaps.shape)
-            outlines[tree[0][i][3]] = np.concatenate([outer[:a + 1], hole[b:], hole[:b + 1], outer[a:]])
+            outlines[tree[0][i][3]] = np.concatenate([outer[: a + 1], hole[b:], hole[: b + 1], outer[a:]])
     # What is under a pixel in area is dust that no rasteriser would keep, or less than a triangle.
     return [(outline + 0.5) / FINE for outline in outlines.values() if cv2.contourArea(outline) >= FINE**2]
 
@@ -132,10 +133,15 @@ def _write_coco(root, split, scenes):
             low, high = (edge(np.concatenate(polygons), axis=0) for edge in (np.min, np.max))
             annotations.append(
                 dict(
-                    id=len(annotations) + 1, image_id=number, category_id=label + 1, iscrowd=0,
+                    id=len(annotations) + 1,
+                    image_id=number,
+                    category_id=label + 1,
+                    iscrowd=0,
                     bbox=[*low.tolist(), *(high - low).tolist()],
                     segmentation=[polygon.ravel().tolist() for polygon in polygons],
-                    area=int((layer > STROKE).sum())))
+                    area=int((layer > STROKE).sum()),
+                )
+            )
     categories = [dict(id=label + 1, name=str(label), supercategory='digit') for label in range(10)]
     content = dict(info=dict(description=TOOL), images=images, annotations=annotations, categories=categories)
     path = root / f'annotations/instances_{split}2017.json'
@@ -158,18 +164,28 @@ def _check(out, seed, **counts):
         least = 10 if name.startswith('cls') else 1
         if count < least:
             why = ', one image for each of the ten classes' if least == 10 else ''
-            raise ValueError(f'{name} is {count}, but has to be at least {least}{why}. '
-                             f'Give --{name.replace("_", "-")} {least} or more.')
+            raise ValueError(
+                f'{name} is {count}, but has to be at least {least}{why}. '
+                f'Give --{name.replace("_", "-")} {least} or more.'
+            )
     if seed < 0:
         raise ValueError(f'seed is {seed}, but has to be 0 or more. Give another --seed.')
     blocker = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
     if blocker:
-        raise ValueError(f'--out {out} cannot be a folder, because {blocker} is a file. '
-                         'Give a folder, existing or not, or move the file away.')
+        raise ValueError(
+            f'--out {out} cannot be a folder, because {blocker} is a file. '
+            'Give a folder, existing or not, or move the file away.'
+        )
 
 
-def make_demo_dataset(out: str | Path = 'data/demo', seed: int = 0, cls_train: int = 4000, cls_val: int = 500,
-                      dense_train: int = 400, dense_val: int = 100) -> Path:
+def make_demo_dataset(
+    out: str | Path = 'data/demo',
+    seed: int = 0,
+    cls_train: int = 4000,
+    cls_val: int = 500,
+    dense_train: int = 400,
+    dense_val: int = 100,
+) -> Path:
     """Write the demo data, unless `out` already holds what the same arguments gave.
 
     Args:
@@ -194,8 +210,10 @@ def make_demo_dataset(out: str | Path = 'data/demo', seed: int = 0, cls_train: i
     ours = any(path.is_file() and TOOL.rstrip('0123456789') in path.read_text() for path in (done, begun))
     foreign = [name for name in LAYOUTS if (out / name).exists() and not ours]
     if foreign:
-        raise ValueError(f'{out} holds {", ".join(foreign)}, which this tool did not write and will not replace. '
-                         'Give another --out, a new or empty folder.')
+        raise ValueError(
+            f'{out} holds {", ".join(foreign)}, which this tool did not write and will not replace. '
+            'Give another --out, a new or empty folder.'
+        )
     out.mkdir(parents=True, exist_ok=True)
     begun.write_text(record)
     done.unlink(missing_ok=True)
@@ -219,11 +237,16 @@ def make_demo_dataset(out: str | Path = 'data/demo', seed: int = 0, cls_train: i
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=inspect.getdoc(make_demo_dataset),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=inspect.getdoc(make_demo_dataset), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, parameter in inspect.signature(make_demo_dataset).parameters.items():
-        parser.add_argument(f'--{name.replace("_", "-")}', type=type(parameter.default), default=parameter.default,
-                            help='default: %(default)s')
+        parser.add_argument(
+            f'--{name.replace("_", "-")}',
+            type=type(parameter.default),
+            default=parameter.default,
+            help='default: %(default)s',
+        )
     make_demo_dataset(**vars(parser.parse_args(argv)))
 
 

@@ -5,6 +5,7 @@ drawn by its framework, then each DGE layer whose map has more than one region. 
 green, blue, yellow. With --masks, folders of the same names, the object's outline is drawn and the share of pixels that
 the finest granularity serves is printed, on objects and on background, over all images.
 """
+
 import argparse
 from pathlib import Path
 
@@ -78,14 +79,16 @@ def main() -> str:
     backbone.register_forward_pre_hook(lambda _, inputs: padded.append(inputs[0].shape[-2:]))
 
     files, out = image_files(args.images), output_folder(args.out)
-    drawn = set(files[::max(1, len(files) // args.num)][:args.num])
+    drawn = set(files[:: max(1, len(files) // args.num)][: args.num])
     finest = {}
     for run in run_on_images(model, cfg, files if args.masks else sorted(drawn)):
         path, (height, width) = run.path, run.view.shape[-2:]
         image, mask = np.ascontiguousarray(run.view.numpy()[::-1].transpose(1, 2, 0)), None
         if padded[-1][0] < height or padded[-1][1] < width:
-            raise ValueError(f'the model looks at parts of {path}, not at all of it at once. For slide '
-                             'inference give --cfg-options model.test_cfg.mode=whole.')
+            raise ValueError(
+                f'the model looks at parts of {path}, not at all of it at once. For slide '
+                'inference give --cfg-options model.test_cfg.mode=whole.'
+            )
         if args.masks:
             mask_file = Path(args.masks) / path.relative_to(args.images)
             if not mask_file.exists():
@@ -105,14 +108,20 @@ def main() -> str:
             if path in drawn:
                 row.append(labelled(draw_gates(image, phi, encoder.granularities, mask), name, args.side))
         if path in drawn:
-            cv2.imwrite(str(out / f'{"-".join(path.relative_to(args.images).with_suffix("").parts)}.png'),
-                        cv2.cvtColor(np.concatenate(row, axis=1), cv2.COLOR_RGB2BGR))
-    return '\n'.join([
-        f'{len(drawn)} pictures in {out}',
-        *(f'{name:12} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the '
-          'background'
-          for name, (on, objects, off, background) in finest.items())
-    ])
+            cv2.imwrite(
+                str(out / f'{"-".join(path.relative_to(args.images).with_suffix("").parts)}.png'),
+                cv2.cvtColor(np.concatenate(row, axis=1), cv2.COLOR_RGB2BGR),
+            )
+    return '\n'.join(
+        [
+            f'{len(drawn)} pictures in {out}',
+            *(
+                f'{name:12} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the '
+                'background'
+                for name, (on, objects, off, background) in finest.items()
+            ),
+        ]
+    )
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ class and confidence; and, where the fine stage ran, the patches that it split, 
 confidence. The title of the stage whose prediction counts is red. With --masks, folders of the same names, the share of
 the object's pixels and of the background's that lie in split regions is printed, over all images.
 """
+
 import argparse
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def main() -> str:
     pipeline = pipeline_without_annotations(cfg)
 
     files, out = image_files(args.images), output_folder(args.out)
-    drawn = set(files[::max(1, len(files) // args.num)][:args.num])
+    drawn = set(files[:: max(1, len(files) // args.num)][: args.num])
     pixels, stopped = np.zeros((2, 2), int), 0  # of background and object: in split regions, all
     # Each stage is a run of its own, with the same prediction.
     runs = {run.path: run for run in run_on_images(model, cfg, files if args.masks else sorted(drawn))}
@@ -83,8 +84,10 @@ def main() -> str:
             title = '-'.join(name.with_suffix('').parts)
             picture = row_of(run, title, backbone.coarse_size, args.side, dataset_meta)
             cv2.imwrite(str(out / f'{title}.png'), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    results = (f'{len(drawn)} pictures in {out}\n{stopped} of {len(runs)} images stop after the coarse stage, at a '
-               f'confidence of {model.test_cfg["threshold"]:g}')
+    results = (
+        f'{len(drawn)} pictures in {out}\n{stopped} of {len(runs)} images stop after the coarse stage, at a '
+        f'confidence of {model.test_cfg["threshold"]:g}'
+    )
     if pixels.any():
         background, objects = pixels[:, 0] / pixels[:, 1].clip(1)
         results += f'\nsplit regions hold {objects:.1%} of the object, {background:.1%} of the background'

@@ -5,7 +5,8 @@ train_dataloader = dict(
     batch_size=128,
     persistent_workers=True,
     dataset=dict(type='mmdyn.ImageNet'),
-    sampler=dict(type='RepeatAugSampler', shuffle=True))
+    sampler=dict(type='RepeatAugSampler', shuffle=True),
+)
 val_dataloader = dict(persistent_workers=True, dataset=dict(type='mmdyn.ImageNet'))
 test_dataloader = val_dataloader
 

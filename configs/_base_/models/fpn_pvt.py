@@ -9,4 +9,5 @@ model = dict(
     # As in the ImageNet configs, so that position embeddings load as they are; they are resized to each image anyway.
     backbone=dict(_delete_=True, type='mmdyn.PVT', arch='small', img_size=256, drop_path_rate=0.1),
     neck=dict(in_channels=[64, 128, 320, 512]),
-    decode_head=dict(num_classes=150))
+    decode_head=dict(num_classes=150),
+)

@@ -6,5 +6,7 @@ model = dict(
         type='mmdyn.LVViTHead',
         num_classes=1000,
         in_channels=384,
-        init_cfg=dict(type='TruncNormal', layer='Linear', std=.02),
-        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original')))
+        init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02),
+        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
+    ),
+)

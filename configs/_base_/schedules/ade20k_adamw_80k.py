@@ -5,7 +5,8 @@ _base_ = 'mmseg::_base_/schedules/schedule_80k.py'
 optimizer = dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4)
 optim_wrapper = dict(
     optimizer=optimizer,
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys={'.pos_embed': dict(decay_mult=0.0)}))
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys={'.pos_embed': dict(decay_mult=0.0)}),
+)
 param_scheduler = [dict(type='PolyLR', eta_min=0.0, power=0.9, begin=0, end=80000, by_epoch=False)]
 
 default_hooks = dict(
@@ -13,6 +14,7 @@ default_hooks = dict(
     # Stops at the first loss that is NaN or infinite and names the images.
     loss_guard=dict(type='mmdyn.LossGuardHook'),
     # A training that was killed and resumed goes on as if it had not been.
-    random_state=dict(type='mmdyn.RandomStateHook'))
+    random_state=dict(type='mmdyn.RandomStateHook'),
+)
 
 auto_scale_lr = dict(base_batch_size=32)

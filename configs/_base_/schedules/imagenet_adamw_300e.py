@@ -7,9 +7,8 @@ optim_wrapper = dict(
         _delete_=True,
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
-        custom_keys={
-            '.cls_token': dict(decay_mult=0.0),
-            '.pos_embed': dict(decay_mult=0.0)
-        }))
+        custom_keys={'.cls_token': dict(decay_mult=0.0), '.pos_embed': dict(decay_mult=0.0)},
+    ),
+)
 
 auto_scale_lr = dict(base_batch_size=128)

@@ -46,8 +46,16 @@ class BudgetHook(LossHook):
             cannot reach the budget or the start, or a training that has no iteration with the budget.
     """
 
-    def __init__(self, budget: float = 0.5, weight: float = 1., log_interval: int = 100,
-                 patience: int = 1000, start: float = 1., share: float = 0.4, schedule: str = 'constant') -> None:
+    def __init__(
+        self,
+        budget: float = 0.5,
+        weight: float = 1.0,
+        log_interval: int = 100,
+        patience: int = 1000,
+        start: float = 1.0,
+        share: float = 0.4,
+        schedule: str = 'constant',
+    ) -> None:
         if not 0 < budget <= 1:
             raise ValueError(f'BudgetHook: budget={budget} must be greater than 0 and at most 1, the cost without DGE.')
         if weight < 0:
@@ -60,8 +68,10 @@ class BudgetHook(LossHook):
         if not 0 < start <= 1:
             raise ValueError(f'BudgetHook: start={start} must be greater than 0 and at most 1, the cost without DGE.')
         if not 0 < share < 1:
-            raise ValueError(f'BudgetHook: share={share} of the iterations must be greater than 0 and less than 1: the '
-                             'rest of them trains with the budget itself.')
+            raise ValueError(
+                f'BudgetHook: share={share} of the iterations must be greater than 0 and less than 1: the '
+                'rest of them trains with the budget itself.'
+            )
         self.budget, self.weight, self.log_interval, self.patience = budget, weight, log_interval, patience
         self.start, self.share, self.schedule = start, share, schedule
 
@@ -73,8 +83,10 @@ class BudgetHook(LossHook):
             return
         backbones = [backbone for backbone in find_backbones(model) if backbone.has_dge]
         if not backbones:
-            raise ValueError('BudgetHook found no DGE in the model: give its backbone '
-                             'dge=dict(granularities=(1, 2, 4)), or leave out the hook.')
+            raise ValueError(
+                'BudgetHook found no DGE in the model: give its backbone '
+                'dge=dict(granularities=(1, 2, 4)), or leave out the hook.'
+            )
         for backbone in backbones:
             least, most = backbone.ratio_bounds()
             targets = {'budget': self.budget} | ({} if self.schedule == 'constant' else {'start': self.start})
@@ -83,16 +95,19 @@ class BudgetHook(LossHook):
                     raise ValueError(
                         f'BudgetHook: {name}={target} cannot be reached: on images of img_size the granularities of '
                         f'the {type(backbone).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a '
-                        f'{name} between them, or {"a coarser largest" if target < least else "a finer"} granularity.')
+                        f'{name} between them, or {"a coarser largest" if target < least else "a finer"} granularity.'
+                    )
         if self.schedule != 'constant' and self.target(runner.max_iters - 1) != self.budget:
-            raise ValueError(f'BudgetHook: the {self.schedule} schedule never reaches budget={self.budget}: share='
-                             f'{self.share} of the {runner.max_iters} iterations leaves none of them to train with it. '
-                             'Choose a lower share, or train longer.')
+            raise ValueError(
+                f'BudgetHook: the {self.schedule} schedule never reaches budget={self.budget}: share='
+                f'{self.share} of the {runner.max_iters} iterations leaves none of them to train with it. '
+                'Choose a lower share, or train longer.'
+            )
         self._backbones, self._meter = backbones, CostMeter(training=True, backbones=backbones)
 
     def target(self, iteration: int) -> float:
         """The budget of an iteration, counted from 0."""
-        progress = 1. if self.schedule == 'constant' else iteration / (self.share * self._runner.max_iters)
+        progress = 1.0 if self.schedule == 'constant' else iteration / (self.share * self._runner.max_iters)
         if progress >= 1:
             return self.budget
         part = progress if self.schedule == 'linear' else (1 - math.cos(math.pi * progress)) / 2
@@ -110,15 +125,18 @@ class BudgetHook(LossHook):
             losses['loss_budget'] = self.weight * budget_loss(ratio, target)
             losses['query_ratio'] = ratio.detach()
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                         outputs: dict[str, Any] | None = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
         """Log what the layers decided, and warn of those that have collapsed."""
         if self._meter is None or not self.every_n_train_iters(runner, self.log_interval):
             return
         iteration, layers = runner.iter + 1, look(self._backbones)
         ratios = {name: ratio for name, (ratio, _) in layers.items()}
-        runner.logger.info(f'query_ratio by layer in iteration {iteration}: '
-                           + ', '.join(f'{name} {ratio:.3f}' for name, ratio in ratios.items()))
+        runner.logger.info(
+            f'query_ratio by layer in iteration {iteration}: '
+            + ', '.join(f'{name} {ratio:.3f}' for name, ratio in ratios.items())
+        )
         runner.visualizer.add_scalars({f'query_ratio/{name}': ratio for name, ratio in ratios.items()}, step=iteration)
         if self.target(runner.iter) != self.budget:
             return  # the finest granularity everywhere is what was asked for

@@ -23,8 +23,10 @@ class FineSelectionHook(Hook):
 
     def __init__(self, begin: int = 200) -> None:
         if begin < 0:
-            raise ValueError(f'FineSelectionHook: begin={begin} must not be negative; 0 splits the informative patches '
-                             'from the first epoch.')
+            raise ValueError(
+                f'FineSelectionHook: begin={begin} must not be negative; 0 splits the informative patches '
+                'from the first epoch.'
+            )
         self.begin = begin
 
     def before_train(self, runner: Runner) -> None:
@@ -35,12 +37,16 @@ class FineSelectionHook(Hook):
             return
         self._backbones = [backbone for backbone in find_backbones(model) if isinstance(backbone, CFViT)]
         if not self._backbones:
-            raise ValueError('FineSelectionHook found no CFViT in the model: give it the backbone mmdyn.CFViT, or '
-                             'leave out the hook.')
+            raise ValueError(
+                'FineSelectionHook found no CFViT in the model: give it the backbone mmdyn.CFViT, or '
+                'leave out the hook.'
+            )
         if self.begin >= runner.max_epochs:
-            raise ValueError(f'FineSelectionHook: begin={self.begin} is not reached by max_epochs={runner.max_epochs}: '
-                             'no epoch would split only the informative patches, as the test does. Choose a begin less '
-                             'than max_epochs; a training by iterations has one epoch.')
+            raise ValueError(
+                f'FineSelectionHook: begin={self.begin} is not reached by max_epochs={runner.max_epochs}: '
+                'no epoch would split only the informative patches, as the test does. Choose a begin less '
+                'than max_epochs; a training by iterations has one epoch.'
+            )
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Choose by the epoch alone, so that a resumed training goes on as it was."""

@@ -40,8 +40,10 @@ class LossGuardHook(LossHook):
     def before_run(self, runner: Runner) -> None:
         """Check that the parts of the model fit, and look at the sizes of what the backbone gets."""
         super().before_run(runner)
-        self._handles = [backbone.register_forward_pre_hook(partial(check_inputs, self._images))
-                         for backbone in find_backbones(unwrapped(runner.model))]
+        self._handles = [
+            backbone.register_forward_pre_hook(partial(check_inputs, self._images))
+            for backbone in find_backbones(unwrapped(runner.model))
+        ]
 
     def before_train(self, runner: Runner) -> None:
         """Check the data, and watch the model's forward passes."""
@@ -70,8 +72,11 @@ class LossGuardHook(LossHook):
         """Raise ValueError if a loss is not finite."""
         if losses is None or not self.every_n_train_iters(self._runner, self.interval):
             return
-        values = {name: sum(v.mean() for v in value) if isinstance(value, (list, tuple)) else value.mean()
-                  for name, value in losses.items() if 'loss' in name}
+        values = {
+            name: sum(v.mean() for v in value) if isinstance(value, (list, tuple)) else value.mean()
+            for name, value in losses.items()
+            if 'loss' in name
+        }
         wrong = {name: value.item() for name, value in values.items() if not torch.isfinite(value)}
         if not wrong:
             return
@@ -80,6 +85,10 @@ class LossGuardHook(LossHook):
         raise ValueError(
             f'Training stopped in epoch {self._runner.epoch + 1}, iteration {self._runner.iter + 1}: '
             f'{", ".join(f"{name} is {value}" for name, value in wrong.items())}. '
-            + (f'The weights are no longer finite, first {spoilt[0]}: lower the learning rate or clip gradients. '
-               if spoilt else 'The weights are still finite: look at the images of this batch. ')
-            + (f'Images: {", ".join(images)}' if images else ''))
+            + (
+                f'The weights are no longer finite, first {spoilt[0]}: lower the learning rate or clip gradients. '
+                if spoilt
+                else 'The weights are still finite: look at the images of this batch. '
+            )
+            + (f'Images: {", ".join(images)}' if images else '')
+        )

@@ -21,6 +21,7 @@ class LossHook(Hook):
 
     Before any run, they refuse a model whose neck does not fit its backbone.
     """
+
     _handle: RemovableHandle | None = None
 
     def before_run(self, runner: Runner) -> None:

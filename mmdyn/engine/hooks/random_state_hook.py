@@ -29,8 +29,11 @@ def pass_over_broken_checkpoint(work_dir: str) -> None:
     if named is None or '://' in named or is_whole(Path(named)):
         return
     folder = Path(named).parent if named else Path(work_dir)
-    found = [(int(match[1]), path) for path in folder.glob('*.pth')
-             if (match := re.fullmatch(r'(?:epoch|iter)_(\d+)\.pth', path.name)) and is_whole(path)]
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob('*.pth')
+        if (match := re.fullmatch(r'(?:epoch|iter)_(\d+)\.pth', path.name)) and is_whole(path)
+    ]
     said = f'{note} names {named or "no file"}, which is missing or was not written to its end'
     if found:
         newest = max(found)[1]
@@ -63,6 +66,7 @@ class RandomStateHook(Hook):
     anew; on a GPU, sums are reproducible only with ``randomness=dict(deterministic=True)``. As in mmengine, processes
     draw the same numbers in the model unless ``randomness=dict(diff_rank_seed=True)``.
     """
+
     # Before the hooks that draw random numbers or save checkpoints.
     priority = 'VERY_HIGH'
 
@@ -78,7 +82,8 @@ class RandomStateHook(Hook):
         if any(isinstance(hook, CheckpointHook) and hook.max_keep_ckpts == 1 for hook in runner.hooks):
             runner.logger.warning(
                 'max_keep_ckpts=1 removes the last checkpoint before the next one is written: a run that is killed in '
-                'between cannot be resumed. Write checkpoint=dict(max_keep_ckpts=2), or more, in default_hooks.')
+                'between cannot be resumed. Write checkpoint=dict(max_keep_ckpts=2), or more, in default_hooks.'
+            )
 
     def before_train(self, runner: Runner) -> None:
         """Number the batches, and put back the seed of their order."""
@@ -89,7 +94,8 @@ class RandomStateHook(Hook):
                 self._batches = None
                 runner.logger.warning(
                     'RandomStateHook: the batches of this train_dataloader cannot be numbered, so that a resumed '
-                    'training will see other data. Give it a data set with a length, and a sampler or batch_sampler.')
+                    'training will see other data. Give it a data set with a length, and a sampler or batch_sampler.'
+                )
                 return
             loop.dataloader = loader
         batches = self._batches = loop.dataloader.batch_sampler
@@ -107,7 +113,8 @@ class RandomStateHook(Hook):
             if self._done > len(batches):
                 runner.logger.warning(
                     f'The checkpoint is of a training with more batches in an epoch than the {len(batches)} of '
-                    'this one: the epoch begins anew.')
+                    'this one: the epoch begins anew.'
+                )
                 self._done = 0
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -121,8 +128,9 @@ class RandomStateHook(Hook):
         """Seed the iteration."""
         seed_generators(runner.seed, 0, runner.iter)
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                         outputs: dict[str, Any] | None = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
         """Note the place, before a checkpoint may be saved."""
         if self._batches is None:
             return

@@ -1,4 +1,5 @@
 """What the dynamic backbones share: frozen parts, initialisation, and the account of what they spent."""
+
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,15 +34,20 @@ class DynamicBackbone(BaseModule):
         last_pass: images, and (h, w) of each stage's map, in the thread's last forward pass.
         is_counted: whether a :class:`~mmdyn.models.cost.CostMeter` hears of its passes.
     """
+
     is_counted = True
     last_pass: ThreadLocal[tuple[int, list[tuple[int, int]]]] = ThreadLocal()
 
-    def __init__(self, frozen_stages: int = -1, interpolate_mode: str = 'bilinear',
-                 init_cfg: dict | list[dict] | None = None):
-        super().__init__(init_cfg or [
-            dict(type='TruncNormal', layer='Linear', std=.02),
-            dict(type='Constant', layer='LayerNorm', val=1., bias=0.)
-        ])
+    def __init__(
+        self, frozen_stages: int = -1, interpolate_mode: str = 'bilinear', init_cfg: dict | list[dict] | None = None
+    ):
+        super().__init__(
+            init_cfg
+            or [
+                dict(type='TruncNormal', layer='Linear', std=0.02),
+                dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
+            ]
+        )
         self.frozen_stages, self.interpolate_mode = frozen_stages, interpolate_mode
         self._register_state_dict_hook(note_grids)
         self._register_load_state_dict_pre_hook(fit_checkpoint, with_module=True)
@@ -98,13 +104,15 @@ class DynamicBackbone(BaseModule):
         if self.last_pass is None:
             raise ValueError(f'{type(self).__name__} has not run yet: call it on images before you ask for its cost.')
         images, shapes = self.last_pass
-        return self._cost_of(shapes, lambda encoder, bounds: encoder.decision.queries if encoder else bounds[1:] * images)
+        return self._cost_of(
+            shapes, lambda encoder, bounds: encoder.decision.queries if encoder else bounds[1:] * images
+        )
 
     def ratio_bounds(self) -> tuple[float, float]:
         """Least and greatest query ratio that the granularities allow on images of ``img_size``."""
         layers = dynamic_layers(self)
         if not layers:
-            return 1., 1.
+            return 1.0, 1.0
         dense = sum(cost.per_query * cost.dense_queries for cost, _ in layers)
         least, most = (sum(cost.per_query * bounds[i] for cost, bounds in layers) / dense for i in range(2))
         return least, most
@@ -144,8 +152,10 @@ class DynamicBackbone(BaseModule):
         table = None if prices is None else Prices.read(prices)
         if mode == 'average':
             if table is None:
-                raise ValueError("An average budget needs prices that were measured: give prices='prices.json', which "
-                                 "tools/analysis_tools/sweep_budget.py writes, or choose the mode 'exact'.")
+                raise ValueError(
+                    "An average budget needs prices that were measured: give prices='prices.json', which "
+                    "tools/analysis_tools/sweep_budget.py writes, or choose the mode 'exact'."
+                )
             check_layers(self, table)
             self.set_price(table.at(budget)[0])
         else:
@@ -169,11 +179,15 @@ class DynamicBackbone(BaseModule):
 
         def queries(stage: Stage, shape: tuple[int, int]) -> Callable[[nn.Module | None], Tensor]:
             dense = stage.num_extra + math.prod(shape)
-            return lambda encoder: torch.as_tensor(queries_of(
-                encoder, encoder.query_bounds(shape, stage.num_extra) if encoder else (dense, dense)), device=device)
+            return lambda encoder: torch.as_tensor(
+                queries_of(encoder, encoder.query_bounds(shape, stage.num_extra) if encoder else (dense, dense)),
+                device=device,
+            )
 
-        costs = [stage_cost(stage, prefix, shape, queries(stage, shape))
-                 for (stage, prefix), shape in zip(self.named_stages(), shapes)]
+        costs = [
+            stage_cost(stage, prefix, shape, queries(stage, shape))
+            for (stage, prefix), shape in zip(self.named_stages(), shapes)
+        ]
         return BackboneCost([layer for cost in costs for layer in cost.layers], sum(cost.stem for cost in costs))
 
     def frozen_modules(self) -> Iterator[nn.Module | nn.Parameter]:

@@ -1,4 +1,5 @@
 """CF-ViT: a plain vision transformer that looks at an image coarsely, and again more finely where it matters."""
+
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ class CoarseStage(NamedTuple):
         embedded: (B, N, C), coarse patches with their position embedding.
         score: (B, N), how informative each coarse patch is.
     """
+
     tokens: Tensor
     embedded: Tensor
     score: Tensor
@@ -66,31 +68,36 @@ class CFViT(PlainViT):
             :class:`~mmdyn.engine.FineSelectionHook`.
         last_cost: what the stage that the thread ran last spent.
     """
+
     last_cost: ThreadLocal[BackboneCost] = ThreadLocal()
 
-    def __init__(self,
-                 arch: str | dict = 'deit-small',
-                 coarse_size: int = 7,
-                 img_size: int | None = None,
-                 alpha: float = 0.5,
-                 ema_decay: float = 0.99,
-                 ema_start: int = 4,
-                 score: str = 'global',
-                 reuse: str | None = 'mlp',
-                 in_channels: int = 3,
-                 patch_size: int = 16,
-                 out_type: str | None = None,
-                 drop_path_rate: float = 0.,
-                 frozen_stages: int = -1,
-                 with_cp: bool = False,
-                 interpolate_mode: str = 'bilinear',
-                 norm_eps: float | None = None,
-                 init_cfg: dict | list[dict] | None = None):
+    def __init__(
+        self,
+        arch: str | dict = 'deit-small',
+        coarse_size: int = 7,
+        img_size: int | None = None,
+        alpha: float = 0.5,
+        ema_decay: float = 0.99,
+        ema_start: int = 4,
+        score: str = 'global',
+        reuse: str | None = 'mlp',
+        in_channels: int = 3,
+        patch_size: int = 16,
+        out_type: str | None = None,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        interpolate_mode: str = 'bilinear',
+        norm_eps: float | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ):
         family, numbers = self._family_of(arch)
         side = 2 * patch_size * coarse_size
         if img_size not in (None, side):
-            raise ValueError(f'img_size={img_size} does not fit coarse_size={coarse_size}: twice {coarse_size} patches '
-                             f'of {patch_size} pixels are {side}. Write img_size={side}, or another coarse_size.')
+            raise ValueError(
+                f'img_size={img_size} does not fit coarse_size={coarse_size}: twice {coarse_size} patches '
+                f'of {patch_size} pixels are {side}. Write img_size={side}, or another coarse_size.'
+            )
         for name, value in (('alpha', alpha), ('ema_decay', ema_decay)):
             if not 0 <= value <= 1:
                 raise ValueError(f'{name}={value} must be in [0, 1].')
@@ -100,16 +107,27 @@ class CFViT(PlainViT):
         out_type = out_type or ('raw' if family == 'lvvit' else 'cls_token')
         if out_type not in ('raw', 'cls_token'):
             raise ValueError(f"out_type={out_type!r}: choose 'cls_token' or 'raw'; a fine sequence is no map.")
-        super().__init__(family, numbers, side, in_channels, patch_size, out_type=out_type,
-                         drop_path_rate=drop_path_rate, frozen_stages=frozen_stages, with_cp=with_cp,
-                         interpolate_mode=interpolate_mode, norm_eps=norm_eps, init_cfg=init_cfg)
+        super().__init__(
+            family,
+            numbers,
+            side,
+            in_channels,
+            patch_size,
+            out_type=out_type,
+            drop_path_rate=drop_path_rate,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            interpolate_mode=interpolate_mode,
+            norm_eps=norm_eps,
+            init_cfg=init_cfg,
+        )
         if not 1 <= ema_start <= len(self.blocks):
             raise ValueError(f'ema_start={ema_start}: choose a block from 1 to {len(self.blocks)}.')
         self.coarse_size, self.side, self.alpha = coarse_size, side, alpha
         self.score, self.reuse_kind = score, reuse
         self.ema_decay, self.ema_start, self.split_all = ema_decay, ema_start, False
         dim = self.pos_embed.shape[2]
-        self.coarse_pos_embed = position_embedding(1, (coarse_size, ) * 2, dim)
+        self.coarse_pos_embed = position_embedding(1, (coarse_size,) * 2, dim)
         if reuse:
             ratio = choose_arch(numbers, self.families[family]['archs'])['mlp_ratio']
             self.reuse = FeatureReuse(dim, ratio, 'linear' if reuse == 'linear' else 'mlp', self.norm.eps)
@@ -124,33 +142,37 @@ class CFViT(PlainViT):
                 raise ValueError(f'arch has family={family!r}: choose from {tuple(self.families)}.')
             return family, numbers
         if arch not in FAMILIES_OF_ARCHS:
-            raise ValueError(f'Unknown arch {arch!r}: choose from {sorted(FAMILIES_OF_ARCHS)}, or give a dict of '
-                             'family, embed_dim, depth, num_heads, mlp_ratio.')
+            raise ValueError(
+                f'Unknown arch {arch!r}: choose from {sorted(FAMILIES_OF_ARCHS)}, or give a dict of '
+                'family, embed_dim, depth, num_heads, mlp_ratio.'
+            )
         return FAMILIES_OF_ARCHS[arch]
 
     def position_embeddings(self):
         yield from super().position_embeddings()
-        yield 'coarse_pos_embed', (self.coarse_size, ) * 2, 1
+        yield 'coarse_pos_embed', (self.coarse_size,) * 2, 1
 
     def coarse(self, images: Tensor) -> CoarseStage:
         """The coarse stage: (B, 3, H, W) images."""
         if tuple(images.shape[-2:]) != (self.side, self.side):
-            raise ValueError(f'Images of {images.shape[-2]} x {images.shape[-1]} do not fit coarse_size='
-                             f'{self.coarse_size}: resize or crop them to {self.side} x {self.side}.')
-        half = F.interpolate(images, (self.side // 2, ) * 2, mode='bilinear', align_corners=True)
+            raise ValueError(
+                f'Images of {images.shape[-2]} x {images.shape[-1]} do not fit coarse_size='
+                f'{self.coarse_size}: resize or crop them to {self.side} x {self.side}.'
+            )
+        half = F.interpolate(images, (self.side // 2,) * 2, mode='bilinear', align_corners=True)
         patches, _ = self.patch_embed(half)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1).type_as(patches), patches], dim=1)
         tokens = tokens + self.coarse_pos_embed
         embedded, shape = tokens[:, 1:], (1, tokens.shape[1] - 1)
         score = torch.zeros(embedded.shape[:2], device=images.device)
         tokens = run_blocks(self, tokens.clone(), shape, stop=self._first_watched)
-        for block in self.blocks[self._first_watched:]:
+        for block in self.blocks[self._first_watched :]:
             rows = []
             tokens = block(tokens, tokens, shape, self.num_extra, class_rows=rows)
             score = update_score(score, rows[0][:, 1:], self.ema_decay)
         if self.score == 'random':
             score = torch.rand_like(score)
-        self._spent(len(images), tokens.shape[1], (self.coarse_size, ) * 2, fine=False)
+        self._spent(len(images), tokens.shape[1], (self.coarse_size,) * 2, fine=False)
         return CoarseStage(self.norm(tokens), embedded, -score if self.score == 'negative' else score)
 
     def fine(self, images: Tensor, coarse: CoarseStage) -> tuple[Tensor, Tensor]:
@@ -169,8 +191,9 @@ class CFViT(PlainViT):
             patches = patches + self._upsample(reused)
             if self.reuse_kind == 'uninformative':
                 others = others + reused
-        tokens = fine_sequence(class_token + self.pos_embed[:, :1], patches + self.pos_embed[:, 1:], others, chosen,
-                               rest, self.coarse_size)
+        tokens = fine_sequence(
+            class_token + self.pos_embed[:, :1], patches + self.pos_embed[:, 1:], others, chosen, rest, self.coarse_size
+        )
         tokens = run_blocks(self, tokens, (1, tokens.shape[1] - 1))
         self._spent(len(images), tokens.shape[1], self.shape, fine=True)
         return self.norm(tokens), chosen
@@ -191,18 +214,20 @@ class CFViT(PlainViT):
 
     def _upsample(self, tokens: Tensor) -> Tensor:
         """(B, N, C) tokens of the coarse grid -> (B, 4 * N, C), each four times."""
-        grid = tokens.transpose(1, 2).unflatten(2, (self.coarse_size, ) * 2)
+        grid = tokens.transpose(1, 2).unflatten(2, (self.coarse_size,) * 2)
         return F.interpolate(grid, scale_factor=2, mode='nearest').flatten(2).transpose(1, 2)
 
     def stage_macs(self) -> tuple[int, int]:
         """Multiply-adds that the coarse stage spends on an image, and those that the fine stage adds."""
         num = self.coarse_size**2
         fine = 1 + num + 3 * num_informative(self.alpha, num)
-        return (self._stage_cost(1, 1 + num, (self.coarse_size, ) * 2, fine=False).dense,
-                self._stage_cost(1, fine, self.shape, fine=True).dense)
+        return (
+            self._stage_cost(1, 1 + num, (self.coarse_size,) * 2, fine=False).dense,
+            self._stage_cost(1, fine, self.shape, fine=True).dense,
+        )
 
     def _stage_cost(self, batch: int, tokens: int, grid: tuple[int, int], fine: bool) -> BackboneCost:
-        layers, queries = [], torch.full((batch, ), tokens)
+        layers, queries = [], torch.full((batch,), tokens)
         for index, block in enumerate(self.blocks):
             query, static = block.macs((1, tokens - 1), 1)
             if index >= self._first_watched and not fine:
@@ -234,8 +259,12 @@ def start_from_plain(backbone: CFViT, state: dict, prefix: str, *_) -> None:
     fine, coarse = f'{prefix}pos_embed', f'{prefix}coarse_pos_embed'
     if fine not in state or coarse in state:
         return
-    state[coarse] = resize_position_embedding(state[fine], backbone.shape, (backbone.coarse_size, ) * 2, 1,
-                                              backbone.interpolate_mode)
+    state[coarse] = resize_position_embedding(
+        state[fine], backbone.shape, (backbone.coarse_size,) * 2, 1, backbone.interpolate_mode
+    )
     state.update({prefix + name: value for name, value in backbone.state_dict().items() if name.startswith('reuse.')})
-    print_log('CFViT: the checkpoint is of a plain model. The coarse position embedding is resized from its own; the '
-              'feature reuse keeps its initial values.', logger='current')
+    print_log(
+        'CFViT: the checkpoint is of a plain model. The coarse position embedding is resized from its own; the '
+        'feature reuse keeps its initial values.',
+        logger='current',
+    )

@@ -1,4 +1,5 @@
 """DeiT, a plain vision transformer, with and without DGE."""
+
 from collections.abc import Sequence
 
 from ...registry import MODELS

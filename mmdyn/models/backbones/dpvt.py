@@ -1,4 +1,5 @@
 """PVT with deformable attention, with and without DGE (section 4 of the DGE paper)."""
+
 from collections.abc import Sequence
 
 from torch import nn
@@ -29,20 +30,24 @@ class DPVT(pvt.PVT):
             the mean (B, C) of the last stage's tokens after a final norm, for classification, ``'raw'`` these tokens
             (B, h*w, C).
     """
+
     archs = ARCHS
 
-    def __init__(self,
-                 arch: str | dict = 'small',
-                 img_size: int | Sequence[int] = 256,
-                 out_type: str = 'featmap',
-                 dge: dict | None = None,
-                 **options):
+    def __init__(
+        self,
+        arch: str | dict = 'small',
+        img_size: int | Sequence[int] = 256,
+        out_type: str = 'featmap',
+        dge: dict | None = None,
+        **options,
+    ):
         allowed = tuple(kind for kind in OUT_TYPES if kind != 'cls_token')
         if out_type not in allowed:
             raise ValueError(f'out_type={out_type!r}: choose from {allowed}. DPVT has no class token.')
         if options.pop('with_cls_token', False):
-            raise ValueError('with_cls_token=True: DPVT has no class token, which would have no place on the map. Leave it '
-                             'out.')
+            raise ValueError(
+                'with_cls_token=True: DPVT has no class token, which would have no place on the map. Leave it out.'
+            )
         super().__init__(arch, img_size, out_type=out_type, dge=dge, with_cls_token=False, **options)
 
     def make_attention(self, stage: dict, norm_eps: float) -> nn.Module:

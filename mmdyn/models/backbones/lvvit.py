@@ -1,4 +1,5 @@
 """LV-ViT, a plain vision transformer whose patch tokens learn labels of their own."""
+
 from collections.abc import Sequence
 
 from ...registry import MODELS
@@ -18,8 +19,9 @@ class LVViT(PlainViT):
         options: the other options of :class:`DeiT`, without ``distilled``; ``norm_eps`` defaults to 1e-5.
     """
 
-    def __init__(self, arch: str | dict = 'small', img_size: int | Sequence[int] = 224,
-                 out_type: str = 'raw', **options):
+    def __init__(
+        self, arch: str | dict = 'small', img_size: int | Sequence[int] = 224, out_type: str = 'raw', **options
+    ):
         if options.get('distilled'):
             raise ValueError('LVViT has no distillation token: leave distilled out.')
         super().__init__('lvvit', arch, img_size, out_type=out_type, **options)

@@ -1,4 +1,5 @@
 """Options that backbones have in common: what is allowed, and what is meant."""
+
 import inspect
 from collections.abc import Sequence
 
@@ -28,8 +29,9 @@ def choose_out_indices(out_indices: int | Sequence[int] | None, num: int, defaul
     indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
     wrong = [i for i in indices if not -num <= i < num]
     if wrong or not indices:
-        raise ValueError(f'out_indices={out_indices}: choose one or more of 0 to {num - 1} (negative ones count from '
-                         'the end).')
+        raise ValueError(
+            f'out_indices={out_indices}: choose one or more of 0 to {num - 1} (negative ones count from the end).'
+        )
     return [i % num for i in indices]
 
 
@@ -37,8 +39,10 @@ def image_sides(img_size: int | Sequence[int], patch: int) -> tuple[int, int]:
     """(H, W) of ``img_size``, which must hold a patch."""
     sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sides) != 2 or min(sides) < patch:
-        raise ValueError(f'img_size={img_size}: give the side of a square, or (height, width), of at least {patch} '
-                         'pixels, which is the total stride.')
+        raise ValueError(
+            f'img_size={img_size}: give the side of a square, or (height, width), of at least {patch} '
+            'pixels, which is the total stride.'
+        )
     return sides
 
 
@@ -69,8 +73,10 @@ def dge_of_stages(dge: dict | None, depths: dict[str, int]) -> list[dict | None]
     if not isinstance(sets, (tuple, list)) or not sets or not isinstance(sets[0], (tuple, list)):
         sets = [sets] * num_stages
     if len(sets) != num_stages:
-        raise ValueError(f'granularities={sets} are {len(sets)} sets for {num_stages} stages: give one for each stage, '
-                         'or one for all.')
+        raise ValueError(
+            f'granularities={sets} are {len(sets)} sets for {num_stages} stages: give one for each stage, '
+            'or one for all.'
+        )
     dense = dense_layers(dge.get('dense_layers', ()), depths)
     return [{**dge, 'granularities': phis, 'dense_layers': of_stage} for phis, of_stage in zip(sets, dense)]
 
@@ -85,8 +91,10 @@ def dense_layers(names: Sequence[str], depths: dict[str, int]) -> list[list[int]
         if stages:
             allowed += f', or whole stages, {stages[0]} to {stages[-1]}'
         raise ValueError(f'dge dense_layers={names!r}: give a sequence of names of layers, {allowed}.')
-    dense = [[i for i, name in enumerate(of_stage) if {name, prefix.removesuffix('.')} & set(names)]
-             for prefix, of_stage in zip(depths, blocks)]
+    dense = [
+        [i for i, name in enumerate(of_stage) if {name, prefix.removesuffix('.')} & set(names)]
+        for prefix, of_stage in zip(depths, blocks)
+    ]
     if sum(map(len, dense)) == len(everything):
         raise ValueError(f'dge dense_layers={names!r} leave no layer dynamic: write dge=None for the dense model.')
     return dense

@@ -1,12 +1,20 @@
 """Pyramid Vision Transformer, with and without DGE."""
+
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ...registry import MODELS
-from ..layers import (Attention, EncoderBlock, PatchEmbed, Positions, position_embedding, resize_position_embedding,
-                      to_maps)
+from ..layers import (
+    Attention,
+    EncoderBlock,
+    PatchEmbed,
+    Positions,
+    position_embedding,
+    resize_position_embedding,
+    to_maps,
+)
 from ..stage import run_blocks
 from .base import DynamicBackbone, make_blocks
 from .options import OUT_TYPES, budget_of, choose_arch, choose_out_indices, dge_of_stages, image_sides
@@ -35,8 +43,19 @@ class PVTStage(nn.Module):
         mode: how the position embedding is resized.
     """
 
-    def __init__(self, in_channels: int, dim: int, patch_size: int, shape: tuple[int, int], blocks: list[EncoderBlock],
-                 num_extra: int, dge: dict | None, norm_eps: float, of_tokens: bool, mode: str):
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        patch_size: int,
+        shape: tuple[int, int],
+        blocks: list[EncoderBlock],
+        num_extra: int,
+        dge: dict | None,
+        norm_eps: float,
+        of_tokens: bool,
+        mode: str,
+    ):
         super().__init__()
         self.num_extra, self.shape, self.mode = num_extra, shape, mode
         self.patch_embed = PatchEmbed(in_channels, dim, patch_size, norm_eps=norm_eps, of_tokens=of_tokens)
@@ -92,22 +111,24 @@ class PVT(DynamicBackbone):
 
     archs: dict[str, dict] = ARCHS
 
-    def __init__(self,
-                 arch: str | dict = 'small',
-                 img_size: int | Sequence[int] = 256,
-                 in_channels: int = 3,
-                 patch_size: int = 4,
-                 dge: dict | None = None,
-                 out_type: str = 'featmap',
-                 out_indices: int | Sequence[int] | None = None,
-                 with_cls_token: bool | None = None,
-                 drop_path_rate: float = 0.,
-                 frozen_stages: int = -1,
-                 with_cp: bool = False,
-                 interpolate_mode: str = 'bilinear',
-                 norm_eps: float = 1e-6,
-                 embed_norm_eps: float = 1e-5,
-                 init_cfg: dict | list[dict] | None = None):
+    def __init__(
+        self,
+        arch: str | dict = 'small',
+        img_size: int | Sequence[int] = 256,
+        in_channels: int = 3,
+        patch_size: int = 4,
+        dge: dict | None = None,
+        out_type: str = 'featmap',
+        out_indices: int | Sequence[int] | None = None,
+        with_cls_token: bool | None = None,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        interpolate_mode: str = 'bilinear',
+        norm_eps: float = 1e-6,
+        embed_norm_eps: float = 1e-5,
+        init_cfg: dict | list[dict] | None = None,
+    ):
         super().__init__(frozen_stages, interpolate_mode, init_cfg)
         arch = choose_arch(arch, self.archs)
         num_stages = len(arch['depths'])
@@ -117,14 +138,19 @@ class PVT(DynamicBackbone):
             raise ValueError(f'out_type={out_type!r}: choose from {OUT_TYPES}.')
         last = num_stages - 1
         self.out_type = out_type
-        self.out_indices = choose_out_indices(out_indices, num_stages,
-                                              range(num_stages) if out_type == 'featmap' else [last])
+        self.out_indices = choose_out_indices(
+            out_indices, num_stages, range(num_stages) if out_type == 'featmap' else [last]
+        )
         if out_type != 'featmap' and self.out_indices != [last]:
-            raise ValueError(f'out_type={out_type!r} returns the last stage only, but out_indices={out_indices}: leave '
-                             "it out, or use out_type='featmap'.")
+            raise ValueError(
+                f'out_type={out_type!r} returns the last stage only, but out_indices={out_indices}: leave '
+                "it out, or use out_type='featmap'."
+            )
         with_cls_token = out_type in ('cls_token', 'raw') if with_cls_token is None else with_cls_token
         if out_type == 'cls_token' and not with_cls_token:
-            raise ValueError("out_type='cls_token' returns the class token, but with_cls_token=False: leave one of them out.")
+            raise ValueError(
+                "out_type='cls_token' returns the class token, but with_cls_token=False: leave one of them out."
+            )
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages={frozen_stages}: choose from -1 (none) to {num_stages}.')
 
@@ -137,12 +163,30 @@ class PVT(DynamicBackbone):
             dim, stride = dims[i + 1], patch_size * 2**i
             of_stage = {name: numbers[i] for name, numbers in arch.items()}
             blocks = [
-                EncoderBlock(dim, self.make_attention(of_stage, embed_norm_eps), arch['mlp_ratios'][i], rates.pop(0), norm_eps,
-                             with_cp=with_cp) for _ in range(depth)
+                EncoderBlock(
+                    dim,
+                    self.make_attention(of_stage, embed_norm_eps),
+                    arch['mlp_ratios'][i],
+                    rates.pop(0),
+                    norm_eps,
+                    with_cp=with_cp,
+                )
+                for _ in range(depth)
             ]
             self.stages.append(
-                PVTStage(dims[i], dim, 2 if i else patch_size, (height // stride, width // stride), blocks,
-                         int(i == last and with_cls_token), dges[i], embed_norm_eps, i > 0, interpolate_mode))
+                PVTStage(
+                    dims[i],
+                    dim,
+                    2 if i else patch_size,
+                    (height // stride, width // stride),
+                    blocks,
+                    int(i == last and with_cls_token),
+                    dges[i],
+                    embed_norm_eps,
+                    i > 0,
+                    interpolate_mode,
+                )
+            )
         if self.stages[-1].num_extra:
             self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dims[-1]), std=0.02))
         if out_type != 'featmap':
@@ -170,7 +214,7 @@ class PVT(DynamicBackbone):
         if self.frozen_stages >= 0:
             yield self.stages[0].patch_embed
             yield self.stages[0].pos_embed
-        yield from self.stages[:max(self.frozen_stages, 0)]
+        yield from self.stages[: max(self.frozen_stages, 0)]
         if self.frozen_stages == len(self.stages) and self.out_type != 'featmap':
             yield self.norm
             if self.stages[-1].num_extra:
@@ -182,7 +226,7 @@ class PVT(DynamicBackbone):
         for i, stage in enumerate(self.stages):
             tokens, shape = stage(x, getattr(self, 'cls_token', None))
             shapes.append(shape)
-            cells = tokens[:, stage.num_extra:]
+            cells = tokens[:, stage.num_extra :]
             if self.out_type == 'featmap' and i in self.out_indices:
                 outs.append(to_maps(cells, shape))
             x = cells.transpose(1, 2).unflatten(2, shape)
@@ -190,5 +234,10 @@ class PVT(DynamicBackbone):
         if self.out_type == 'featmap':
             return tuple(outs)
         tokens = self.norm(tokens)
-        return (tokens[:, 0] if self.out_type == 'cls_token' else
-                tokens.mean(1) if self.out_type == 'avg_featmap' else tokens, )
+        return (
+            tokens[:, 0]
+            if self.out_type == 'cls_token'
+            else tokens.mean(1)
+            if self.out_type == 'avg_featmap'
+            else tokens,
+        )

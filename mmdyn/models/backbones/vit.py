@@ -1,11 +1,19 @@
 """Plain vision transformers: the class token and all patches of an image through one stack of blocks."""
+
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import (Attention, ConvStem, EncoderBlock, PatchEmbed, position_embedding, resize_position_embedding,
-                      to_maps)
+from ..layers import (
+    Attention,
+    ConvStem,
+    EncoderBlock,
+    PatchEmbed,
+    position_embedding,
+    resize_position_embedding,
+    to_maps,
+)
 from ..stage import run_blocks
 from .base import DynamicBackbone, make_blocks
 from .options import OUT_TYPES, budget_of, choose_arch, choose_out_indices, dge_of_stages, image_sides
@@ -30,26 +38,28 @@ class PlainViT(DynamicBackbone):
     """
 
     families = {
-        'deit': dict(archs=DEIT, qkv_bias=True, residual_scale=1., norm_eps=1e-6),
+        'deit': dict(archs=DEIT, qkv_bias=True, residual_scale=1.0, norm_eps=1e-6),
         'lvvit': dict(archs=LVVIT, qkv_bias=False, residual_scale=0.5, norm_eps=1e-5),
     }
 
-    def __init__(self,
-                 family: str,
-                 arch: str | dict,
-                 img_size: int | Sequence[int],
-                 in_channels: int = 3,
-                 patch_size: int = 16,
-                 distilled: bool = False,
-                 dge: dict | None = None,
-                 out_type: str = 'cls_token',
-                 out_indices: int | Sequence[int] | None = None,
-                 drop_path_rate: float = 0.,
-                 frozen_stages: int = -1,
-                 with_cp: bool = False,
-                 interpolate_mode: str = 'bilinear',
-                 norm_eps: float | None = None,
-                 init_cfg: dict | list[dict] | None = None):
+    def __init__(
+        self,
+        family: str,
+        arch: str | dict,
+        img_size: int | Sequence[int],
+        in_channels: int = 3,
+        patch_size: int = 16,
+        distilled: bool = False,
+        dge: dict | None = None,
+        out_type: str = 'cls_token',
+        out_indices: int | Sequence[int] | None = None,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        interpolate_mode: str = 'bilinear',
+        norm_eps: float | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ):
         super().__init__(frozen_stages, interpolate_mode, init_cfg)
         kind = self.families[family]
         arch, norm_eps = choose_arch(arch, kind['archs']), norm_eps or kind['norm_eps']
@@ -65,15 +75,24 @@ class PlainViT(DynamicBackbone):
         self.num_extra = 1 + distilled
 
         self.patch_embed = (
-            ConvStem(in_channels, dim, patch_size) if family == 'lvvit' else
-            PatchEmbed(in_channels, dim, patch_size, norm=False))
+            ConvStem(in_channels, dim, patch_size)
+            if family == 'lvvit'
+            else PatchEmbed(in_channels, dim, patch_size, norm=False)
+        )
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         if distilled:
             self.dist_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         self.pos_embed = position_embedding(self.num_extra, self.shape, dim)
         blocks = [
-            EncoderBlock(dim, Attention(dim, arch['num_heads'], qkv_bias=kind['qkv_bias']), arch['mlp_ratio'], rate,
-                         norm_eps, kind['residual_scale'], with_cp)
+            EncoderBlock(
+                dim,
+                Attention(dim, arch['num_heads'], qkv_bias=kind['qkv_bias']),
+                arch['mlp_ratio'],
+                rate,
+                norm_eps,
+                kind['residual_scale'],
+                with_cp,
+            )
             for rate in torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         ]
         make_blocks(self, blocks, dim, dge_of_stages(dge, {'': depth})[0])
@@ -98,8 +117,8 @@ class PlainViT(DynamicBackbone):
             yield from (self.patch_embed, self.pos_embed, self.cls_token)
             if self.num_extra > 1:
                 yield self.dist_token
-        yield from self.blocks[:max(self.frozen_stages, 0)]
-        yield from filter(None, self.dge[:max(self.frozen_stages, 0)])
+        yield from self.blocks[: max(self.frozen_stages, 0)]
+        yield from filter(None, self.dge[: max(self.frozen_stages, 0)])
         if self.frozen_stages == len(self.blocks):
             yield self.norm
 
@@ -108,8 +127,9 @@ class PlainViT(DynamicBackbone):
         tokens, shape = self.patch_embed(x)
         extra = [self.cls_token, self.dist_token] if self.num_extra > 1 else [self.cls_token]
         tokens = torch.cat([*(t.expand(len(x), -1, -1).type_as(tokens) for t in extra), tokens], dim=1)
-        tokens = tokens + resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra,
-                                                    self.interpolate_mode)
+        tokens = tokens + resize_position_embedding(
+            self.pos_embed, self.shape, shape, self.num_extra, self.interpolate_mode
+        )
         outs, start, last = [], 0, len(self.blocks) - 1
         for i in sorted({*self.out_indices, last}):
             # Outputs may share the memory of tokens, which run_blocks may overwrite.
@@ -120,7 +140,7 @@ class PlainViT(DynamicBackbone):
         return tuple(outs)
 
     def _format(self, tokens: Tensor, shape: tuple[int, int]):
-        cells = tokens[:, self.num_extra:]
+        cells = tokens[:, self.num_extra :]
         if self.out_type == 'cls_token':
             return (tokens[:, 0], tokens[:, 1]) if self.num_extra > 1 else tokens[:, 0]
         if self.out_type == 'featmap':

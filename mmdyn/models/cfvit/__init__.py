@@ -3,6 +3,12 @@ from .reuse import FeatureReuse
 from .token_targets import coarse_targets, fine_targets
 
 __all__ = [
-    'FeatureReuse', 'coarse_targets', 'fine_sequence', 'fine_targets', 'num_informative', 'select', 'split',
-    'update_score'
+    'FeatureReuse',
+    'coarse_targets',
+    'fine_sequence',
+    'fine_targets',
+    'num_informative',
+    'select',
+    'split',
+    'update_score',
 ]

@@ -1,6 +1,6 @@
 """Which coarse patches are informative, and the fine sequence of tokens (CF-ViT paper), as pure tensor functions."""
+
 import math
-from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def update_score(score: Tensor, row: Tensor, decay: float) -> Tensor:
     return decay * score + (1 - decay) * row
 
 
-def select(score: Tensor, count: int) -> Tuple[Tensor, Tensor]:
+def select(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The (B, count) patches of the highest scores and the (B, N - count) others, both by their place in the image."""
     order = score.argsort(dim=1, descending=True, stable=True)
     return order[:, :count].sort(1)[0], order[:, count:].sort(1)[0]
@@ -41,8 +41,9 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
 
 
-def fine_sequence(class_token: Tensor, fine: Tensor, coarse: Tensor, chosen: Tensor, rest: Tensor,
-                  columns: int) -> Tensor:
+def fine_sequence(
+    class_token: Tensor, fine: Tensor, coarse: Tensor, chosen: Tensor, rest: Tensor, columns: int
+) -> Tensor:
     """Eq. 11: the class token, four fine tokens of each chosen patch, and the coarse token of each other patch.
 
     Args:

@@ -1,4 +1,5 @@
 """Feature reuse: what the coarse stage found out goes into the fine tokens (CF-ViT paper, figure 4)."""
+
 from torch import Tensor, nn
 
 from ..layers import FFN

@@ -1,5 +1,4 @@
 """The classifier of CF-ViT. This module imports mmpretrain, when the classifier is first built."""
-from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +25,18 @@ class CoarseToFineClassifier(ImageClassifier):
         kwargs: as for mmpretrain's ImageClassifier.
     """
 
-    def __init__(self, *args, coarse_loss: str = 'kl', test_cfg: Optional[dict] = None, **kwargs):
+    def __init__(self, *args, coarse_loss: str = 'kl', test_cfg: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.with_neck:
-            raise ValueError('CoarseToFineClassifier takes no neck, because the head takes what the backbone returns: '
-                             'remove it.')
+            raise ValueError(
+                'CoarseToFineClassifier takes no neck, because the head takes what the backbone returns: remove it.'
+            )
         if self.with_head and not isinstance(self.head, ClsHead):
-            raise ValueError(f'CoarseToFineClassifier stops at the confidence of one class by a softmax, which the head '
-                             f'{type(self.head).__name__} does not give: use a head for one label, e.g. LinearClsHead, or '
-                             'the model type ImageClassifier with the backbone mmdyn.DeiT or mmdyn.LVViT.')
+            raise ValueError(
+                f'CoarseToFineClassifier stops at the confidence of one class by a softmax, which the head '
+                f'{type(self.head).__name__} does not give: use a head for one label, e.g. LinearClsHead, or '
+                'the model type ImageClassifier with the backbone mmdyn.DeiT or mmdyn.LVViT.'
+            )
         options = {**dict(threshold=0.5, every_stage=False), **(test_cfg or {})}
         unknown = set(options) - {'threshold', 'every_stage'}
         if unknown:
@@ -45,28 +47,28 @@ class CoarseToFineClassifier(ImageClassifier):
             raise ValueError(f'coarse_loss={coarse_loss!r}: choose from {LOSSES}.')
         self.coarse_loss, self.test_cfg = coarse_loss, options
 
-    def forward(self, inputs: Tensor, data_samples: Optional[List[DataSample]] = None, mode: str = 'tensor'):
+    def forward(self, inputs: Tensor, data_samples: list[DataSample] | None = None, mode: str = 'tensor'):
         """As mmpretrain's; ``mode='tensor'`` returns the logits of both stages of every image."""
         if mode == 'tensor':
-            return tuple(self.head((out, )) for out in self.backbone(inputs))
+            return tuple(self.head((out,)) for out in self.backbone(inputs))
         return super().forward(inputs, data_samples, mode)
 
-    def loss(self, inputs: Tensor, data_samples: List[DataSample]) -> dict:
+    def loss(self, inputs: Tensor, data_samples: list[DataSample]) -> dict:
         """Eq. 14: the head's loss on the fine stage, and ``loss_coarse``."""
         stage = self.backbone.coarse(inputs)
         tokens, chosen = self.backbone.fine(inputs, stage)
         coarse, fine = self.backbone.output(stage.tokens), self.backbone.output(tokens)
         coarse_labels, fine_labels = self._token_labels(data_samples, chosen)
-        losses = self.head.loss((fine, ), data_samples, **fine_labels)
+        losses = self.head.loss((fine,), data_samples, **fine_labels)
         if self.coarse_loss == 'ce':
-            coarse_losses = self.head.loss((coarse, ), data_samples, **coarse_labels)
+            coarse_losses = self.head.loss((coarse,), data_samples, **coarse_labels)
             losses['loss_coarse'] = sum(value for name, value in coarse_losses.items() if 'loss' in name)
         else:
-            teacher = self.head((fine, )).detach().softmax(-1)
-            losses['loss_coarse'] = F.kl_div(self.head((coarse, )).log_softmax(-1), teacher, reduction='batchmean')
+            teacher = self.head((fine,)).detach().softmax(-1)
+            losses['loss_coarse'] = F.kl_div(self.head((coarse,)).log_softmax(-1), teacher, reduction='batchmean')
         return losses
 
-    def _token_labels(self, data_samples: List[DataSample], chosen: Tensor) -> Tuple[dict, dict]:
+    def _token_labels(self, data_samples: list[DataSample], chosen: Tensor) -> tuple[dict, dict]:
         """What the head's loss needs to know of the patch tokens of each stage, if there are token labels."""
         maps = stack_token_scores(data_samples, chosen.device) if isinstance(self.head, LVViTHead) else None
         if maps is None:
@@ -75,7 +77,7 @@ class CoarseToFineClassifier(ImageClassifier):
         stages = coarse_targets(labels, columns), fine_targets(labels, chosen, columns)
         return tuple(dict(token_score=targets) for targets in stages)
 
-    def predict(self, inputs: Tensor, data_samples: Optional[List[DataSample]] = None, **kwargs) -> List[DataSample]:
+    def predict(self, inputs: Tensor, data_samples: list[DataSample] | None = None, **kwargs) -> list[DataSample]:
         """Classify; only the images that the coarse stage is not sure of go on, in one batch.
 
         Returns:
@@ -84,7 +86,7 @@ class CoarseToFineClassifier(ImageClassifier):
             of the split patches in the coarse grid.
         """
         coarse = self.backbone.coarse(inputs)
-        coarse_score = self.head((self.backbone.output(coarse.tokens), )).softmax(-1)
+        coarse_score = self.head((self.backbone.output(coarse.tokens),)).softmax(-1)
         threshold = self.test_cfg['threshold']
         exits = (coarse_score.amax(-1) >= threshold) & (threshold < 1)
         goes_on = torch.arange(len(inputs), device=inputs.device)
@@ -93,7 +95,7 @@ class CoarseToFineClassifier(ImageClassifier):
         fine_score, regions = {}, {}
         if len(goes_on):
             tokens, chosen = self.backbone.fine(inputs[goes_on], type(coarse)(*(part[goes_on] for part in coarse)))
-            scores = self.head((self.backbone.output(tokens), )).softmax(-1)
+            scores = self.head((self.backbone.output(tokens),)).softmax(-1)
             fine_score, regions = (dict(zip(goes_on.tolist(), values)) for values in (scores, chosen))
         spent = self.backbone.stage_macs()
         results = []

@@ -1,13 +1,13 @@
 """MixToken of LV-ViT. This module imports mmpretrain, when the preprocessor is first built."""
+
 import math
-from typing import Tuple
 
 import numpy as np
 import torch
 from mmpretrain.models.utils import ClsDataPreprocessor
 from torch import Tensor
 
-Box = Tuple[int, int, int, int]
+Box = tuple[int, int, int, int]
 
 
 def random_box(rows: int, columns: int, alpha: float) -> Box:
@@ -42,7 +42,7 @@ class MixTokenPreprocessor(ClsDataPreprocessor):
         kwargs: as for mmpretrain's ClsDataPreprocessor. It needs ``num_classes``.
     """
 
-    def __init__(self, patch_size: int = 16, prob: float = 1., alpha: float = 1., **kwargs):
+    def __init__(self, patch_size: int = 16, prob: float = 1.0, alpha: float = 1.0, **kwargs):
         if not 0 <= prob <= 1:
             raise ValueError(f'prob={prob}, the probability to mix a batch, must be in [0, 1].')
         if alpha <= 0:
@@ -58,8 +58,10 @@ class MixTokenPreprocessor(ClsDataPreprocessor):
             return batch
         has_maps = 'gt_token_score' in samples[0]
         if has_maps and self.batch_augments is not None:
-            raise ValueError('train_cfg has batch augmentations, which do not move token labels: leave them out, or '
-                             'train without LoadTokenLabels.')
+            raise ValueError(
+                'train_cfg has batch augmentations, which do not move token labels: leave them out, or '
+                'train without LoadTokenLabels.'
+            )
         if np.random.rand() < self.prob:
             self._mix(batch['inputs'], samples, has_maps)
         return batch
@@ -67,8 +69,10 @@ class MixTokenPreprocessor(ClsDataPreprocessor):
     def _mix(self, images: Tensor, samples: list, has_maps: bool) -> None:
         rows, columns = (side // self.patch_size for side in images.shape[-2:])
         if not rows or not columns:
-            raise ValueError(f'Images of {images.shape[-2]} x {images.shape[-1]} hold no patch of patch_size='
-                             f'{self.patch_size}: choose a smaller one.')
+            raise ValueError(
+                f'Images of {images.shape[-2]} x {images.shape[-1]} hold no patch of patch_size='
+                f'{self.patch_size}: choose a smaller one.'
+            )
         box = random_box(rows, columns, self.alpha)
         exchange_(images.movedim(1, -1), box, self.patch_size)
         share = (box[1] - box[0]) * (box[3] - box[2]) / (rows * columns)
@@ -80,9 +84,11 @@ class MixTokenPreprocessor(ClsDataPreprocessor):
         maps = torch.stack([sample.gt_token_score for sample in samples]).to(images.device)
         scale = maps.shape[1] // rows
         if maps.shape[1:3] != (scale * rows, scale * columns):
-            raise ValueError(f'Token labels of {maps.shape[1]} x {maps.shape[2]} cells do not divide into the {rows} x '
-                             f'{columns} patches of patch_size={self.patch_size}: choose a multiple of the patch_size '
-                             'of TokenLabelCrop.')
+            raise ValueError(
+                f'Token labels of {maps.shape[1]} x {maps.shape[2]} cells do not divide into the {rows} x '
+                f'{columns} patches of patch_size={self.patch_size}: choose a multiple of the patch_size '
+                'of TokenLabelCrop.'
+            )
         exchange_(maps, box, scale)
         for sample, score in zip(samples, maps):
             sample.set_field(score, 'gt_token_score')

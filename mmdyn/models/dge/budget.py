@@ -5,6 +5,7 @@ budget: argmax_k (h_k - lambda * c_k), where c_k are the queries that granularit
 over an edge of the map pays the same: a logit is of the mean of a region's cells and does not know how many they are,
 so the price is one of a cell, and a shift of the router's bias.
 """
+
 import math
 from collections.abc import Sequence
 
@@ -33,12 +34,12 @@ def mean_over_processes(ratios: Tensor) -> Tensor:
 
 def budget_loss(ratio: Tensor, budget: float) -> Tensor:
     """Eq. 8: the squared distance of the spent share beta from the budget gamma."""
-    return (ratio - budget)**2
+    return (ratio - budget) ** 2
 
 
 def queries_of_region(granularities: Sequence[int], region: int) -> list[int]:
     """c_k: queries that each granularity makes of a whole region of region x region cells."""
-    return [(region // phi)**2 if phi else 0 for phi in granularities]
+    return [(region // phi) ** 2 if phi else 0 for phi in granularities]
 
 
 def queries_within(share: float, shape: tuple[int, int], num_extra: int) -> int:
@@ -73,10 +74,19 @@ def choose_within(logits: Tensor, granularities: Sequence[int], patches: Tensor,
 
     # The least concave function above the points has the slope min over i < k of max over j >= k at step k.
     num = len(order)
-    slopes = torch.stack([
-        torch.stack([torch.stack([slope(i, j) for j in range(k, num)]).amax(0) for i in range(k)]).amin(0)
-        for k in range(1, num)
-    ], -1).cummin(-1).values if num > 1 else points[..., :0]
+    slopes = (
+        torch.stack(
+            [
+                torch.stack([torch.stack([slope(i, j) for j in range(k, num)]).amax(0) for i in range(k)]).amin(0)
+                for k in range(1, num)
+            ],
+            -1,
+        )
+        .cummin(-1)
+        .values
+        if num > 1
+        else points[..., :0]
+    )
     prices = steps.expand_as(slopes).clone()
     for k in range(num - 2, 0, -1):  # an edge over several steps is taken as a whole: its first step pays for all
         of_rest = prices[..., k] * (slopes[..., k] == slopes[..., k - 1])
@@ -88,8 +98,9 @@ def choose_within(logits: Tensor, granularities: Sequence[int], patches: Tensor,
     return torch.tensor(order, device='cpu').to(logits.device, non_blocking=True)[taken].view(logits.shape[:-1])
 
 
-def share_budget(budget: float, weights: Sequence[float], wanted: Sequence[float], least: Sequence[float],
-                 most: Sequence[float]) -> list[float]:
+def share_budget(
+    budget: float, weights: Sequence[float], wanted: Sequence[float], least: Sequence[float], most: Sequence[float]
+) -> list[float]:
     """Share a budget among layers in the proportions that are wanted, as far as each layer allows.
 
     Args:
@@ -101,11 +112,12 @@ def share_budget(budget: float, weights: Sequence[float], wanted: Sequence[float
     Returns:
         The query ratio of each layer.
     """
+
     def shares(factor: float) -> list[float]:
         return [min(max(factor * ratio, low), high) for ratio, low, high in zip(wanted, least, most)]
 
     wanted = [max(ratio, 1e-6) for ratio in wanted]
-    low, high = 0., max(ratio / want for ratio, want in zip(most, wanted))
+    low, high = 0.0, max(ratio / want for ratio, want in zip(most, wanted))
     for _ in range(100):
         middle = (low + high) / 2
         spent = sum(weight * share for weight, share in zip(weights, shares(middle))) / sum(weights)

@@ -1,4 +1,5 @@
 """The dynamic grained encoder: a router, and the way of an encoder block's tokens through it (DGE paper, fig. 1)."""
+
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,16 +23,21 @@ def check_granularities(granularities: Sequence[int], region_size: int | None = 
     if not all(isinstance(phi, int) and phi >= 0 for phi in phis):
         raise ValueError(f'granularities={phis}: each is the side of a patch in cells, an integer >= 0 (0 skips).')
     if list(phis) != sorted(set(phis)):
-        raise ValueError(f'granularities={phis} must be in ascending order without repeats: '
-                         f'write {tuple(sorted(set(phis)))}.')
+        raise ValueError(
+            f'granularities={phis} must be in ascending order without repeats: write {tuple(sorted(set(phis)))}.'
+        )
     if region_size is not None and not (isinstance(region_size, int) and region_size > 0):
-        raise ValueError(f'region_size={region_size!r}: give the side of a region in cells, an integer greater than 0, or '
-                         'None for the largest granularity.')
+        raise ValueError(
+            f'region_size={region_size!r}: give the side of a region in cells, an integer greater than 0, or '
+            'None for the largest granularity.'
+        )
     region = region_size or max(phis)
     uneven = [phi for phi in phis if phi and region % phi]
     if uneven:
-        raise ValueError(f'granularities {uneven} do not divide the region of {region} x {region} cells: '
-                         f'choose sides that divide {region}, or another region_size.')
+        raise ValueError(
+            f'granularities {uneven} do not divide the region of {region} x {region} cells: '
+            f'choose sides that divide {region}, or another region_size.'
+        )
     return phis
 
 
@@ -43,6 +49,7 @@ class Decision(NamedTuple):
         queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7,
             otherwise on the CPU, where the lengths are.
     """
+
     choice: Tensor
     queries: Tensor
 
@@ -67,20 +74,25 @@ class DynamicGrainedEncoder(nn.Module):
         decision: the :class:`Decision` of the thread's last forward pass.
         forced: (rows, columns) a choice that counts in place of the router's, for benchmarks.
     """
+
     decision: ThreadLocal[Decision] = ThreadLocal()
 
-    def __init__(self,
-                 dim: int,
-                 granularities: Sequence[int] = (1, 2, 4),
-                 region_size: int | None = None,
-                 routing: str = 'region',
-                 train_mode: str = 'sparse',
-                 tau: float = 1.):
+    def __init__(
+        self,
+        dim: int,
+        granularities: Sequence[int] = (1, 2, 4),
+        region_size: int | None = None,
+        routing: str = 'region',
+        train_mode: str = 'sparse',
+        tau: float = 1.0,
+    ):
         super().__init__()
         self.granularities = check_granularities(granularities, region_size)
         self.region = region_size or max(self.granularities)
-        for name, value, allowed in (('routing', routing, ('region', 'layer')),
-                                     ('train_mode', train_mode, ('sparse', 'dense'))):
+        for name, value, allowed in (
+            ('routing', routing, ('region', 'layer')),
+            ('train_mode', train_mode, ('sparse', 'dense')),
+        ):
             if value not in allowed:
                 raise ValueError(f'dge {name}={value!r}: choose from {allowed}.')
         if not tau > 0:
@@ -132,7 +144,7 @@ class DynamicGrainedEncoder(nn.Module):
             gates = gates * F.one_hot(choice, len(self.granularities))
             self.decision = Decision(choice, self._count(gates, shape, num_extra))
             of_cells = unpool(gates.sum(-1, keepdim=True), self.region, shape).flatten(1, 2)
-            residual = residual * routing.compress(F.pad(of_cells, (0, 0, num_extra, 0), value=1.)).type_as(residual)
+            residual = residual * routing.compress(F.pad(of_cells, (0, 0, num_extra, 0), value=1.0)).type_as(residual)
         return routing.decompress(residual, tokens)
 
     def _decide(self, tokens: Tensor, shape: tuple[int, int], num_extra: int) -> tuple[Tensor | None, Tensor]:
@@ -150,8 +162,9 @@ class DynamicGrainedEncoder(nn.Module):
         """(B) queries of the gates, the sum in the numerator of eq. 7 for one layer."""
         return num_extra + (gates * count_patches(shape, self.granularities, self.region, gates.device)).sum((1, 2, 3))
 
-    def _all_branches(self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int, gates: Tensor,
-                      choice: Tensor) -> Tensor:
+    def _all_branches(
+        self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int, gates: Tensor, choice: Tensor
+    ) -> Tensor:
         """Run the patches of all granularities, and let the gates select from their changes."""
         sides = [phi for phi in self.granularities if phi]
         extra, of_side = tokens[:, :num_extra], [pool(tokens, shape, side, num_extra) for side in sides]
@@ -167,7 +180,7 @@ class DynamicGrainedEncoder(nn.Module):
         changes = []
         for side, part in zip(sides, parts):
             rows_columns, k = grid(side, shape), self.granularities.index(side)
-            gate = unpool(gates[..., k:k + 1], self.region // side, rows_columns)
+            gate = unpool(gates[..., k : k + 1], self.region // side, rows_columns)
             changes.append(unpool(part.unflatten(1, rows_columns) * gate.type_as(part), side, shape))
         change = sum(changes[1:], changes[0]).flatten(1, 2)
         return tokens + torch.cat([of_extra, change], dim=1)

@@ -1,4 +1,5 @@
 """The router: which granularity each region gets (DGE paper, section 3.2.1)."""
+
 import math
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ class Router(nn.Module):
         price: (K,) what each granularity's logit is lowered by when a choice is made in inference, or None.
         share: share of the dense block's queries that each image gets in inference, or None: the router decides.
     """
+
     price: Tensor | None
 
     def __init__(self, dim: int, granularities: Sequence[int]):
@@ -35,7 +37,7 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=0.01)
         nn.init.constant_(self.bias, math.log(0.05 / max(num - 1, 1)))
         finest = next(k for k, phi in enumerate(granularities) if phi)
-        nn.init.constant_(self.bias[finest:finest + 1], math.log(0.95))
+        nn.init.constant_(self.bias[finest : finest + 1], math.log(0.95))
         self.register_buffer('price', None, persistent=False)
         self.share: float | None = None
 

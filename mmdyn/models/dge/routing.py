@@ -6,6 +6,7 @@ phi x phi patches, one query each; granularity 0 turns it into no query at all.
 On maps whose sides are not multiples of S, regions and patches hang over the bottom right edge: they consist of their
 valid cells only. A patch without valid cells is none.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ def unpool(patches: Tensor, side: int, shape: tuple[int, int]) -> Tensor:
     """Hand each patch's value to its side x side cells: (B, rows, columns, C) -> (B, H, W, C)."""
     batch, rows, columns, channels = patches.shape
     cells = patches[:, :, None, :, None].expand(-1, -1, side, -1, side, -1)
-    return cells.reshape(batch, rows * side, columns * side, channels)[:, :shape[0], :shape[1]]
+    return cells.reshape(batch, rows * side, columns * side, channels)[:, : shape[0], : shape[1]]
 
 
 def centres(shape: tuple[int, int], device: torch.device | None = None) -> Tensor:
@@ -41,14 +42,16 @@ def centres(shape: tuple[int, int], device: torch.device | None = None) -> Tenso
     return torch.stack([x, y], -1).flatten(0, 1)[None]
 
 
-def count_patches(shape: tuple[int, int], granularities: Sequence[int], region: int,
-                  device: torch.device | None = None) -> Tensor:
+def count_patches(
+    shape: tuple[int, int], granularities: Sequence[int], region: int, device: torch.device | None = None
+) -> Tensor:
     """Queries that each granularity makes of each region: (rows, columns, K)."""
     counts = torch.zeros(*grid(region, shape), len(granularities), dtype=torch.long, device='cpu')
     for k, phi in enumerate(granularities):
         if phi:
-            rows, columns = (torch.arange(side, 0, -region, device='cpu').clamp(max=region).add(phi - 1) // phi
-                             for side in shape)
+            rows, columns = (
+                torch.arange(side, 0, -region, device='cpu').clamp(max=region).add(phi - 1) // phi for side in shape
+            )
             counts[..., k] = rows[:, None] * columns
     return counts.to(device, non_blocking=True)
 
@@ -61,6 +64,7 @@ class Routing:
         query: (B, E + H*W) the query of each token, numbered through all images; N where no query serves it.
         lengths: queries of each image, N in all.
     """
+
     query: Tensor
     lengths: list[int]
 
@@ -80,8 +84,9 @@ class Routing:
         return tokens + spread.view_as(tokens)
 
 
-def route(choice: Tensor, shape: tuple[int, int], granularities: Sequence[int], region: int,
-          num_extra: int = 0) -> Routing:
+def route(
+    choice: Tensor, shape: tuple[int, int], granularities: Sequence[int], region: int, num_extra: int = 0
+) -> Routing:
     """Turn the choice of each region into queries; one synchronisation on an accelerator.
 
     The queries of an image are its extra tokens, then its patches by their first cells.

@@ -1,5 +1,4 @@
 """LV-ViT's two linear classifiers. This module imports mmpretrain, when the head is first built."""
-from typing import List, Optional, Tuple
 
 import torch
 from mmpretrain.models.heads import LinearClsHead
@@ -7,7 +6,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 
-def stack_token_scores(data_samples: List[DataSample], device: torch.device) -> Optional[Tensor]:
+def stack_token_scores(data_samples: list[DataSample], device: torch.device) -> Tensor | None:
     """The token labels of a batch, (B, h, w, classes), or None where the first sample has none."""
     if 'gt_token_score' not in data_samples[0]:
         return None
@@ -33,13 +32,14 @@ class LVViTHead(LinearClsHead):
         self.aux_fc = nn.Linear(in_channels, num_classes)
         self.aux_weight = aux_weight
 
-    def forward(self, feats: Tuple[Tensor, ...]) -> Tensor:
+    def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Logits (B, classes) from all tokens (B, 1 + n, C) of the last stage."""
         tokens = self.pre_logits(feats)
         return (self.fc(tokens[:, 0]) + 0.25 * self.aux_fc(tokens[:, 1:]).amax(1)) / 1.25
 
-    def loss(self, feats: Tuple[Tensor, ...], data_samples: List[DataSample], token_score: Optional[Tensor] = None,
-             **kwargs) -> dict:
+    def loss(
+        self, feats: tuple[Tensor, ...], data_samples: list[DataSample], token_score: Tensor | None = None, **kwargs
+    ) -> dict:
         """``loss`` of the class tokens, and ``loss_aux``, the weighted mean of all patch tokens' losses.
 
         Args:
@@ -58,15 +58,20 @@ class LVViTHead(LinearClsHead):
         losses['loss_aux'] = self.aux_weight * self.loss_module(logits, target, avg_factor=len(logits), **kwargs)
         return losses
 
-    def _patch_targets(self, data_samples: List[DataSample], token_score: Optional[Tensor], num: int) -> Tensor:
+    def _patch_targets(self, data_samples: list[DataSample], token_score: Tensor | None, num: int) -> Tensor:
         """(B * n, classes) soft labels, or (B * n) labels."""
         if token_score is None:
             soft = 'gt_score' in data_samples[0]
-            target = (torch.stack([sample.gt_score for sample in data_samples]) if soft else
-                      torch.cat([sample.gt_label for sample in data_samples]))
+            target = (
+                torch.stack([sample.gt_score for sample in data_samples])
+                if soft
+                else torch.cat([sample.gt_label for sample in data_samples])
+            )
             return target.repeat_interleave(num, 0)
         if token_score.shape[1:] != (num, self.num_classes):
-            raise ValueError(f'Token labels of {token_score.shape[1]} tokens and {token_score.shape[2]} classes do not '
-                             f'fit {num} patch tokens and {self.num_classes} classes: give TokenLabelCrop the '
-                             'patch_size and scale of the backbone, and LoadTokenLabels the num_classes of the head.')
+            raise ValueError(
+                f'Token labels of {token_score.shape[1]} tokens and {token_score.shape[2]} classes do not '
+                f'fit {num} patch tokens and {self.num_classes} classes: give TokenLabelCrop the '
+                'patch_size and scale of the backbone, and LoadTokenLabels the num_classes of the head.'
+            )
         return token_score.flatten(0, 1)

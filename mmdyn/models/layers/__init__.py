@@ -5,7 +5,18 @@ from .embedding import ConvStem, PatchEmbed, project_patches, to_maps
 from .position import Positions, fit_position_embedding, position_embedding, resize_position_embedding
 
 __all__ = [
-    'FFN', 'Attention', 'ConvStem', 'DeformableAttention', 'EncoderBlock', 'PatchEmbed', 'Positions',
-    'deformable_sampling', 'fit_position_embedding', 'packed_attention', 'position_embedding', 'project_patches',
-    'resize_position_embedding', 'to_maps'
+    'FFN',
+    'Attention',
+    'ConvStem',
+    'DeformableAttention',
+    'EncoderBlock',
+    'PatchEmbed',
+    'Positions',
+    'deformable_sampling',
+    'fit_position_embedding',
+    'packed_attention',
+    'position_embedding',
+    'project_patches',
+    'resize_position_embedding',
+    'to_maps',
 ]

@@ -1,4 +1,5 @@
 """Attention of queries over the keys and values of a dense map of tokens."""
+
 import math
 from itertools import accumulate
 
@@ -33,10 +34,13 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[in
     if len(set(lengths)) == 1:
         query = query.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2)
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1)
-    return torch.cat([
-        F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None])[0].transpose(0, 1)
-        for q, k, v in zip(query.split(lengths), key, value) if len(q)
-    ])
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None])[0].transpose(0, 1)
+            for q, k, v in zip(query.split(lengths), key, value)
+            if len(q)
+        ]
+    )
 
 
 def class_attention(query: Tensor, key: Tensor) -> Tensor:
@@ -56,12 +60,15 @@ class Attention(nn.Module):
         norm_eps: epsilon of the norm after the reduction.
         qkv_bias: whether queries, keys and values have a bias.
     """
+
     uses_points = False
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, norm_eps: float = 1e-5, qkv_bias: bool = True):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.')
+            raise ValueError(
+                f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.'
+            )
         self.num_heads, self.sr_ratio = num_heads, sr_ratio
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
@@ -75,15 +82,24 @@ class Attention(nn.Module):
         if self.sr_ratio == 1:
             return tokens
         if min(shape) < self.sr_ratio:
-            raise ValueError(f'A map of {shape[0]} x {shape[1]} cells is too small for sr_ratio={self.sr_ratio}: use a '
-                             'larger image or a smaller sr_ratio in this stage.')
+            raise ValueError(
+                f'A map of {shape[0]} x {shape[1]} cells is too small for sr_ratio={self.sr_ratio}: use a '
+                'larger image or a smaller sr_ratio in this stage.'
+            )
         extra, cells = tokens[:, :num_extra], tokens[:, num_extra:]
         reduced = self.norm(self.sr(cells.transpose(1, 2).unflatten(2, shape)).flatten(2).transpose(1, 2))
         return torch.cat([extra, reduced], dim=1) if num_extra else reduced
 
-    def forward(self, queries: Tensor, tokens: Tensor, shape: tuple[int, int], num_extra: int = 0,
-                lengths: list[int] | None = None, points: Tensor | None = None,
-                class_rows: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        shape: tuple[int, int],
+        num_extra: int = 0,
+        lengths: list[int] | None = None,
+        points: Tensor | None = None,
+        class_rows: list[Tensor] | None = None,
+    ) -> Tensor:
         """Attend from the queries to the tokens.
 
         Args:

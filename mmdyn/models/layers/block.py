@@ -1,4 +1,5 @@
 """The vanilla encoder block: attention, then a feed-forward network."""
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +39,7 @@ def drop_path(x: Tensor, rate: float, lengths: list[int] | None = None) -> Tenso
     keep = torch.empty(num, device=x.device).bernoulli_(1 - rate) / (1 - rate)
     if lengths is not None:
         keep = keep.repeat_interleave(torch.tensor(lengths, device=x.device), output_size=len(x))
-    return x * keep.view(-1, *(1, ) * (x.ndim - 1)).type_as(x)
+    return x * keep.view(-1, *(1,) * (x.ndim - 1)).type_as(x)
 
 
 class EncoderBlock(nn.Module):
@@ -54,8 +55,16 @@ class EncoderBlock(nn.Module):
         with_cp: recompute the block in the backward pass instead of keeping its activations.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path_rate: float = 0., norm_eps: float = 1e-6,
-                 residual_scale: float = 1., with_cp: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float,
+        drop_path_rate: float = 0.0,
+        norm_eps: float = 1e-6,
+        residual_scale: float = 1.0,
+        with_cp: bool = False,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.attn = attn
@@ -71,8 +80,16 @@ class EncoderBlock(nn.Module):
     def extra_repr(self) -> str:
         return f'drop_path_rate={self.drop_path_rate:.4f}'
 
-    def forward(self, queries: Tensor, tokens: Tensor, shape: tuple[int, int], num_extra: int = 0,
-                lengths: list[int] | None = None, points: Tensor | None = None, **options) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        shape: tuple[int, int],
+        num_extra: int = 0,
+        lengths: list[int] | None = None,
+        points: Tensor | None = None,
+        **options,
+    ) -> Tensor:
         """The queries after attention to the tokens and the feed-forward network; the dense block's are the tokens.
 
         Args:
@@ -88,14 +105,17 @@ class EncoderBlock(nn.Module):
             as ``queries``.
         """
         if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(self._forward, queries, tokens, shape, num_extra, lengths, points, use_reentrant=False,
-                              **options)
+            return checkpoint(
+                self._forward, queries, tokens, shape, num_extra, lengths, points, use_reentrant=False, **options
+            )
         return self._forward(queries, tokens, shape, num_extra, lengths, points, **options)
 
     def _forward(self, queries, tokens, shape, num_extra, lengths, points, **options) -> Tensor:
         normed = self.norm1(tokens)
         query = normed if queries is tokens else self.norm1(queries)
-        queries = queries + self._branch(self.attn(query, normed, shape, num_extra, lengths, points, **options), lengths)
+        queries = queries + self._branch(
+            self.attn(query, normed, shape, num_extra, lengths, points, **options), lengths
+        )
         return queries + self._branch(self.ffn(self.norm2(queries)), lengths)
 
     def _branch(self, x: Tensor, lengths: list[int] | None) -> Tensor:

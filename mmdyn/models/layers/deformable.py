@@ -1,4 +1,5 @@
 """Deformable attention: a query attends to a few points of the map, which it chooses itself (DPVT)."""
+
 import math
 
 import torch
@@ -11,8 +12,9 @@ from .attention import pack
 
 
 @replaceable
-def deformable_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int],
-                        lengths: list[int]) -> Tensor:
+def deformable_sampling(
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+) -> Tensor:
     """Weighted sums of values at points of a map, interpolated bilinearly; outside of the map they are 0.
 
     Args:
@@ -29,15 +31,18 @@ def deformable_sampling(value: Tensor, points: Tensor, weights: Tensor, shape: t
         ValueError: if the values are not those of maps of ``shape``, or ``lengths`` not those of the queries.
     """
     if value.shape[:2] != (len(lengths), math.prod(shape)) or sum(lengths) != len(points):
-        raise ValueError(f'Values of {value.shape[0]} images with {value.shape[1]} cells and points of {len(points)} '
-                         f'queries do not fit lengths={lengths} and shape={tuple(shape)}: give the queries of each '
-                         'image, and the (height, width) of the map.')
+        raise ValueError(
+            f'Values of {value.shape[0]} images with {value.shape[1]} cells and points of {len(points)} '
+            f'queries do not fit lengths={lengths} and shape={tuple(shape)}: give the queries of each '
+            'image, and the (height, width) of the map.'
+        )
     if value.dtype in (torch.float16, torch.bfloat16):  # whose places on a map of some hundred cells are rough
         return deformable_sampling.plain(value.float(), points.float(), weights.float(), shape, lengths).to(value.dtype)
     # Each point is the weighted sum of its four neighbouring cells.
     (height, width), heads = shape, value.shape[2]
     image = torch.arange(len(lengths), device=value.device, dtype=torch.int32).repeat_interleave(
-        torch.tensor(lengths, device=value.device, dtype=torch.long), output_size=len(points))
+        torch.tensor(lengths, device=value.device, dtype=torch.long), output_size=len(points)
+    )
     # Rows of the (B * H*W * heads) values: an image's begin at its first cell, those of a cell at its first head.
     first = (image * (height * width * heads))[:, None] + torch.arange(heads, device=value.device, dtype=torch.int32)
     x, y = (place.contiguous() for place in points.unbind(-1))
@@ -70,12 +75,15 @@ class DeformableAttention(nn.Module):
         num_heads: heads; they divide ``dim``.
         num_points: points of each head.
     """
+
     uses_points = True
 
     def __init__(self, dim: int, num_heads: int, num_points: int = 4):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.')
+            raise ValueError(
+                f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.'
+            )
         self.num_heads, self.num_points = num_heads, num_points
         self.offsets = nn.Linear(dim, num_heads * num_points * 2)
         self.attn_weight = nn.Linear(dim, num_heads * num_points)
@@ -92,8 +100,15 @@ class DeformableAttention(nn.Module):
         direction = torch.stack([angle.cos(), angle.sin()], -1)[:, None]
         self.offsets.bias.copy_((direction * torch.arange(1, self.num_points + 1)[:, None]).flatten())
 
-    def forward(self, queries: Tensor, tokens: Tensor, shape: tuple[int, int], num_extra: int = 0,
-                lengths: list[int] | None = None, points: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        shape: tuple[int, int],
+        num_extra: int = 0,
+        lengths: list[int] | None = None,
+        points: Tensor | None = None,
+    ) -> Tensor:
         """Attend from the queries to points of the map.
 
         Args:
@@ -108,8 +123,10 @@ class DeformableAttention(nn.Module):
             as ``queries``.
         """
         if num_extra:
-            raise ValueError(f'Deformable attention samples a map, but there are {num_extra} extra tokens, which have '
-                             'no place on it: use a model without class token.')
+            raise ValueError(
+                f'Deformable attention samples a map, but there are {num_extra} extra tokens, which have '
+                'no place on it: use a model without class token.'
+            )
         packed, lengths = pack(queries, lengths)
         if points is None:
             points = centres(shape, tokens.device).expand(len(tokens), -1, -1).flatten(0, 1)

@@ -1,4 +1,5 @@
 """From images to tokens, and from tokens to maps."""
+
 import math
 
 import torch
@@ -11,8 +12,10 @@ from .position import Positions
 def check_side(x: Tensor, patch: int) -> None:
     """Raise ValueError for a (B, C, H, W) input that holds no patch."""
     if min(x.shape[-2:]) < patch:
-        raise ValueError(f'An input of {x.shape[-2]} x {x.shape[-1]} is smaller than one patch of {patch} x {patch}: '
-                         'use larger images.')
+        raise ValueError(
+            f'An input of {x.shape[-2]} x {x.shape[-1]} is smaller than one patch of {patch} x {patch}: '
+            'use larger images.'
+        )
 
 
 @replaceable
@@ -44,8 +47,15 @@ class PatchEmbed(nn.Module):
         of_tokens: whether the input is tokens in the form of a map, whose channels lie side by side, and no image.
     """
 
-    def __init__(self, in_channels: int, dim: int, patch_size: int, norm: bool = True, norm_eps: float = 1e-5,
-                 of_tokens: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        patch_size: int,
+        norm: bool = True,
+        norm_eps: float = 1e-5,
+        of_tokens: bool = False,
+    ):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
@@ -82,11 +92,13 @@ class ConvStem(nn.Module):
             raise ValueError(f'patch_size={patch_size}: the stem halves the resolution first, give an even number.')
         self.convs = nn.Sequential()
         for kernel, stride in ((7, 2), (3, 1), (3, 1)):
-            self.convs.extend([
-                nn.Conv2d(in_channels, width, kernel, stride, kernel // 2, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True)
-            ])
+            self.convs.extend(
+                [
+                    nn.Conv2d(in_channels, width, kernel, stride, kernel // 2, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ]
+            )
             in_channels = width
         self.patch_size = patch_size
         self.proj = nn.Conv2d(width, dim, patch_size // 2, patch_size // 2)
@@ -101,7 +113,7 @@ class ConvStem(nn.Module):
     def macs(self, shape: tuple[int, int]) -> int:
         """Multiply-adds of an image whose tokens form a map of ``shape``."""
         convs = sum(module.weight.numel() for module in self.convs if isinstance(module, nn.Conv2d))
-        return math.prod(shape) * ((self.patch_size // 2)**2 * convs + self.proj.weight.numel())
+        return math.prod(shape) * ((self.patch_size // 2) ** 2 * convs + self.proj.weight.numel())
 
 
 @replaceable

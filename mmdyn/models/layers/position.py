@@ -1,4 +1,5 @@
 """Position embeddings, and how they fit maps of other shapes."""
+
 import math
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ def position_embedding(num_extra: int, shape: tuple[int, int], dim: int) -> nn.P
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_extra + math.prod(shape), dim), std=0.02))
 
 
-def resize_position_embedding(embedding: Tensor, source: tuple[int, int], target: tuple[int, int],
-                              num_extra: int = 0, mode: str = 'bilinear') -> Tensor:
+def resize_position_embedding(
+    embedding: Tensor, source: tuple[int, int], target: tuple[int, int], num_extra: int = 0, mode: str = 'bilinear'
+) -> Tensor:
     """Interpolate the map of (1, E + h*w, C) position embeddings to another shape; the extra rows stay."""
     if source == target:
         return embedding
@@ -30,6 +32,7 @@ class Positions(NamedTuple):
         shape: (h, w).
         mode: how it is resized, as in ``F.interpolate``.
     """
+
     embedding: Tensor
     shape: tuple[int, int]
     mode: str
@@ -41,11 +44,17 @@ class Positions(NamedTuple):
 
 def square_side(rows: int) -> int | None:
     """Side of the square map that has so many rows with 0 to 2 extra tokens, or None if there is none."""
-    return next((math.isqrt(rows - e) for e in range(3) if rows > e and math.isqrt(rows - e)**2 == rows - e), None)
+    return next((math.isqrt(rows - e) for e in range(3) if rows > e and math.isqrt(rows - e) ** 2 == rows - e), None)
 
 
-def fit_position_embedding(saved: Tensor, current: Tensor, shape: tuple[int, int], num_extra: int,
-                           mode: str = 'bilinear', source: tuple[int, int] | None = None) -> Tensor:
+def fit_position_embedding(
+    saved: Tensor,
+    current: Tensor,
+    shape: tuple[int, int],
+    num_extra: int,
+    mode: str = 'bilinear',
+    source: tuple[int, int] | None = None,
+) -> Tensor:
     """Make a checkpoint's position embedding fit a model: resize its map, drop or add the rows of extra tokens.
 
     Args:
@@ -69,8 +78,10 @@ def fit_position_embedding(saved: Tensor, current: Tensor, shape: tuple[int, int
     else:
         side = square_side(rows)
         if side is None:
-            raise ValueError(f'A position embedding of {rows} rows is no square map with 0, 1 or 2 extra tokens: '
-                             f'give img_size so that the model has as many rows (it has {current.shape[1]}).')
+            raise ValueError(
+                f'A position embedding of {rows} rows is no square map with 0, 1 or 2 extra tokens: '
+                f'give img_size so that the model has as many rows (it has {current.shape[1]}).'
+            )
         saved_extra, source = rows - side**2, (side, side)
     resized = resize_position_embedding(saved[:, saved_extra:], source, shape, 0, mode)
     both = min(saved_extra, num_extra)

@@ -2,7 +2,6 @@
 
 This module imports mmdet; ``mmdyn.models`` imports it when ``mmdyn.MaskTTAModel`` is first built.
 """
-from typing import List
 
 import torch
 from mmengine.structures import InstanceData
@@ -12,8 +11,10 @@ try:
     from mmdet.models import DetTTAModel
     from mmdet.structures import DetDataSample
 except (ImportError, AssertionError) as reason:  # mmdet asserts the versions of mmcv and mmengine
-    raise ImportError(f'mmdyn.MaskTTAModel needs mmdet, which cannot be imported ({reason}). Install it with: '
-                      'pip install "mmdyn[det]"') from reason
+    raise ImportError(
+        f'mmdyn.MaskTTAModel needs mmdet, which cannot be imported ({reason}). Install it with: '
+        'pip install "mmdyn[det]"'
+    ) from reason
 
 FLIPPED_AXES = dict(horizontal=[-1], vertical=[-2], diagonal=[-2, -1])
 
@@ -26,16 +27,18 @@ class MaskTTAModel(DetTTAModel):
         module: the detector or its config.
     """
 
-    def _merge_single_sample(self, data_samples: List[DetDataSample]) -> DetDataSample:
+    def _merge_single_sample(self, data_samples: list[DetDataSample]) -> DetDataSample:
         views, metas = zip(*((sample.pred_instances, sample.metainfo) for sample in data_samples))
         bboxes, scores = self.merge_aug_bboxes([view.bboxes for view in views], [view.scores for view in views], metas)
         merged = InstanceData(bboxes=bboxes, scores=scores, labels=torch.cat([view.labels for view in views]))
         if 'masks' in views[0]:
             # Like the boxes, they are at the scale of the original image, but still flipped.
-            merged.masks = torch.cat([
-                view.masks.flip(FLIPPED_AXES[meta['flip_direction']]) if meta['flip'] else view.masks
-                for view, meta in zip(views, metas)
-            ])
+            merged.masks = torch.cat(
+                [
+                    view.masks.flip(FLIPPED_AXES[meta['flip_direction']]) if meta['flip'] else view.masks
+                    for view, meta in zip(views, metas)
+                ]
+            )
         if len(merged):
             detections, kept = batched_nms(merged.bboxes, merged.scores, merged.labels, self.tta_cfg.nms)
             most = self.tta_cfg.max_per_img

@@ -18,14 +18,20 @@ BACKBONE = dict(type='mmdyn.PVT', arch=ARCH, img_size=32, dge=dict(granularities
 def classifier(**backbone):
     init_default_scope('mmpretrain')
     return MODELS.build(
-        dict(type='ImageClassifier', backbone={**BACKBONE, 'out_type': 'avg_featmap', **backbone},
-             head=dict(type='LinearClsHead', num_classes=3, in_channels=32)))
+        dict(
+            type='ImageClassifier',
+            backbone={**BACKBONE, 'out_type': 'avg_featmap', **backbone},
+            head=dict(type='LinearClsHead', num_classes=3, in_channels=32),
+        )
+    )
 
 
 def classification_batch(images=4, side=32):
     from mmpretrain.structures import DataSample
-    return dict(inputs=torch.rand(images, 3, side, side),
-                data_samples=[DataSample().set_gt_label(i % 3) for i in range(images)])
+
+    return dict(
+        inputs=torch.rand(images, 3, side, side), data_samples=[DataSample().set_gt_label(i % 3) for i in range(images)]
+    )
 
 
 def watch(model, **kwargs):
@@ -39,11 +45,11 @@ def test_loss_is_the_weighted_squared_distance_from_the_budget():
     model = classifier().train()
     for stage in model.backbone.stages:
         torch.nn.init.zeros_(stage.dge[0].router.bias)
-    watch(model, budget=0.3, weight=2.)
+    watch(model, budget=0.3, weight=2.0)
     losses = model(**classification_batch(), mode='loss')
     beta = model.backbone.cost.query_ratio.mean()
     assert beta < 1
-    torch.testing.assert_close(losses['loss_budget'], 2. * (beta - 0.3)**2)
+    torch.testing.assert_close(losses['loss_budget'], 2.0 * (beta - 0.3) ** 2)
     torch.testing.assert_close(losses['query_ratio'], beta.detach())
     assert not losses['query_ratio'].requires_grad
     total, log = model.parse_losses(losses)
@@ -54,7 +60,7 @@ def test_loss_is_the_weighted_squared_distance_from_the_budget():
 def test_gradient_moves_the_query_ratio_towards_the_budget():
     torch.manual_seed(0)
     model = classifier().train()
-    watch(model, budget=0.4, weight=1.)
+    watch(model, budget=0.4, weight=1.0)
     optimizer = torch.optim.Adam(model.backbone.parameters(), lr=3e-3)
     ratios = []
     for _ in range(150):
@@ -99,22 +105,24 @@ def test_autocast():
 
 def test_gradient_accumulation():
     from mmengine.optim import OptimWrapper
+
     model = classifier().train()
     watch(model)
-    optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.), accumulative_counts=2)
+    optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0), accumulative_counts=2)
     optimizer.initialize_count_status(model, 0, 2)
     bias = model.backbone.stages[0].dge[0].router.bias
     before = bias.detach().clone()
     log = model.train_step(classification_batch(), optimizer)
     first = bias.grad.clone()
     assert torch.equal(bias, before) and first.abs().sum() > 0
-    torch.testing.assert_close(log['loss_budget'], (log['query_ratio'] - 0.5)**2)
+    torch.testing.assert_close(log['loss_budget'], (log['query_ratio'] - 0.5) ** 2)
     model.train_step(classification_batch(), optimizer)
     assert not torch.equal(bias, before)
 
 
 def test_detector(detector_config):
     from mmdet.testing import demo_mm_inputs
+
     init_default_scope('mmdet')
     model = MODELS.build(detector_config).train()
     watch(model)
@@ -122,13 +130,14 @@ def test_detector(detector_config):
     losses = model(**data, mode='loss')
     total, log = model.parse_losses(losses)
     total.backward()
-    torch.testing.assert_close(losses['loss_budget'], (losses['query_ratio'] - 0.5)**2, check_stride=False)
+    torch.testing.assert_close(losses['loss_budget'], (losses['query_ratio'] - 0.5) ** 2, check_stride=False)
     assert {'loss_cls', 'loss_bbox', 'loss_budget', 'query_ratio'} <= set(log)
 
 
 def test_segmentor(segmentor_config):
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
+
     init_default_scope('mmseg')
     model = MODELS.build(segmentor_config).train()
     watch(model)
@@ -145,18 +154,30 @@ def scheduled(model, iteration, max_iters=100, **kwargs):
     return hook, runner
 
 
-@pytest.mark.parametrize('schedule, iteration, target', [
-    ('linear', 0, 1.), ('linear', 10, 0.85), ('linear', 25, 0.625), ('linear', 40, 0.4), ('linear', 99, 0.4),
-    # 0.4 + 0.6 * (1 + cos(angle)) / 2 with the angles 45, 60, 90 and 120 degrees
-    ('cosine', 0, 1.), ('cosine', 10, 0.9121320), ('cosine', 20, 0.7), ('cosine', 40, 0.4), ('cosine', 99, 0.4),
-    ('constant', 0, 0.4), ('constant', 99, 0.4),
-])
+@pytest.mark.parametrize(
+    'schedule, iteration, target',
+    [
+        ('linear', 0, 1.0),
+        ('linear', 10, 0.85),
+        ('linear', 25, 0.625),
+        ('linear', 40, 0.4),
+        ('linear', 99, 0.4),
+        # 0.4 + 0.6 * (1 + cos(angle)) / 2 with the angles 45, 60, 90 and 120 degrees
+        ('cosine', 0, 1.0),
+        ('cosine', 10, 0.9121320),
+        ('cosine', 20, 0.7),
+        ('cosine', 40, 0.4),
+        ('cosine', 99, 0.4),
+        ('constant', 0, 0.4),
+        ('constant', 99, 0.4),
+    ],
+)
 def test_target_of_an_iteration(schedule, iteration, target):
     """It starts anew for each, as after resuming: nothing but the number of the iteration counts."""
     model = classifier().train()
     scheduled(model, iteration, budget=0.4, share=0.4, schedule=schedule)
     losses = model(**classification_batch(), mode='loss')
-    wanted = (losses['query_ratio'] - target)**2
+    wanted = (losses['query_ratio'] - target) ** 2
     torch.testing.assert_close(losses['loss_budget'], wanted, check_stride=False, rtol=1e-4, atol=1e-6)
     if schedule == 'constant':
         assert 'budget' not in losses
@@ -190,15 +211,15 @@ def test_layers_that_were_asked_to_be_finest_have_not_collapsed():
 
 def _distributed_worker(rank, world):
     ratios = [torch.tensor([0.1, 0.4, 0.3]), torch.tensor([0.9])]  # batches of different sizes
-    weight = torch.nn.Parameter(torch.tensor(2.))
+    weight = torch.nn.Parameter(torch.tensor(2.0))
     budget_loss(mean_over_processes(weight * ratios[rank]), 0.5).backward()
     dist.all_reduce(weight.grad)  # data parallel training averages the gradients of the processes
     everything = torch.cat(ratios)
-    alone = torch.tensor(2., requires_grad=True)
-    loss = ((alone * everything).mean() - 0.5)**2
+    alone = torch.tensor(2.0, requires_grad=True)
+    loss = ((alone * everything).mean() - 0.5) ** 2
     loss.backward()
     torch.testing.assert_close(weight.grad / world, alone.grad)
-    torch.testing.assert_close(mean_over_processes(2. * ratios[rank]), 2. * everything.mean())
+    torch.testing.assert_close(mean_over_processes(2.0 * ratios[rank]), 2.0 * everything.mean())
 
     torch.manual_seed(rank)
     model = classifier().train()
@@ -243,11 +264,16 @@ def test_budget_that_the_granularities_cannot_reach(granularities, budget):
 
 def test_the_dense_model_is_within_reach_whatever_its_depth():
     """The sum of the layers' shares may differ from 1 by a rounding error."""
-    arch = dict(embed_dims=(32, 64, 128, 192), depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 6), mlp_ratios=(4, 4, 4, 4),
-                sr_ratios=(4, 2, 1, 1))
+    arch = dict(
+        embed_dims=(32, 64, 128, 192),
+        depths=(1, 2, 2, 1),
+        num_heads=(1, 2, 4, 6),
+        mlp_ratios=(4, 4, 4, 4),
+        sr_ratios=(4, 2, 1, 1),
+    )
     model = classifier(arch=arch, img_size=128, dge=dict(granularities=((1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2))))
     scheduled(model, 0, schedule='linear')
-    scheduled(model, 0, budget=1.)
+    scheduled(model, 0, budget=1.0)
 
 
 def test_unknown_schedule():

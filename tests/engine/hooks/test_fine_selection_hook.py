@@ -14,12 +14,12 @@ ARCH = dict(family='deit', embed_dim=8, depth=1, num_heads=1, mlp_ratio=1)
 
 
 class Images(torch.utils.data.Dataset):
-
     def __len__(self):
         return 2
 
     def __getitem__(self, index):
         from mmpretrain.structures import DataSample
+
         return dict(inputs=torch.rand(3, 16, 16), data_samples=DataSample().set_gt_label(index))
 
 
@@ -30,20 +30,33 @@ def lengths(tmp_path):
     def train(begin, max_epochs, resume=False, **backbone):
         init_default_scope('mmpretrain')
         backbone = backbone or dict(type='mmdyn.CFViT', arch=ARCH, coarse_size=2, patch_size=4, ema_start=1)
-        classifier = (dict(type='mmdyn.CoarseToFineClassifier', test_cfg=dict(threshold=1))
-                      if backbone['type'] == 'mmdyn.CFViT' else dict(type='ImageClassifier'))
+        classifier = (
+            dict(type='mmdyn.CoarseToFineClassifier', test_cfg=dict(threshold=1))
+            if backbone['type'] == 'mmdyn.CFViT'
+            else dict(type='ImageClassifier')
+        )
         model = MODELS.build(
-            dict(classifier, backbone=backbone, head=dict(type='LinearClsHead', num_classes=2, in_channels=8)))
+            dict(classifier, backbone=backbone, head=dict(type='LinearClsHead', num_classes=2, in_channels=8))
+        )
         loader = dict(dataset=Images(), batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False))
         runner = Runner(
-            model, work_dir=str(tmp_path), default_scope='mmpretrain', train_dataloader=loader, val_dataloader=loader,
-            train_cfg=dict(by_epoch=True, max_epochs=max_epochs, val_interval=1), val_cfg=dict(),
+            model,
+            work_dir=str(tmp_path),
+            default_scope='mmpretrain',
+            train_dataloader=loader,
+            val_dataloader=loader,
+            train_cfg=dict(by_epoch=True, max_epochs=max_epochs, val_interval=1),
+            val_cfg=dict(),
             val_evaluator=dict(type='mmdyn.CoarseToFineMetric', topk=1),
-            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)), resume=resume, log_level='ERROR',
-            custom_hooks=[dict(type='mmdyn.FineSelectionHook', begin=begin)])
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+            resume=resume,
+            log_level='ERROR',
+            custom_hooks=[dict(type='mmdyn.FineSelectionHook', begin=begin)],
+        )
         seen = []
         model.backbone.blocks[0].register_forward_pre_hook(
-            lambda block, inputs: seen.append((runner.epoch if block.training else 'val', inputs[0].shape[1])))
+            lambda block, inputs: seen.append((runner.epoch if block.training else 'val', inputs[0].shape[1]))
+        )
         runner.train()
         return model, seen[1::2]  # each coarse stage is followed by a fine one
 

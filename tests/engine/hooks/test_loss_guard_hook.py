@@ -10,7 +10,6 @@ from mmdyn.engine import LossGuardHook
 
 
 class Model(BaseModel):
-
     def __init__(self, losses):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
@@ -31,13 +30,14 @@ SAMPLES = [SimpleNamespace(img_path='a.png'), SimpleNamespace(img_path='b.png')]
 
 
 def test_finite_losses_pass():
-    model, _ = watched(dict(loss=torch.tensor(1.), loss_rpn=[torch.tensor(2.)], accuracy=torch.tensor(float('nan'))))
+    model, _ = watched(dict(loss=torch.tensor(1.0), loss_rpn=[torch.tensor(2.0)], accuracy=torch.tensor(float('nan'))))
     assert model(torch.zeros(1), data_samples=SAMPLES)['loss'] == 1
 
 
 def test_names_loss_iteration_and_images():
-    model, _ = watched(dict(loss_cls=torch.tensor(1.), loss_rpn=[torch.tensor(float('nan')), torch.tensor(0.)]),
-                       iteration=7)
+    model, _ = watched(
+        dict(loss_cls=torch.tensor(1.0), loss_rpn=[torch.tensor(float('nan')), torch.tensor(0.0)]), iteration=7
+    )
     with pytest.raises(ValueError, match=r'epoch 3, iteration 8: loss_rpn is nan.*still finite.*Images: a.png, b.png'):
         model(torch.zeros(1), data_samples=SAMPLES)
 
@@ -63,8 +63,9 @@ def test_interval_evaluation_and_end_of_training():
 @pytest.fixture
 def classifier(backbone_config):
     backbone = backbone_config('pvt', out_type='cls_token')
-    return MODELS.build(dict(type='ImageClassifier', backbone=backbone,
-                             head=dict(type='LinearClsHead', num_classes=2, in_channels=24)))
+    return MODELS.build(
+        dict(type='ImageClassifier', backbone=backbone, head=dict(type='LinearClsHead', num_classes=2, in_channels=24))
+    )
 
 
 def loop(*classes):
@@ -77,8 +78,9 @@ def test_images_that_are_too_small(classifier):
     hook.before_run(runner)
     hook.before_val_iter(runner, 0, batch)
     classifier(torch.rand(2, 3, 8, 8))
-    with pytest.raises(ValueError, match='Images of 7 x 9 pixels are too small for the PVT, which needs 8 x 8: .* '
-                       'Images: a.png, b.png'):
+    with pytest.raises(
+        ValueError, match='Images of 7 x 9 pixels are too small for the PVT, which needs 8 x 8: .* Images: a.png, b.png'
+    ):
         classifier(torch.rand(2, 3, 7, 9))
     hook.after_run(runner)
     with pytest.raises(ValueError, match='^((?!a.png).)*$'):
@@ -89,7 +91,10 @@ def test_data_of_more_classes(classifier):
     few, many = loop('cat', 'dog'), loop('cat', 'dog', 'owl')
     runner = SimpleNamespace(model=classifier, train_loop=few, val_loop=few, test_loop=many)
     LossGuardHook().before_train(runner)
-    for check, loops in (('before_train', dict(train_loop=many)), ('before_train', dict(val_loop=many)),
-                         ('before_test', {})):
+    for check, loops in (
+        ('before_train', dict(train_loop=many)),
+        ('before_train', dict(val_loop=many)),
+        ('before_test', {}),
+    ):
         with pytest.raises(ValueError, match="has 3 classes, the last of them 'owl'"):
             getattr(LossGuardHook(), check)(SimpleNamespace(**{**vars(runner), **loops}))

@@ -17,17 +17,28 @@ IMAGES, BATCH = 10, 3  # four batches in an epoch
 PLAIN = dict(type='ImageClassifier', head=dict(type='LinearClsHead', num_classes=3, in_channels=24))
 MODELS = {
     'dge': ('pvt', dict(dge=dict(granularities=(1, 2)), drop_path_rate=0.5, out_type='avg_featmap'), PLAIN),
-    'cfvit': ('cfvit', dict(score='random', drop_path_rate=0.5), dict(
-        type='mmdyn.CoarseToFineClassifier', head=dict(type='LinearClsHead', num_classes=3, in_channels=16))),
-    'mix': ('lvvit', dict(drop_path_rate=0.5, out_type='cls_token'), dict(
-        type='ImageClassifier', data_preprocessor=dict(type='mmdyn.MixTokenPreprocessor', patch_size=4, num_classes=3),
-        head=dict(type='LinearClsHead', num_classes=3, in_channels=16,
-                  loss=dict(type='CrossEntropyLoss', use_soft=True)))),
+    'cfvit': (
+        'cfvit',
+        dict(score='random', drop_path_rate=0.5),
+        dict(type='mmdyn.CoarseToFineClassifier', head=dict(type='LinearClsHead', num_classes=3, in_channels=16)),
+    ),
+    'mix': (
+        'lvvit',
+        dict(drop_path_rate=0.5, out_type='cls_token'),
+        dict(
+            type='ImageClassifier',
+            data_preprocessor=dict(type='mmdyn.MixTokenPreprocessor', patch_size=4, num_classes=3),
+            head=dict(
+                type='LinearClsHead', num_classes=3, in_channels=16, loss=dict(type='CrossEntropyLoss', use_soft=True)
+            ),
+        ),
+    ),
 }
 
 
 class Images(torch.utils.data.Dataset):
     """Augmented by the random numbers of each library; an image is known by its label."""
+
     metainfo = dict(classes=('a', 'b', 'c'))
 
     def __init__(self, side):
@@ -38,6 +49,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         from mmpretrain.structures import DataSample
+
         image = index + torch.rand(3, self.side, self.side) + np.random.rand() + random.random()
         return dict(inputs=image, data_samples=DataSample().set_gt_label(index % 3))
 
@@ -48,6 +60,7 @@ class Killed(Exception):
 
 class Watch(Hook):
     """Notes the loss of each iteration, and stops before one as if the process had been killed."""
+
     priority = 'LOWEST'
 
     def __init__(self, kill_before=None):
@@ -61,8 +74,19 @@ class Watch(Hook):
         self.losses[runner.iter] = outputs['loss'].item()
 
 
-def make_runner(backbone_config, work_dir, name='dge', loop='epochs', save='epoch', workers=0, seed=0, hook=True,
-                resume=False, kill_before=None, shift=0):
+def make_runner(
+    backbone_config,
+    work_dir,
+    name='dge',
+    loop='epochs',
+    save='epoch',
+    workers=0,
+    seed=0,
+    hook=True,
+    resume=False,
+    kill_before=None,
+    shift=0,
+):
     backbone, options, classifier = MODELS[name]
     config = backbone_config(backbone, **options)
     side = 24 if name == 'cfvit' else 32
@@ -74,14 +98,29 @@ def make_runner(backbone_config, work_dir, name='dge', loop='epochs', save='epoc
         hooks.append(dict(type='mmdyn.FineSelectionHook', begin=1))
     watch = Watch(kill_before)
     runner = Runner(
-        dict(classifier, backbone=config), work_dir=str(work_dir), default_scope='mmpretrain', log_level='ERROR',
-        train_dataloader=dict(dataset=Images(side), batch_size=BATCH, num_workers=workers,
-                              persistent_workers=workers > 0, sampler=dict(type=sampler, shuffle=True)),
+        dict(classifier, backbone=config),
+        work_dir=str(work_dir),
+        default_scope='mmpretrain',
+        log_level='ERROR',
+        train_dataloader=dict(
+            dataset=Images(side),
+            batch_size=BATCH,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            sampler=dict(type=sampler, shuffle=True),
+        ),
         train_cfg=dict(by_epoch=True, max_epochs=3) if loop == 'epochs' else dict(by_epoch=False, max_iters=12),
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)), resume=resume, randomness=dict(seed=seed),
-        default_hooks=dict(checkpoint=dict(
-            type='CheckpointHook', interval=1 if save == 'epoch' else 2, by_epoch=save == 'epoch', max_keep_ckpts=2)),
-        custom_hooks=[*hooks, watch], experiment_name=f'{work_dir}{resume}{shift}'.replace('/', '-'))
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
+        resume=resume,
+        randomness=dict(seed=seed),
+        default_hooks=dict(
+            checkpoint=dict(
+                type='CheckpointHook', interval=1 if save == 'epoch' else 2, by_epoch=save == 'epoch', max_keep_ckpts=2
+            )
+        ),
+        custom_hooks=[*hooks, watch],
+        experiment_name=f'{work_dir}{resume}{shift}'.replace('/', '-'),
+    )
     return runner, watch
 
 
@@ -102,8 +141,9 @@ def train(backbone_config, tmp_path):
         wanted = watch.losses, runner.model.state_dict()
         losses = {}
         for number, kill in enumerate([*kills, None]):
-            runner, watch = make_runner(backbone_config, tmp_path / 'killed', resume=number > 0, kill_before=kill,
-                                        shift=number, **options)
+            runner, watch = make_runner(
+                backbone_config, tmp_path / 'killed', resume=number > 0, kill_before=kill, shift=number, **options
+            )
             if kill is None:
                 runner.train()
             else:
@@ -133,17 +173,21 @@ def test_resume_equals_uninterrupted(train, name, kills):
     check(wanted, got)
 
 
-@pytest.mark.parametrize('name, options', [
-    ('dge', dict(save='iter')),
-    ('cfvit', dict(save='iter')),
-    ('dge', dict(save='iter', workers=2)),
-    ('dge', dict(workers=1)),
-    ('dge', dict(loop='endless', save='iter')),
-    ('mix', dict(loop='endless', save='iter', workers=2)),
-    ('dge', dict(loop='iterations', save='iter')),
-    ('dge', dict(seed=None)),
-    ('mix', dict(seed=None, loop='endless', save='iter')),
-], ids=lambda value: value if isinstance(value, str) else '-'.join(map(str, value.values())))
+@pytest.mark.parametrize(
+    'name, options',
+    [
+        ('dge', dict(save='iter')),
+        ('cfvit', dict(save='iter')),
+        ('dge', dict(save='iter', workers=2)),
+        ('dge', dict(workers=1)),
+        ('dge', dict(loop='endless', save='iter')),
+        ('mix', dict(loop='endless', save='iter', workers=2)),
+        ('dge', dict(loop='iterations', save='iter')),
+        ('dge', dict(seed=None)),
+        ('mix', dict(seed=None, loop='endless', save='iter')),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '-'.join(map(str, value.values())),
+)
 def test_loops_workers_and_places(train, name, options):
     """Without a seed in the config, a resumed run draws another one; the first runs of both trainings draw the same."""
     wanted, got = train([7, 9], name=name, **options)
@@ -165,7 +209,6 @@ def test_without_the_hook_it_goes_on_otherwise(train):
 
 def test_each_epoch_and_process_has_random_numbers_of_its_own():
     class Numbers(torch.utils.data.Dataset):
-
         def __len__(self):
             return 4
 
@@ -173,8 +216,12 @@ def test_each_epoch_and_process_has_random_numbers_of_its_own():
             return index, torch.rand(()).item(), np.random.rand(), random.random()
 
     def draw(rank, workers=0, begins=((0, 0, 0), (2, 1, 0))):
-        loader = DataLoader(Numbers(), batch_sampler=BatchSampler(DefaultSampler(Numbers(), seed=5), 2, False),
-                            num_workers=workers, collate_fn=list)
+        loader = DataLoader(
+            Numbers(),
+            batch_sampler=BatchSampler(DefaultSampler(Numbers(), seed=5), 2, False),
+            num_workers=workers,
+            collate_fn=list,
+        )
         numbered = number_batches(loader, 3, rank)
         drawn = []
         for begin in begins:
@@ -200,7 +247,7 @@ def test_order_of_an_infinite_sampler_begins_anywhere():
     numbered = number_batches(loader, 0)
     for first in (0, 20, 11):
         numbered.batch_sampler.begin(first)
-        assert [list(map(int, batch)) for batch, _ in zip(numbered, range(5))] == wanted[first:first + 5]
+        assert [list(map(int, batch)) for batch, _ in zip(numbered, range(5))] == wanted[first : first + 5]
     numbered.batch_sampler.begin(4)
     endless = EndlessBatches(numbered, 4)
     assert [next(endless) for _ in range(4)] == [None] * 4 and list(map(int, next(endless))) == wanted[4]
@@ -210,11 +257,27 @@ def test_order_of_an_infinite_sampler_begins_anywhere():
 
 
 def test_the_numbered_loader_is_like_the_one_it_passes_for():
-    loader = DataLoader(Images(4), batch_size=3, drop_last=True, num_workers=2, pin_memory=False, timeout=7,
-                        persistent_workers=True, prefetch_factor=3)
+    loader = DataLoader(
+        Images(4),
+        batch_size=3,
+        drop_last=True,
+        num_workers=2,
+        pin_memory=False,
+        timeout=7,
+        persistent_workers=True,
+        prefetch_factor=3,
+    )
     numbered = number_batches(loader, 0)
-    for name in ('batch_size', 'drop_last', 'num_workers', 'timeout', 'persistent_workers', 'prefetch_factor',
-                 'collate_fn', 'worker_init_fn'):
+    for name in (
+        'batch_size',
+        'drop_last',
+        'num_workers',
+        'timeout',
+        'persistent_workers',
+        'prefetch_factor',
+        'collate_fn',
+        'worker_init_fn',
+    ):
         assert getattr(numbered, name) == getattr(loader, name), name
     assert len(numbered) == len(loader) == 3
     assert numbered.dataset.metainfo is Images.metainfo and len(numbered.dataset) == IMAGES
@@ -233,7 +296,6 @@ def test_attributes_of_the_data_set_are_set_through():
 
 def test_data_sets_that_load_batches_do_so():
     class Batches(torch.utils.data.Dataset):
-
         def __len__(self):
             return 4
 
@@ -263,13 +325,15 @@ def test_random_numbers_follow_from_the_key_alone():
 
 
 class Stream(IterableDataset):
-
     def __iter__(self):
         return iter(range(3))
 
 
-@pytest.mark.parametrize('loader', [DataLoader(Stream(), batch_size=2), DataLoader(torch.arange(3), batch_size=None)],
-                         ids=['iterable', 'without batches'])
+@pytest.mark.parametrize(
+    'loader',
+    [DataLoader(Stream(), batch_size=2), DataLoader(torch.arange(3), batch_size=None)],
+    ids=['iterable', 'without batches'],
+)
 def test_loaders_whose_batches_cannot_be_numbered(loader):
     assert number_batches(loader, 0) is None
 
@@ -280,13 +344,16 @@ def checkpoint(path, whole=True):
         path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize('files, named, wanted', [
-    (dict(epoch_8=True, epoch_9=True, epoch_10=False), 'epoch_10', 'epoch_9'),
-    (dict(epoch_9=False, epoch_10=True, best_top1_epoch_11=True), 'epoch_11', 'epoch_10'),
-    (dict(iter_2=True, iter_10=True), '', 'iter_10'),
-    (dict(epoch_1=True, epoch_2=True), 'epoch_1', 'epoch_1'),
-    (dict(epoch_1=False), 'epoch_1', 'epoch_1'),
-])
+@pytest.mark.parametrize(
+    'files, named, wanted',
+    [
+        (dict(epoch_8=True, epoch_9=True, epoch_10=False), 'epoch_10', 'epoch_9'),
+        (dict(epoch_9=False, epoch_10=True, best_top1_epoch_11=True), 'epoch_11', 'epoch_10'),
+        (dict(iter_2=True, iter_10=True), '', 'iter_10'),
+        (dict(epoch_1=True, epoch_2=True), 'epoch_1', 'epoch_1'),
+        (dict(epoch_1=False), 'epoch_1', 'epoch_1'),
+    ],
+)
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, files, named, wanted):
     for name, whole in files.items():
         checkpoint(tmp_path / f'{name}.pth', whole)
@@ -318,7 +385,7 @@ def test_only_a_training_touches_what_it_would_resume_from(backbone_config, tmp_
 @pytest.mark.parametrize('keep, warned', [(1, True), (2, False), (-1, False)])
 def test_warns_where_no_checkpoint_would_be_left(backbone_config, tmp_path, monkeypatch, keep, warned):
     runner, _ = make_runner(backbone_config, tmp_path)
-    hook, = (hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
     hook.max_keep_ckpts, said = keep, []
     monkeypatch.setattr(runner.logger, 'warning', said.append)
     runner.train()
@@ -356,6 +423,7 @@ def test_a_checkpoint_of_longer_epochs(backbone_config, tmp_path, monkeypatch):
 
 def repeated():
     from mmpretrain.datasets import RepeatAugSampler
+
     return BatchSampler(RepeatAugSampler(range(30), seed=4), 4, False)
 
 
@@ -364,7 +432,6 @@ def by_aspect_ratio():
     from mmdet.datasets import AspectRatioBatchSampler
 
     class Sides(torch.utils.data.Dataset):
-
         def __len__(self):
             return 30
 

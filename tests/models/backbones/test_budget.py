@@ -198,4 +198,6 @@ def test_budget_of_a_model_without_numbers(name, backbone_config, encoders):
         assert all(encoder.router.price.device.type == 'meta' for encoder in encoders(model))
         model.set_budget(0.4)
     other = MODELS.build(config)
-    assert [encoder.router.share for encoder in encoders(model)] == [encoder.router.share for encoder in encoders(other)]
+    assert [encoder.router.share for encoder in encoders(model)] == [
+        encoder.router.share for encoder in encoders(other)
+    ]

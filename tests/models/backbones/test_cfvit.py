@@ -57,7 +57,7 @@ def test_each_score_chooses_as_a_slow_model(family, score, coarse_size, alpha, c
 
 
 @pytest.mark.parametrize('alpha, count', [(0, 0), (1, 9)])
-@pytest.mark.parametrize('start, decay', [(1, 0.5), (6, 0.), (2, 1 - 1e-3)])
+@pytest.mark.parametrize('start, decay', [(1, 0.5), (6, 0.0), (2, 1 - 1e-3)])
 @torch.no_grad()
 def test_ends_of_alpha_and_other_averages(alpha, count, start, decay, make_cfvit, slow_cfvit):
     model = make_cfvit(alpha=alpha, ema_start=start, ema_decay=decay, reuse=None, out_type='raw')
@@ -82,7 +82,7 @@ def test_global_class_attention_starts_from_zero(ema_start, make_cfvit, slow_cfv
     for image, row in zip(images, score):
         expected = slow_cfvit(model, image, 5, start=ema_start, decay=0.9).attention
         torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-7)
-    assert (score.sum(1) < 1 - 0.9**(7 - ema_start)).all()  # the class token has its own share
+    assert (score.sum(1) < 1 - 0.9 ** (7 - ema_start)).all()  # the class token has its own share
     negative = make_cfvit(ema_start=ema_start, ema_decay=0.9, score='negative')
     negative.load_state_dict(model.state_dict())
     assert torch.equal(negative.coarse(images).score, -score)
@@ -101,13 +101,15 @@ def test_random_score_chooses_each_patch_as_often(make_cfvit, slow_cfvit):
     chosen = model.fine(images, model.coarse(images))[1]
     counts = torch.bincount(chosen.flatten(), minlength=9)
     # 5 standard deviations of a binomial of 2000 draws.
-    assert (counts - 2000 * 5 / 9).abs().max() < 5 * (2000 * 5 / 9 * 4 / 9)**0.5
+    assert (counts - 2000 * 5 / 9).abs().max() < 5 * (2000 * 5 / 9 * 4 / 9) ** 0.5
     assert len({tuple(row) for row in chosen.tolist()}) > 100  # of 126 sets
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('coarse_size, alpha, lengths', [(7, 0.5, (50, 125)), (9, 0.5, (82, 205)), (7, 0.4, (50, 110)),
-                                                         (7, 1, (50, 197)), (7, 0, (50, 50))])
+@pytest.mark.parametrize(
+    'coarse_size, alpha, lengths',
+    [(7, 0.5, (50, 125)), (9, 0.5, (82, 205)), (7, 0.4, (50, 110)), (7, 1, (50, 197)), (7, 0, (50, 50))],
+)
 @torch.no_grad()
 def test_token_counts_are_those_of_the_paper(family, coarse_size, alpha, lengths):
     """Nc = 49 gives Nf = 124 and Nc = 81 gives 204, each with a class token; LV-ViT returns all tokens."""
@@ -196,8 +198,11 @@ def test_threads_have_results_and_costs_of_their_own(family, make_cfvit):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('options', [dict(reuse='class_token'), dict(reuse='uninformative', score='last'),
-                                     dict(reuse=None, score='random')], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [dict(reuse='class_token'), dict(reuse='uninformative', score='last'), dict(reuse=None, score='random')],
+    ids=str,
+)
 @pytest.mark.parametrize('dtype', [torch.float, torch.double])
 @pytest.mark.parametrize('training', [False, True])
 def test_batches_without_images(family, options, dtype, training, make_cfvit):
@@ -206,7 +211,7 @@ def test_batches_without_images(family, options, dtype, training, make_cfvit):
         with torch.set_grad_enabled(grad):
             outputs, nothing = model(images_of(model, 1, dtype)), model(images_of(model, 0, dtype))
         assert [x.shape for x in nothing] == [(0, *x.shape[1:]) for x in outputs]
-        assert model.cost.spent.shape == (0, )
+        assert model.cost.spent.shape == (0,)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -314,16 +319,23 @@ def test_with_cp_recomputes_blocks_and_changes_no_gradient(family, score, make_c
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('frozen_stages, prefixes', [
-    (-1, ()), (0, ('patch_embed', 'pos_embed', 'coarse_pos_embed', 'cls_token')),
-    (2, ('patch_embed', 'pos_embed', 'coarse_pos_embed', 'cls_token', 'blocks.0.', 'blocks.1.')),
-    (6, ('patch_embed', 'pos_embed', 'coarse_pos_embed', 'cls_token', 'blocks.', 'norm'))])
+@pytest.mark.parametrize(
+    'frozen_stages, prefixes',
+    [
+        (-1, ()),
+        (0, ('patch_embed', 'pos_embed', 'coarse_pos_embed', 'cls_token')),
+        (2, ('patch_embed', 'pos_embed', 'coarse_pos_embed', 'cls_token', 'blocks.0.', 'blocks.1.')),
+        (6, ('patch_embed', 'pos_embed', 'coarse_pos_embed', 'cls_token', 'blocks.', 'norm')),
+    ],
+)
 def test_frozen_parts_get_no_gradient_and_stay_in_evaluation_mode(family, frozen_stages, prefixes, make_cfvit):
     model = make_cfvit(family, frozen_stages=frozen_stages).train()
-    modules = {name: module for name, module in model.named_modules()
-               if not isinstance(module, (nn.ModuleList, type(model)))}
+    modules = {
+        name: module for name, module in model.named_modules() if not isinstance(module, (nn.ModuleList, type(model)))
+    }
     assert {name for name, module in modules.items() if module.training} == {
-        name for name in modules if not f'{name}.'.startswith(prefixes)}
+        name for name in modules if not f'{name}.'.startswith(prefixes)
+    }
     trainable = {name for name, _ in model.named_parameters() if not name.startswith(prefixes)}
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
     statistics = copy.deepcopy(dict(model.patch_embed.named_buffers()))
@@ -344,7 +356,7 @@ def test_plain_model_starts_both_stages(family, img_size, prefix, make_backbone,
     before = copy.deepcopy(model.state_dict())
     owner = nn.ModuleDict(dict(backbone=model)) if prefix else model
     owner.load_state_dict({prefix + name: value for name, value in state.items()})
-    maps = state['pos_embed'][:, 1:].transpose(1, 2).unflatten(2, (img_size // 4, ) * 2)
+    maps = state['pos_embed'][:, 1:].transpose(1, 2).unflatten(2, (img_size // 4,) * 2)
 
     def resized(side):
         cells = interpolate(maps, (side, side), mode='bilinear', align_corners=False).flatten(2).transpose(1, 2)
@@ -414,14 +426,26 @@ def test_missing_tensors_of_its_own_are_still_reported(make_cfvit):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('options', [
-    *(dict(reuse=reuse) for reuse in REUSES), *(dict(score=score) for score in ('last', 'random', 'negative')),
-    dict(ema_start=1), dict(alpha=0), dict(alpha=0.6), dict(coarse_size=4)], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [
+        *(dict(reuse=reuse) for reuse in REUSES),
+        *(dict(score=score) for score in ('last', 'random', 'negative')),
+        dict(ema_start=1),
+        dict(alpha=0),
+        dict(alpha=0.6),
+        dict(coarse_size=4),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_stage_macs_are_what_the_librarys_counter_sees(family, options, make_cfvit, monkeypatch):
     """A multiply-add is two operations. Attention is made of matrix products: the counter does not know all kernels."""
-    monkeypatch.setattr(nn.functional, 'scaled_dot_product_attention',
-                        lambda query, key, value: (query @ key.transpose(-2, -1)).softmax(-1) @ value)
+    monkeypatch.setattr(
+        nn.functional,
+        'scaled_dot_product_attention',
+        lambda query, key, value: (query @ key.transpose(-2, -1)).softmax(-1) @ value,
+    )
     model = make_cfvit(family, **options)
     images, stages = images_of(model, 3), []
     with FlopCounterMode(display=False) as counter:
@@ -440,8 +464,10 @@ def deit_small_macs(tokens):
     return 12 * (tokens * (4 * 384**2 + 2 * 4 * 384**2) + 2 * tokens**2 * 384)
 
 
-@pytest.mark.parametrize('alpha, count, in_paper', [(0.4, 20, 3.7), (0.5, 25, 4.0), (0.6, 30, 4.4), (0.7, 35, 4.7),
-                                                    (0.8, 40, 5.1), (0.9, 45, 5.5)])
+@pytest.mark.parametrize(
+    'alpha, count, in_paper',
+    [(0.4, 20, 3.7), (0.5, 25, 4.0), (0.6, 30, 4.4), (0.7, 35, 4.7), (0.8, 40, 5.1), (0.9, 45, 5.5)],
+)
 def test_multiply_adds_of_deit_small_by_hand(alpha, count, in_paper):
     """Table 6 of the paper, which rounds and counts the classifiers; table 1 has 1.10G for the coarse stage alone."""
     coarse, fine = CFViT('deit-small', alpha=alpha).stage_macs()
@@ -458,7 +484,7 @@ def test_multiply_adds_of_lvvit_small_by_hand():
     coarse, fine = CFViT('lvvit-small').stage_macs()
 
     def stem(side):
-        return (8 * side)**2 * 64 * (3 * 49 + 2 * 64 * 9) + side**2 * 384 * 64 * 64
+        return (8 * side) ** 2 * 64 * (3 * 49 + 2 * 64 * 9) + side**2 * 384 * 64 * 64
 
     def blocks(tokens):
         return 16 * (tokens * (4 * 384**2 + 2 * 3 * 384**2) + 2 * tokens**2 * 384)
@@ -475,7 +501,7 @@ def test_split_all_costs_what_it_runs(make_cfvit):
     model.split_all = True
     images = images_of(model)
     model.fine(images, model.coarse(images))
-    everything = make_cfvit(alpha=1.).stage_macs()
+    everything = make_cfvit(alpha=1.0).stage_macs()
     assert model.cost.dense == everything[1] > macs[1] and model.stage_macs() == macs
 
 
@@ -505,7 +531,7 @@ def test_named_archs_are_the_plain_ones_and_a_little_more(arch):
     """A second position embedding, and an MLP with a norm."""
     family, name = arch.split('-')
     model = CFViT(arch)
-    plain = MODELS.build(dict(type=f"mmdyn.{dict(deit='DeiT', lvvit='LVViT')[family]}", arch=name, img_size=224))
+    plain = MODELS.build(dict(type=f'mmdyn.{dict(deit="DeiT", lvvit="LVViT")[family]}', arch=name, img_size=224))
     dim, ratio = plain.pos_embed.shape[2], 4 if family == 'deit' else 3
     more = 50 * dim + 2 * dim + 2 * ratio * dim**2 + ratio * dim + dim
     count = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, plain)]
@@ -533,31 +559,42 @@ def test_image_must_fit_the_coarse_size(side, make_cfvit):
         make_cfvit()(torch.randn(1, 3, *side, dtype=torch.double))
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(img_size=32), 'img_size=32 does not fit coarse_size=3: twice 3 patches of 4 pixels are 24. Write im'),
-    (dict(alpha=-0.1), 'alpha=-0.1 must be in [0, 1]'),
-    (dict(alpha=1.5), 'alpha=1.5 must be in [0, 1]'),
-    (dict(ema_decay=1.5), 'ema_decay=1.5 must be in [0, 1]'),
-    (dict(alpha=float('nan')), 'alpha=nan must be in [0, 1]'),
-    (dict(score='best'), "score='best': choose from ('global', 'last', 'random', 'negative')"),
-    (dict(reuse='none'), "reuse='none': choose from ('mlp', 'linear', 'class_token', 'uninformative', None)"),
-    (dict(out_type='featmap'), "out_type='featmap': choose 'cls_token' or 'raw'; a fine sequence is no map"),
-    (dict(ema_start=0), 'ema_start=0: choose a block from 1 to 6'),
-    (dict(ema_start=7), 'ema_start=7: choose a block from 1 to 6'),
-    (dict(arch='small'), "Unknown arch 'small': choose from ['deit-base', 'deit-small', 'deit-tiny', 'lvvit-medium', "),
-    (dict(arch=dict(family='swin')), "arch has family='swin': choose from ('deit', 'lvvit')"),
-    (dict(arch=PLAIN), 'arch has family=None: choose from ('),
-    (dict(arch=dict(family='deit', depth=4)), "arch has the keys ['depth'], but needs exactly ['depth', 'embed_dim', "),
-    (dict(frozen_stages=7), 'frozen_stages=7: choose from -1 (none) to 6'),
-    (dict(arch=dict(PLAIN, family='lvvit'), patch_size=5), 'patch_size=5: the stem halves the resolution first'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(img_size=32), 'img_size=32 does not fit coarse_size=3: twice 3 patches of 4 pixels are 24. Write im'),
+        (dict(alpha=-0.1), 'alpha=-0.1 must be in [0, 1]'),
+        (dict(alpha=1.5), 'alpha=1.5 must be in [0, 1]'),
+        (dict(ema_decay=1.5), 'ema_decay=1.5 must be in [0, 1]'),
+        (dict(alpha=float('nan')), 'alpha=nan must be in [0, 1]'),
+        (dict(score='best'), "score='best': choose from ('global', 'last', 'random', 'negative')"),
+        (dict(reuse='none'), "reuse='none': choose from ('mlp', 'linear', 'class_token', 'uninformative', None)"),
+        (dict(out_type='featmap'), "out_type='featmap': choose 'cls_token' or 'raw'; a fine sequence is no map"),
+        (dict(ema_start=0), 'ema_start=0: choose a block from 1 to 6'),
+        (dict(ema_start=7), 'ema_start=7: choose a block from 1 to 6'),
+        (
+            dict(arch='small'),
+            "Unknown arch 'small': choose from ['deit-base', 'deit-small', 'deit-tiny', 'lvvit-medium', ",
+        ),
+        (dict(arch=dict(family='swin')), "arch has family='swin': choose from ('deit', 'lvvit')"),
+        (dict(arch=PLAIN), 'arch has family=None: choose from ('),
+        (
+            dict(arch=dict(family='deit', depth=4)),
+            "arch has the keys ['depth'], but needs exactly ['depth', 'embed_dim', ",
+        ),
+        (dict(frozen_stages=7), 'frozen_stages=7: choose from -1 (none) to 6'),
+        (dict(arch=dict(PLAIN, family='lvvit'), patch_size=5), 'patch_size=5: the stem halves the resolution first'),
+    ],
+)
 def test_unfit_options(options, message, make_backbone):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_backbone('cfvit', **options)
 
 
-@pytest.mark.parametrize('family, options, epsilon', [
-    ('deit', {}, 1e-6), ('lvvit', {}, 1e-5), ('deit', dict(norm_eps=0.1), 0.1), ('lvvit', dict(norm_eps=0.1), 0.1)])
+@pytest.mark.parametrize(
+    'family, options, epsilon',
+    [('deit', {}, 1e-6), ('lvvit', {}, 1e-5), ('deit', dict(norm_eps=0.1), 0.1), ('lvvit', dict(norm_eps=0.1), 0.1)],
+)
 def test_epsilon_of_all_norms(family, options, epsilon, make_cfvit):
     norms = [module for module in make_cfvit(family, **options).modules() if isinstance(module, nn.LayerNorm)]
     assert len(norms) == 6 * 2 + 2 and {norm.eps for norm in norms} == {epsilon}

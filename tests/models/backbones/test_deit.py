@@ -28,13 +28,13 @@ def test_dense_equals_timm(distilled, size, randomise):
     theirs = timm.create_model(f'deit_tiny_{"distilled_" * distilled}patch16_224', img_size=size).eval()
     randomise(theirs, std=0.05)
     state = from_timm(theirs.state_dict())
-    maps = ours.pos_embed[:, 1 + distilled:].transpose(1, 2).unflatten(2, (4, 4))
+    maps = ours.pos_embed[:, 1 + distilled :].transpose(1, 2).unflatten(2, (4, 4))
     maps = F.interpolate(maps, (size[0] // 16, size[1] // 16), mode='bilinear', align_corners=False).flatten(2)
     with torch.no_grad():
-        theirs.pos_embed.copy_(torch.cat([ours.pos_embed[:, :1 + distilled], maps.transpose(1, 2)], 1))
+        theirs.pos_embed.copy_(torch.cat([ours.pos_embed[:, : 1 + distilled], maps.transpose(1, 2)], 1))
         ours.load_state_dict({**state, 'pos_embed': ours.pos_embed})
         images = torch.randn(2, 3, *size)
-        torch.testing.assert_close(ours(images), (theirs.forward_features(images), ), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(images), (theirs.forward_features(images),), rtol=1e-5, atol=1e-5)
 
 
 def count(model):
@@ -81,8 +81,8 @@ def test_outputs_are_parts_of_the_raw_tokens(distilled, out_indices, blocks, gra
         assert featmap.shape == (2, 16, 13, 9)
         torch.testing.assert_close(featmap[:, :, 4, 2], cells[:, 4 * 9 + 2], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(featmap.mean((2, 3)), mean, rtol=1e-5, atol=1e-5)
-        extra = (tokens[:, 0], tokens[:, 1]) if distilled else (tokens[:, 0], )
-        torch.testing.assert_close(cls_token if distilled else (cls_token, ), extra, rtol=1e-5, atol=1e-5)
+        extra = (tokens[:, 0], tokens[:, 1]) if distilled else (tokens[:, 0],)
+        torch.testing.assert_close(cls_token if distilled else (cls_token,), extra, rtol=1e-5, atol=1e-5)
 
 
 def test_granularities_may_be_given_for_the_one_stage(make_backbone):

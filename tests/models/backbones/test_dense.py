@@ -1,4 +1,5 @@
 """The backbones inside detectors and segmentors: mixed sizes, images without objects, windows."""
+
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,12 @@ def make_model(encoders):
         if backbone == 'DPVT':
             arch = cfg.model.backbone.arch
             del arch.sr_ratios
-            arch.num_points = (4, ) * len(arch.embed_dims)
+            arch.num_points = (4,) * len(arch.embed_dims)
             cfg.model.backbone.type = 'mmdyn.DPVT'
         cfg.model.test_cfg.update(test_cfg)
         model = MODELS.build(cfg.model)
         for encoder in encoders(model):
-            nn.init.normal_(encoder.router.weight, std=10.)
+            nn.init.normal_(encoder.router.weight, std=10.0)
         return model
 
     return make
@@ -54,14 +55,23 @@ def detection_batch(num_objects):
     """Images of SIZES with so many boxes each."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
+
     samples = []
     for size, number in zip(SIZES, num_objects, strict=True):
         masks = torch.zeros(number, *size, dtype=torch.uint8)
         masks[:, 10:40, 8:28] = 1
-        instances = InstanceData(bboxes=torch.tensor([[8., 10., 28., 40.]] * number).reshape(-1, 4),
-                                 labels=torch.zeros(number, dtype=torch.long), masks=BitmapMasks(masks.numpy(), *size))
-        samples.append(DetDataSample(gt_instances=instances, ignored_instances=InstanceData(bboxes=torch.zeros(0, 4)),
-                                     metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1., 1.))))
+        instances = InstanceData(
+            bboxes=torch.tensor([[8.0, 10.0, 28.0, 40.0]] * number).reshape(-1, 4),
+            labels=torch.zeros(number, dtype=torch.long),
+            masks=BitmapMasks(masks.numpy(), *size),
+        )
+        samples.append(
+            DetDataSample(
+                gt_instances=instances,
+                ignored_instances=InstanceData(bboxes=torch.zeros(0, 4)),
+                metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)),
+            )
+        )
     return dict(inputs=[random_image(size) for size in SIZES], data_samples=samples)
 
 
@@ -100,7 +110,7 @@ def test_padded_images_are_independent(make_detector, backbone):
             padded[0, :, :height, :width] = (image.flip(0) - 127.5) / 64  # from BGR to RGB
             for ours, expected in zip(together, model.extract_feat(padded), strict=True):
                 torch.testing.assert_close(ours[i], expected[0], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(ratios[i:i + 1], model.backbone.cost.query_ratio)
+            torch.testing.assert_close(ratios[i : i + 1], model.backbone.cost.query_ratio)
         predictions = model(**data, mode='predict')
     for prediction, (height, width) in zip(predictions, SIZES, strict=True):
         boxes, masks = prediction.pred_instances.bboxes, prediction.pred_instances.masks
@@ -111,6 +121,7 @@ def test_padded_images_are_independent(make_detector, backbone):
 @BACKBONES
 def test_segmentor_trains_also_where_all_is_ignored(make_segmentor, backbone):
     from mmseg.structures import SegDataSample
+
     labels = [torch.randint(11, (1, 128, 128)), torch.full((1, 128, 128), 255)]
     samples = [SegDataSample(gt_sem_seg=PixelData(data=label), metainfo=dict(img_shape=(128, 128))) for label in labels]
     batch = dict(inputs=[random_image((128, 128)) for _ in labels], data_samples=samples)
@@ -128,7 +139,7 @@ def test_segmentor_slides(make_segmentor, backbone):
         logits = model.inference(image, [meta])[0]
         for top in (0, 32):
             for left in (0, 48, 64):
-                window = image[..., top:top + 64, left:left + 64]
-                total[:, top:top + 64, left:left + 64] += model.encode_decode(window, [meta])[0]
-                count[top:top + 64, left:left + 64] += 1
+                window = image[..., top : top + 64, left : left + 64]
+                total[:, top : top + 64, left : left + 64] += model.encode_decode(window, [meta])[0]
+                count[top : top + 64, left : left + 64] += 1
     torch.testing.assert_close(logits, total / count, rtol=1e-4, atol=1e-4)

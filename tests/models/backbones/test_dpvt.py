@@ -60,9 +60,9 @@ def test_outputs(size, first, last, dge, training, make_dpvt):
         torch.manual_seed(1)
         return model(images)
 
-    maps, (mean, ), (raw, ) = run(), run(out_type='avg_featmap'), run(out_type='raw')
+    maps, (mean,), (raw,) = run(), run(out_type='avg_featmap'), run(out_type='raw')
     assert [x.shape for x in maps] == [(2, 16, *first), (2, 24, *last)]
-    tokens = F.layer_norm(maps[1].flatten(2).transpose(1, 2), (24, ), weights.norm.weight, weights.norm.bias, 1e-6)
+    tokens = F.layer_norm(maps[1].flatten(2).transpose(1, 2), (24,), weights.norm.weight, weights.norm.bias, 1e-6)
     assert raw.shape == (2, last[0] * last[1], 24)
     torch.testing.assert_close(raw, tokens, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean, tokens.mean(1), rtol=1e-5, atol=1e-5)
@@ -79,14 +79,16 @@ def linear(dim_in, dim_out):
     return dim_in * dim_out + dim_out
 
 
-@pytest.mark.parametrize('arch, depths', [('tiny', (2, 2, 2, 2)), ('small', (3, 4, 6, 3)), ('medium', (3, 4, 18, 3)),
-                                          ('large', (3, 8, 27, 3))])
+@pytest.mark.parametrize(
+    'arch, depths',
+    [('tiny', (2, 2, 2, 2)), ('small', (3, 4, 6, 3)), ('medium', (3, 4, 18, 3)), ('large', (3, 8, 27, 3))],
+)
 def test_parameters_by_hand(arch, depths):
     """4 points for each head, a norm of 2 numbers a channel before each branch and after the patches."""
     expected, dim_in = 0, 3
     for i, (depth, dim, heads, ratio) in enumerate(zip(depths, (64, 128, 320, 512), (1, 2, 5, 8), (8, 8, 4, 4))):
         patch = 2 if i else 4
-        expected += linear(dim_in * patch * patch, dim) + 2 * dim + (64 // 2**i)**2 * dim
+        expected += linear(dim_in * patch * patch, dim) + 2 * dim + (64 // 2**i) ** 2 * dim
         attention = linear(dim, 8 * heads) + linear(dim, 4 * heads) + 2 * linear(dim, dim)
         expected += depth * (attention + 2 * 2 * dim + linear(dim, ratio * dim) + linear(ratio * dim, dim))
         dim_in = dim
@@ -102,7 +104,8 @@ def test_extra_parameters_of_dge():
 def test_arch_by_name_has_heads_of_64_channels_and_4_points():
     model = DPVT('tiny', img_size=64)
     assert [(attn.num_heads, attn.num_points, attn.v.in_features // attn.num_heads) for attn in attentions(model)] == [
-        (heads, 4, 64) for heads in (1, 1, 2, 2, 5, 5, 8, 8)]
+        (heads, 4, 64) for heads in (1, 1, 2, 2, 5, 5, 8, 8)
+    ]
     assert not any('cls_token' in name or '.sr.' in name for name in model.state_dict())
 
 
@@ -119,10 +122,14 @@ def test_init_weights_keeps_the_ring(dge, make_backbone):
         elif name.endswith(('attn.v.weight', 'attn.proj.weight', 'fc1.weight')):
             assert not torch.equal(value, before[name])
             # 4 standard deviations of the standard deviation, of what is next to normal.
-            assert abs(value.std() - 0.02) < 4 * 0.02 / (2 * value.numel())**0.5
+            assert abs(value.std() - 0.02) < 4 * 0.02 / (2 * value.numel()) ** 0.5
     # Head 1 of 3, with 2 points.
-    torch.testing.assert_close(model.stages[1].blocks[0].attn.offsets.bias[4:8],
-                               torch.tensor([-0.5, 3**0.5 / 2, -1, 3**0.5]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        model.stages[1].blocks[0].attn.offsets.bias[4:8],
+        torch.tensor([-0.5, 3**0.5 / 2, -1, 3**0.5]),
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize('out_type', ['cls_token', 'tokens'])
@@ -136,30 +143,56 @@ def test_unknown_option():
         DPVT('tiny', 64, sr_ratios=(8, 4, 2, 1))
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(out_type='raw', out_indices=(0, 1)), "out_type='raw' returns the last stage only, but out_indices="),
-    (dict(out_indices=2), 'out_indices=2: choose one or more of 0 to 1'),
-    (dict(with_cls_token=True), 'with_cls_token=True: DPVT has no class token, which would have no place on the map'),
-    (dict(arch=dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), num_points=(4, ))),
-     'must have as many numbers for each key: one for each stage'),
-    (dict(arch=dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 5), mlp_ratios=(2, 3), num_points=(4, 4))),
-     '24 channels do not divide into 5 heads'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(out_type='raw', out_indices=(0, 1)), "out_type='raw' returns the last stage only, but out_indices="),
+        (dict(out_indices=2), 'out_indices=2: choose one or more of 0 to 1'),
+        (
+            dict(with_cls_token=True),
+            'with_cls_token=True: DPVT has no class token, which would have no place on the map',
+        ),
+        (
+            dict(arch=dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), num_points=(4,))),
+            'must have as many numbers for each key: one for each stage',
+        ),
+        (
+            dict(arch=dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 5), mlp_ratios=(2, 3), num_points=(4, 4))),
+            '24 channels do not divide into 5 heads',
+        ),
+    ],
+)
 def test_unfit_options(options, message, make_backbone):
     with pytest.raises(ValueError, match=message):
         make_backbone('dpvt', **options)
 
 
-@pytest.mark.parametrize('size, message', [((3, 32), 'An input of 3 x 32 is smaller than one patch of 4 x 4'),
-                                           ((32, 7), 'An input of 8 x 1 is smaller than one patch of 2 x 2')])
+@pytest.mark.parametrize(
+    'size, message',
+    [
+        ((3, 32), 'An input of 3 x 32 is smaller than one patch of 4 x 4'),
+        ((32, 7), 'An input of 8 x 1 is smaller than one patch of 2 x 2'),
+    ],
+)
 def test_image_smaller_than_the_stride(size, message, make_backbone):
     with pytest.raises(ValueError, match=message):
         make_backbone('dpvt')(torch.randn(1, 3, *size))
 
 
 def test_all_options_of_pvt_arrive(make_backbone):
-    model = make_backbone('dpvt', img_size=(24, 48), in_channels=5, patch_size=2, drop_path_rate=0.4, frozen_stages=1,
-                          with_cp=True, interpolate_mode='nearest', norm_eps=1e-3, embed_norm_eps=1e-2, dge=DGE)
+    model = make_backbone(
+        'dpvt',
+        img_size=(24, 48),
+        in_channels=5,
+        patch_size=2,
+        drop_path_rate=0.4,
+        frozen_stages=1,
+        with_cp=True,
+        interpolate_mode='nearest',
+        norm_eps=1e-3,
+        embed_norm_eps=1e-2,
+        dge=DGE,
+    )
     assert model.stage_shapes == [(12, 24), (6, 12)] and model.stages[0].patch_embed.proj.weight.shape == (16, 5, 2, 2)
     assert [block.drop_path_rate for stage in model.stages for block in stage.blocks] == pytest.approx([0, 0.2, 0.4])
     assert model.stages[1].patch_embed.norm.eps == 1e-2
@@ -190,8 +223,10 @@ def test_dense_cost_by_hand(size, first, last, make_backbone):
     cells = [height * width for height, width in (first, last)]
     stem = cells[0] * 3 * 16 * 16 + cells[1] * 16 * 24 * 4
     # Offsets, weights, four neighbours of each point, output, FFN.
-    query = [16 * 16 + 16 * 8 + 4 * 4 * 16 + 16 * 16 + 2 * 16 * 32,
-             24 * 12 + 24 * 6 + 4 * 2 * 24 + 24 * 24 + 2 * 24 * 72]
+    query = [
+        16 * 16 + 16 * 8 + 4 * 4 * 16 + 16 * 16 + 2 * 16 * 32,
+        24 * 12 + 24 * 6 + 4 * 2 * 24 + 24 * 24 + 2 * 24 * 72,
+    ]
     value = [16 * 16, 24 * 24]
     expected = stem + 2 * cells[0] * (query[0] + value[0]) + cells[1] * (query[1] + value[1])
     assert dense.cost.dense == dynamic.cost.dense == expected
@@ -205,7 +240,8 @@ def test_cost_is_what_ran(dge, make_dpvt):
     model, sampled = make_dpvt(dge=dge).eval(), []
     for attn in attentions(model):
         attn.proj.register_forward_pre_hook(
-            lambda proj, args, points=attn.num_points: sampled.append(args[0].numel() * 4 * points))
+            lambda proj, args, points=attn.num_points: sampled.append(args[0].numel() * 4 * points)
+        )
     with FlopCounterMode(display=False) as counter:
         model(3 * torch.randn(4, 3, 52, 36) + torch.arange(-2, 2).view(4, 1, 1, 1))
     assert len(sampled) == 3 and len(model.cost.query_ratio.unique()) > 1

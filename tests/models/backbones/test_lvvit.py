@@ -14,9 +14,13 @@ def count(module):
 @pytest.mark.parametrize('arch, dim, depth, heads', [('small', 384, 16, 6), ('medium', 512, 20, 8)])
 def test_parameters_by_hand(arch, dim, depth, heads):
     """Both linear classifiers included; norms have 2 parameters a channel, queries, keys and values no bias."""
-    model = MODELS.build(dict(
-        type='ImageClassifier', backbone=dict(type='mmdyn.LVViT', arch=arch),
-        head=dict(type='mmdyn.LVViTHead', num_classes=1000, in_channels=dim)))
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(type='mmdyn.LVViT', arch=arch),
+            head=dict(type='mmdyn.LVViTHead', num_classes=1000, in_channels=dim),
+        )
+    )
     stem = 64 * (3 * 49 + 64 * 9 + 64 * 9 + 3 * 2) + dim * (64 * 8 * 8 + 1)
     attention, ffn, norm = 3 * dim * dim + dim * dim + dim, 2 * 3 * dim * dim + 3 * dim + dim, 2 * dim
     expected = stem + dim + 197 * dim + depth * (attention + ffn + 2 * norm) + norm + 2 * 1000 * (dim + 1)
@@ -39,10 +43,11 @@ def test_equals_a_slow_one(size, make_backbone, randomise, slow_vit):
     images = torch.randn(2, 3, *size, dtype=torch.double)
     maps = model.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (8, 8))
     maps = nn.functional.interpolate(maps, (size[0] // 4, size[1] // 4), mode='bilinear').flatten(2).transpose(1, 2)
-    outputs, = model(images)
+    (outputs,) = model(images)
     for image, output in zip(images, outputs, strict=True):
-        tokens = torch.cat([model.cls_token[0] + model.pos_embed[0, :1],
-                            slow_vit.patches(model.patch_embed, image, 4) + maps[0]])
+        tokens = torch.cat(
+            [model.cls_token[0] + model.pos_embed[0, :1], slow_vit.patches(model.patch_embed, image, 4) + maps[0]]
+        )
         expected = slow_vit.norm(model.norm, slow_vit.blocks(model.blocks, tokens, 'lvvit')[0], 'lvvit')
         torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
@@ -51,7 +56,7 @@ def test_both_branches_are_halved_and_queries_keys_and_values_have_no_bias(make_
     model = make_backbone('lvvit')
     assert not [name for name, _ in model.named_parameters() if name.endswith(('q.bias', 'kv.bias'))]
     block, tokens = model.blocks[0], torch.randn(2, 7, 16)
-    for layer, value in ((block.attn.proj, 1.), (block.ffn.fc2, 10.)):
+    for layer, value in ((block.attn.proj, 1.0), (block.ffn.fc2, 10.0)):
         nn.init.zeros_(layer.weight)
         nn.init.constant_(layer.bias, value)
     torch.testing.assert_close(block(tokens, tokens, (2, 3), 1), tokens + 5.5, rtol=0, atol=1e-6)

@@ -82,22 +82,29 @@ def test_names_of_stages_are_allowed_where_there_are_some(make_backbone):
         make_backbone('deit', dge=dict(dense_layers=['stages.0']))
 
 
-@pytest.mark.parametrize('name, layers', [
-    ('pvt', ('stages.0', 'stages.1')), ('pvt', ('stages.0.blocks.0', 'stages.0.blocks.1', 'stages.1')),
-    ('deit', ('blocks.0', 'blocks.1', 'blocks.2')),
-])
+@pytest.mark.parametrize(
+    'name, layers',
+    [
+        ('pvt', ('stages.0', 'stages.1')),
+        ('pvt', ('stages.0.blocks.0', 'stages.0.blocks.1', 'stages.1')),
+        ('deit', ('blocks.0', 'blocks.1', 'blocks.2')),
+    ],
+)
 def test_one_layer_must_be_dynamic(name, layers, make_backbone):
     with pytest.raises(ValueError, match='leave no layer dynamic: write dge=None for the dense model'):
         make_backbone(name, dge=dict(dense_layers=layers))
 
 
-@pytest.mark.parametrize('name, layers, dense', [
-    ('pvt', (), []),
-    ('pvt', ('stages.0', ), ['stages.0.blocks.0', 'stages.0.blocks.1']),
-    ('pvt', ['stages.0.blocks.1'], ['stages.0.blocks.1']),
-    ('dpvt', ('stages.1', 'stages.0.blocks.0'), ['stages.0.blocks.0', 'stages.1.blocks.0']),
-    ('deit', ('blocks.0', 'blocks.2'), ['blocks.0', 'blocks.2']),
-])
+@pytest.mark.parametrize(
+    'name, layers, dense',
+    [
+        ('pvt', (), []),
+        ('pvt', ('stages.0',), ['stages.0.blocks.0', 'stages.0.blocks.1']),
+        ('pvt', ['stages.0.blocks.1'], ['stages.0.blocks.1']),
+        ('dpvt', ('stages.1', 'stages.0.blocks.0'), ['stages.0.blocks.0', 'stages.1.blocks.0']),
+        ('deit', ('blocks.0', 'blocks.2'), ['blocks.0', 'blocks.2']),
+    ],
+)
 @pytest.mark.parametrize('training', [False, True])
 def test_dense_layers(training, name, layers, dense, make_backbone):
     """What is left are routers in the other layers, of the same names, and dense layers that cost what they cost."""
@@ -105,7 +112,8 @@ def test_dense_layers(training, name, layers, dense, make_backbone):
     model, whole = make_backbone(name, dge=dict(dge, dense_layers=layers)), make_backbone(name, dge=dge)
     names = [layer.replace('blocks', 'dge') for layer in dense]
     assert set(whole.state_dict()) - set(model.state_dict()) == {
-        f'{layer}.router.{weight}' for layer in names for weight in ('weight', 'bias')}
+        f'{layer}.router.{weight}' for layer in names for weight in ('weight', 'bias')
+    }
     model.load_state_dict(whole.state_dict())
     images = torch.randn(2, 3, 52, 36)
     with torch.set_grad_enabled(training):

@@ -19,8 +19,11 @@ def from_mmdet(state):
             target = 'pos_embed'
         else:
             target = f'blocks.{int(rest[0]) - 1}.{".".join(rest[1:])}'
-            for theirs, ours in (('attn.attn.out_proj', 'attn.proj'), ('ffn.layers.0', 'ffn.fc1'),
-                                 ('ffn.layers.3', 'ffn.fc2')):
+            for theirs, ours in (
+                ('attn.attn.out_proj', 'attn.proj'),
+                ('ffn.layers.0', 'ffn.fc1'),
+                ('ffn.layers.3', 'ffn.fc2'),
+            ):
                 target = target.replace(theirs, ours)
         target = f'stages.{stage}.{target}'
         if 'attn.in_proj' in target:
@@ -32,20 +35,41 @@ def from_mmdet(state):
     return converted
 
 
-@pytest.mark.parametrize('arch, img_size, sizes', [
-    (SMALL, 32, [(32, 32), (48, 24), (45, 61)]),
-    ('tiny', 64, [(64, 64), (70, 107)]),
-])
+@pytest.mark.parametrize(
+    'arch, img_size, sizes',
+    [
+        (SMALL, 32, [(32, 32), (48, 24), (45, 61)]),
+        ('tiny', 64, [(64, 64), (70, 107)]),
+    ],
+)
 def test_dense_equals_mmdet(arch, img_size, sizes, randomise):
     """In float64, because the maps are not normed and errors grow with them."""
     ours = PVT(arch, img_size, embed_norm_eps=1e-6).double().eval()
-    numbers = SMALL if arch is SMALL else dict(
-        embed_dims=(64, ), depths=(2, 2, 2, 2), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
+    numbers = (
+        SMALL
+        if arch is SMALL
+        else dict(
+            embed_dims=(64,),
+            depths=(2, 2, 2, 2),
+            num_heads=(1, 2, 5, 8),
+            mlp_ratios=(8, 8, 4, 4),
+            sr_ratios=(8, 4, 2, 1),
+        )
+    )
     num = len(numbers['depths'])
     theirs = PyramidVisionTransformer(
-        pretrain_img_size=img_size, embed_dims=numbers['embed_dims'][0], num_stages=num, num_layers=numbers['depths'],
-        num_heads=numbers['num_heads'], mlp_ratios=numbers['mlp_ratios'], sr_ratios=numbers['sr_ratios'],
-        patch_sizes=[4, 2, 2, 2][:num], strides=[4, 2, 2, 2][:num], paddings=[0] * num, out_indices=range(num))
+        pretrain_img_size=img_size,
+        embed_dims=numbers['embed_dims'][0],
+        num_stages=num,
+        num_layers=numbers['depths'],
+        num_heads=numbers['num_heads'],
+        mlp_ratios=numbers['mlp_ratios'],
+        sr_ratios=numbers['sr_ratios'],
+        patch_sizes=[4, 2, 2, 2][:num],
+        strides=[4, 2, 2, 2][:num],
+        paddings=[0] * num,
+        out_indices=range(num),
+    )
     randomise(theirs.double().eval(), std=0.05)
     ours.load_state_dict(from_mmdet(theirs.state_dict()))
     with torch.no_grad():
@@ -68,8 +92,9 @@ def test_parameters_at_256():
     assert round(count('small', img_size=256, out_type='cls_token') / 1e6 + 0.513, 1) == 24.6
 
 
-@pytest.mark.parametrize('granularities, extra', [((1, 2), 8352), ((0, 1), 8352), ((1, 2, 4), 12528),
-                                                  ((1, 2, 4, 8), 16704)])
+@pytest.mark.parametrize(
+    'granularities, extra', [((1, 2), 8352), ((0, 1), 8352), ((1, 2, 4), 12528), ((1, 2, 4, 8), 16704)]
+)
 def test_extra_parameters_of_dge(granularities, extra):
     """3 * 65 + 4 * 129 + 6 * 321 + 3 * 513 = 4176 for each granularity."""
     assert count('small', dge=dict(granularities=granularities)) - count('small') == extra
@@ -100,13 +125,13 @@ def test_pooled_output_is_the_mean_of_the_normed_last_map(make_backbone, randomi
     weights = randomise(make_backbone('pvt', out_type='avg_featmap'))
     expected = weights.norm(run_on_52_x_36(weights)[-1].flatten(2).transpose(1, 2)).mean(1)
     pooled = run_on_52_x_36(weights, out_type='avg_featmap')
-    torch.testing.assert_close(pooled, (expected, ), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(pooled, (expected,), rtol=1e-5, atol=1e-6)
 
 
 def test_cls_token_is_the_first_of_raw(make_backbone, randomise, run_on_52_x_36):
     """It exists in the last stage only."""
     weights = randomise(make_backbone('pvt', out_type='raw'))
-    (raw, ), (cls_token, ) = (run_on_52_x_36(weights, out_type=out_type) for out_type in ('raw', 'cls_token'))
+    (raw,), (cls_token,) = (run_on_52_x_36(weights, out_type=out_type) for out_type in ('raw', 'cls_token'))
     assert raw.shape == (2, 1 + 6 * 4, 24) and torch.equal(raw[:, 0], cls_token)
     assert [stage.pos_embed.shape[1] for stage in weights.stages] == [64, 1 + 16]
 
@@ -116,18 +141,18 @@ def test_maps_with_a_class_token(dge, make_backbone, randomise, run_on_52_x_36):
     """It attends and is attended to in the last stage, whose map leaves it out."""
     weights = randomise(make_backbone('pvt', out_type='raw', dge=dge))
     tokens = weights.norm(run_on_52_x_36(weights, with_cls_token=True, dge=dge)[-1].flatten(2).mT)
-    raw, = run_on_52_x_36(weights, out_type='raw', dge=dge)
+    (raw,) = run_on_52_x_36(weights, out_type='raw', dge=dge)
     torch.testing.assert_close(tokens, raw[:, 1:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('out_type', ['raw', 'avg_featmap'])
 def test_tokens_with_and_without_a_class_token(out_type, make_backbone, randomise, run_on_52_x_36):
     weights = randomise(make_backbone('pvt', out_type='raw'))
-    (kept, ), (dropped, ) = (run_on_52_x_36(weights, out_type=out_type, with_cls_token=there) for there in (True, False))
+    (kept,), (dropped,) = (run_on_52_x_36(weights, out_type=out_type, with_cls_token=there) for there in (True, False))
     last = run_on_52_x_36(weights, with_cls_token=False)[-1]
     tokens = weights.norm(last.flatten(2).mT)
     torch.testing.assert_close(dropped, tokens if out_type == 'raw' else tokens.mean(1), rtol=1e-5, atol=1e-5)
-    raw, = run_on_52_x_36(weights, out_type='raw')
+    (raw,) = run_on_52_x_36(weights, out_type='raw')
     torch.testing.assert_close(kept, raw if out_type == 'raw' else raw.mean(1), rtol=1e-5, atol=1e-5)
 
 
@@ -143,13 +168,21 @@ def test_each_stage_may_have_its_own_granularities(make_backbone):
     assert {(encoder.region, encoder.routing) for stage in model.stages for encoder in stage.dge} == {(8, 'layer')}
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(out_type='cls_token', out_indices=0), "out_type='cls_token' returns the last stage only, but out_indices=0"),
-    (dict(out_type='raw', out_indices=(0, 1)), "out_type='raw' returns the last stage only, but out_indices="),
-    (dict(out_type='cls_token', with_cls_token=False),
-     "out_type='cls_token' returns the class token, but with_cls_token=False: leave one of them out"),
-    (dict(arch=dict(SMALL, depths=(2, 1, 1))), 'must have as many numbers for each key: one for each stage'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (
+            dict(out_type='cls_token', out_indices=0),
+            "out_type='cls_token' returns the last stage only, but out_indices=0",
+        ),
+        (dict(out_type='raw', out_indices=(0, 1)), "out_type='raw' returns the last stage only, but out_indices="),
+        (
+            dict(out_type='cls_token', with_cls_token=False),
+            "out_type='cls_token' returns the class token, but with_cls_token=False: leave one of them out",
+        ),
+        (dict(arch=dict(SMALL, depths=(2, 1, 1))), 'must have as many numbers for each key: one for each stage'),
+    ],
+)
 def test_unfit_options(options, message, make_backbone):
     with pytest.raises(ValueError, match=message):
         make_backbone('pvt', **options)
@@ -160,8 +193,9 @@ def test_map_smaller_than_the_reduction():
         PVT(SMALL, 32)(torch.randn(1, 3, 4, 32))
 
 
-@pytest.mark.parametrize('embed, others, options', [
-    (1e-5, 1e-6, {}), (1e-2, 1e-3, dict(embed_norm_eps=1e-2, norm_eps=1e-3))])
+@pytest.mark.parametrize(
+    'embed, others, options', [(1e-5, 1e-6, {}), (1e-2, 1e-3, dict(embed_norm_eps=1e-2, norm_eps=1e-3))]
+)
 def test_epsilon_of_each_norm(embed, others, options, make_backbone):
     """Patch embeddings and spatial reductions have one, blocks and the final norm another."""
     model = make_backbone('pvt', out_type='raw', **options)

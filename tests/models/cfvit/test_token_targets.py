@@ -5,8 +5,9 @@ from mmdyn.models.cfvit import coarse_targets, fine_targets
 
 COLUMNS = 3
 # Which of the 6 x 6 fine patches lie in each of the 3 x 3 coarse ones.
-INSIDE = [[(2 * row + i) * 6 + 2 * column + j for i in (0, 1) for j in (0, 1)]
-          for row in range(3) for column in range(3)]
+INSIDE = [
+    [(2 * row + i) * 6 + 2 * column + j for i in (0, 1) for j in (0, 1)] for row in range(3) for column in range(3)
+]
 
 
 def test_a_coarse_label_is_the_mean_of_its_patches():

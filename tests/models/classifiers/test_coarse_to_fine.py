@@ -20,9 +20,15 @@ def make_model(make_cfvit):
 
     def make(family='deit', test_cfg=None, backbone=None, head=None, **options):
         torch.manual_seed(0)
-        model = MODELS.build(dict(
-            type='mmdyn.CoarseToFineClassifier', backbone=make_cfvit(family, **(backbone or {})), test_cfg=test_cfg,
-            head=dict(type=HEADS[family], num_classes=NUM_CLASSES, in_channels=16, **(head or {})), **options))
+        model = MODELS.build(
+            dict(
+                type='mmdyn.CoarseToFineClassifier',
+                backbone=make_cfvit(family, **(backbone or {})),
+                test_cfg=test_cfg,
+                head=dict(type=HEADS[family], num_classes=NUM_CLASSES, in_channels=16, **(head or {})),
+                **options,
+            )
+        )
         for parameter in model.head.parameters():
             nn.init.normal_(parameter, std=dict(deit=0.5, lvvit=0.8)[family])
         return model.double().eval()
@@ -35,11 +41,13 @@ def images_of(batch, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, 3, 24, 24, generator=generator, dtype=torch.double)
     return images * torch.linspace(0.1, 3, batch)[:, None, None, None] + torch.randn(
-        batch, 3, 1, 1, generator=generator, dtype=torch.double)
+        batch, 3, 1, 1, generator=generator, dtype=torch.double
+    )
 
 
 def samples_of(labels):
     from mmpretrain.structures import DataSample
+
     return [DataSample().set_gt_label(label) for label in labels]
 
 
@@ -83,15 +91,25 @@ def batches_of_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize('family', HEADS)
-@pytest.mark.parametrize('options', [{}, dict(reuse=None), dict(reuse='linear', score='negative'),
-                                     dict(reuse='class_token', score='last'), dict(reuse='uninformative')], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(reuse=None),
+        dict(reuse='linear', score='negative'),
+        dict(reuse='class_token', score='last'),
+        dict(reuse='uninformative'),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_logits_of_both_stages_equal_a_slow_model(family, options, make_model, slow_cfvit):
     """mode='tensor' returns them for every image, whatever the threshold; a prediction has their softmax."""
     model, images = make_model(family, dict(threshold=1), options), images_of(3)
     expected = [slow_cfvit(model.backbone, image, 5, **options) for image in images]
-    wanted = [torch.stack([logits_of(model.head, getattr(each, stage)) for each in expected])
-              for stage in ('coarse', 'fine')]
+    wanted = [
+        torch.stack([logits_of(model.head, getattr(each, stage)) for each in expected]) for stage in ('coarse', 'fine')
+    ]
     for threshold in (0, 1):
         model.test_cfg['threshold'] = threshold
         outputs = model(images, mode='tensor')
@@ -142,8 +160,11 @@ def test_threads_have_predictions_of_their_own(family, make_model):
     @torch.no_grad()
     def run(images):
         samples = model(images, mode='predict')
-        return ([sample.pred_score for sample in samples], [sample.exit_stage for sample in samples],
-                [sample.regions.tolist() if 'regions' in sample else None for sample in samples])
+        return (
+            [sample.pred_score for sample in samples],
+            [sample.exit_stage for sample in samples],
+            [sample.regions.tolist() if 'regions' in sample else None for sample in samples],
+        )
 
     expected, interval = list(map(run, batches)), sys.getswitchinterval()
     assert {stage for _, stages, _ in expected for stage in stages} == {0, 1}
@@ -261,8 +282,9 @@ def test_loss_is_equation_14(soft, split_all, make_model):
     assert gradients['backbone.coarse_pos_embed'].any()
     # Nothing that only the fine stage has learns from the coarse loss.
     assert 'backbone.pos_embed' not in gradients or not gradients['backbone.pos_embed'].any()
-    torch.testing.assert_close(gradients_of(losses['loss'], model), gradients_of(cross_entropy, model), rtol=1e-6,
-                               atol=1e-9)
+    torch.testing.assert_close(
+        gradients_of(losses['loss'], model), gradients_of(cross_entropy, model), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_loss_is_equation_15(make_model):
@@ -312,24 +334,37 @@ def test_a_step_of_training_reaches_all_weights(family, coarse_loss, make_model)
     assert not same
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(test_cfg=dict(threshold=1.1)), r'test_cfg threshold=1.1, a confidence, must be in \[0, 1\]'),
-    (dict(test_cfg=dict(threshold=-0.1)), r'test_cfg threshold=-0.1, a confidence, must be in \[0, 1\]'),
-    (dict(test_cfg=dict(eta=0.5)), r"test_cfg has no option \['eta'\]: it takes threshold and every_stage"),
-    (dict(coarse_loss='mse'), r"coarse_loss='mse': choose from \('kl', 'ce'\)"),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(test_cfg=dict(threshold=1.1)), r'test_cfg threshold=1.1, a confidence, must be in \[0, 1\]'),
+        (dict(test_cfg=dict(threshold=-0.1)), r'test_cfg threshold=-0.1, a confidence, must be in \[0, 1\]'),
+        (dict(test_cfg=dict(eta=0.5)), r"test_cfg has no option \['eta'\]: it takes threshold and every_stage"),
+        (dict(coarse_loss='mse'), r"coarse_loss='mse': choose from \('kl', 'ce'\)"),
+    ],
+)
 def test_unfit_options(options, message, make_model):
     with pytest.raises(ValueError, match=message):
         make_model(**options)
 
 
-@pytest.mark.parametrize('head', [
-    dict(type='MultiLabelLinearClsHead'), dict(type='CSRAClsHead', num_heads=1, lam=0.1),
-    dict(type='MultiTaskHead', task_heads=dict(a=dict(type='LinearClsHead', num_classes=2)))
-])
+@pytest.mark.parametrize(
+    'head',
+    [
+        dict(type='MultiLabelLinearClsHead'),
+        dict(type='CSRAClsHead', num_heads=1, lam=0.1),
+        dict(type='MultiTaskHead', task_heads=dict(a=dict(type='LinearClsHead', num_classes=2))),
+    ],
+)
 def test_heads_of_several_labels_are_refused(head, make_cfvit):
     options = {} if head['type'] == 'MultiTaskHead' else dict(num_classes=NUM_CLASSES)
-    with pytest.raises(ValueError, match=f'which the head {head["type"]} does not give: use a head for one label, e.g. '
-                       'LinearClsHead, or the model type ImageClassifier'):
-        MODELS.build(dict(type='mmdyn.CoarseToFineClassifier', backbone=make_cfvit(),
-                          head=dict(in_channels=16, **options, **head)))
+    with pytest.raises(
+        ValueError,
+        match=f'which the head {head["type"]} does not give: use a head for one label, e.g. '
+        'LinearClsHead, or the model type ImageClassifier',
+    ):
+        MODELS.build(
+            dict(
+                type='mmdyn.CoarseToFineClassifier', backbone=make_cfvit(), head=dict(in_channels=16, **options, **head)
+            )
+        )

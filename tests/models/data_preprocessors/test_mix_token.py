@@ -32,7 +32,7 @@ def test_box(monkeypatch, centres, box):
     centre = dict(zip((8, 4), centres))
     monkeypatch.setattr(np.random, 'beta', lambda a, b: 0.75)
     monkeypatch.setattr(np.random, 'randint', centre.get)
-    assert random_box(8, 4, 1.) == box
+    assert random_box(8, 4, 1.0) == box
 
 
 @pytest.mark.parametrize('patch_size, grid', [(4, (6, 8)), (8, (6, 8)), (8, (3, 4)), (4, None)])
@@ -56,7 +56,7 @@ def test_labels_follow_what_is_seen(patch_size, grid):
     assert mixed > 10
 
 
-@pytest.mark.parametrize('options, training', [(dict(prob=0.), True), (dict(), False)])
+@pytest.mark.parametrize('options, training', [(dict(prob=0.0), True), (dict(), False)])
 def test_leaves_a_batch_alone(options, training):
     out = make(patch_size=4, **options)(batch((6, 8)), training)
     for i, (image, sample) in enumerate(zip(out['inputs'], out['data_samples'])):
@@ -86,21 +86,29 @@ def test_exchanges_tokens(stem, randomise):
 
 
 def test_trains_a_classifier_without_maps(backbone_config):
-    model = MODELS.build(dict(
-        type='mmpretrain.ImageClassifier', backbone=backbone_config('lvvit'),
-        data_preprocessor=dict(type='mmdyn.MixTokenPreprocessor', num_classes=BATCH, patch_size=4, mean=[1.] * 3,
-                               std=[2.] * 3),
-        head=dict(type='mmdyn.LVViTHead', num_classes=BATCH, in_channels=16)))
+    model = MODELS.build(
+        dict(
+            type='mmpretrain.ImageClassifier',
+            backbone=backbone_config('lvvit'),
+            data_preprocessor=dict(
+                type='mmdyn.MixTokenPreprocessor', num_classes=BATCH, patch_size=4, mean=[1.0] * 3, std=[2.0] * 3
+            ),
+            head=dict(type='mmdyn.LVViTHead', num_classes=BATCH, in_channels=16),
+        )
+    )
     losses = model(**model.data_preprocessor(batch(), training=True), mode='loss')
     assert set(losses) == {'loss', 'loss_aux'} and all(loss.isfinite() for loss in losses.values())
 
 
-@pytest.mark.parametrize('options, grid, message', [
-    (dict(patch_size=8), (5, 8), '5 x 8 cells do not divide into the 3 x 4 patches of patch_size=8'),
-    (dict(patch_size=4), (3, 4), '3 x 4 cells do not divide into the 6 x 8 patches of patch_size=4'),
-    (dict(patch_size=64), None, 'Images of 24 x 32 hold no patch of patch_size=64'),
-    (dict(batch_augments=dict(augments=dict(type='CutMix', alpha=1.))), (6, 8), 'do not move token labels'),
-])
+@pytest.mark.parametrize(
+    'options, grid, message',
+    [
+        (dict(patch_size=8), (5, 8), '5 x 8 cells do not divide into the 3 x 4 patches of patch_size=8'),
+        (dict(patch_size=4), (3, 4), '3 x 4 cells do not divide into the 6 x 8 patches of patch_size=4'),
+        (dict(patch_size=64), None, 'Images of 24 x 32 hold no patch of patch_size=64'),
+        (dict(batch_augments=dict(augments=dict(type='CutMix', alpha=1.0))), (6, 8), 'do not move token labels'),
+    ],
+)
 def test_what_does_not_fit(options, grid, message):
     with pytest.raises(ValueError, match=message):
         make(**options)(batch(grid), training=True)

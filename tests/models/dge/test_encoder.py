@@ -24,18 +24,26 @@ OPTIONS = [
     dict(granularities=(0, 1, 2), region_size=4, tau=0.5),
     dict(granularities=(1, 2, 4), region_size=8),
     dict(granularities=(1, 2, 4), routing='layer'),
-    dict(granularities=(0, 1, 3), routing='layer', tau=2.),
+    dict(granularities=(0, 1, 3), routing='layer', tau=2.0),
 ]
 # Map, extra tokens, spatial reduction of the keys (None: deformable attention).
-LAYOUTS = [((8, 8), 0, 1), ((5, 7), 1, 1), ((9, 6), 2, 2), ((4, 4), 0, 2), ((13, 3), 1, 2), ((1, 1), 1, 1),
-           ((5, 7), 0, None), ((1, 9), 0, None)]
+LAYOUTS = [
+    ((8, 8), 0, 1),
+    ((5, 7), 1, 1),
+    ((9, 6), 2, 2),
+    ((4, 4), 0, 2),
+    ((13, 3), 1, 2),
+    ((1, 1), 1, 1),
+    ((5, 7), 0, None),
+    ((1, 9), 0, None),
+]
 DIM = 8
 
 
-def make(mode='sparse', sr_ratio=1, drop_path_rate=0., with_cp=False, **options):
+def make(mode='sparse', sr_ratio=1, drop_path_rate=0.0, with_cp=False, **options):
     """An encoder, whose router chooses by the image, and a block."""
     encoder = DynamicGrainedEncoder(DIM, train_mode='sparse' if mode == 'eval' else mode, **options)
-    nn.init.normal_(encoder.router.weight, std=5.)
+    nn.init.normal_(encoder.router.weight, std=5.0)
     nn.init.zeros_(encoder.router.bias)
     attn = Attention(DIM, 2, sr_ratio) if sr_ratio else DeformableAttention(DIM, 2, 3)
     if not sr_ratio:
@@ -92,8 +100,9 @@ def test_inference_in_float32_equals_the_loops_of_the_paper(options, shape, num_
 
 
 @pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('options', [dict(granularities=(0, 1, 2)), dict(granularities=(1, 2, 4), routing='layer')],
-                         ids=['region', 'layer'])
+@pytest.mark.parametrize(
+    'options', [dict(granularities=(0, 1, 2)), dict(granularities=(1, 2, 4), routing='layer')], ids=['region', 'layer']
+)
 @pytest.mark.parametrize('sr_ratio, num_extra', [(2, 1), (None, 0)])
 def test_a_forced_choice_counts_in_place_of_the_routers(mode, options, sr_ratio, num_extra, slow_dge):
     """Of all images; also where the router decides by layer. In training the logits have a gradient nevertheless."""
@@ -108,8 +117,9 @@ def test_a_forced_choice_counts_in_place_of_the_routers(mode, options, sr_ratio,
         output = run(block, tokens, shape, num_extra)
         output, counts = output if isinstance(output, tuple) else (output, encoder.decision.queries)
         loss = (weigh_tokens * output).sum() + (weigh_counts * counts).sum()
-        results.append([output, counts.double(), *torch.autograd.grad(loss, leaves, allow_unused=True,
-                                                                      materialize_grads=True)])
+        results.append(
+            [output, counts.double(), *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
+        )
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert torch.equal(encoder.decision.choice, encoder.forced.expand(3, -1, -1))
     assert bool(results[0][-1].any()) == (mode != 'eval')
@@ -133,7 +143,7 @@ def test_queries_of_a_decision_have_the_gradient_of_the_gates(train_mode, granul
     means = tokens[:, 1:].unflatten(1, (8 // side, side, 8 // side, side)).mean((2, 4))
     logits = means @ encoder.router.weight.T + encoder.router.bias
     soft = (logits - torch.empty_like(logits).exponential_().log()).softmax(-1)
-    patches, choice = torch.tensor([(side // phi)**2 if phi else 0 for phi in granularities]), encoder.decision.choice
+    patches, choice = torch.tensor([(side // phi) ** 2 if phi else 0 for phi in granularities]), encoder.decision.choice
     scores = soft * patches
     scores = scores if train_mode == 'dense' else scores.gather(-1, choice[..., None])
     expected = torch.autograd.grad(scores.sum(), [encoder.router.weight, encoder.router.bias])
@@ -205,14 +215,16 @@ def test_decisions_are_the_threads_own(mode):
         start.wait(timeout=60)
         found[batch] = encoder.decision
 
-    threads = [threading.Thread(target=work, args=(batch, )) for batch in (2, 5)]
+    threads = [threading.Thread(target=work, args=(batch,)) for batch in (2, 5)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert encoder.decision is None
     assert {batch: (len(decision.choice), len(decision.queries)) for batch, decision in found.items()} == {
-        2: (2, 2), 5: (5, 5)}
+        2: (2, 2),
+        5: (5, 5),
+    }
 
 
 def test_a_copy_has_no_decision():
@@ -230,7 +242,7 @@ def test_no_images(mode, sr_ratio, grad):
     encoder, block = make(mode, sr_ratio)
     with torch.set_grad_enabled(grad):
         assert encoder(block, torch.randn(0, 35, DIM), (5, 7)).shape == (0, 35, DIM)
-    assert encoder.decision.choice.shape == (0, 2, 2) and encoder.decision.queries.shape == (0, )
+    assert encoder.decision.choice.shape == (0, 2, 2) and encoder.decision.queries.shape == (0,)
     assert encoder.decision.queries.is_floating_point() == (mode != 'eval')
 
 
@@ -277,7 +289,7 @@ def test_points_are_the_places_of_the_queries(mode, num_extra):
     torch.testing.assert_close(points[cells], queries[cells][:, :2], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize('drop_path_rate', [0., 0.5])
+@pytest.mark.parametrize('drop_path_rate', [0.0, 0.5])
 def test_sparse_and_dense_training_have_the_same_output(drop_path_rate):
     """With the same seed; another seed gives another one."""
     sparse, block = make('sparse', drop_path_rate=drop_path_rate)
@@ -321,7 +333,7 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_skipped_images_stay_as_they_are(mode, skipped, num_extra, with_cp):
     """The sign of an image's first channel decides whether it is skipped. Its extra token runs nevertheless."""
     encoder, block = make(mode, granularities=(0, 1), with_cp=with_cp)
-    encoder.router.weight.data = torch.tensor([[1e4], [0.]]) * torch.eye(DIM)[0]
+    encoder.router.weight.data = torch.tensor([[1e4], [0.0]]) * torch.eye(DIM)[0]
     tokens = torch.rand(3, num_extra + 12, DIM) + 1
     tokens[..., 0] *= 2 * torch.tensor(skipped)[:, None] - 1
     tokens.requires_grad_()
@@ -430,29 +442,35 @@ def test_check_granularities_returns_a_tuple():
     assert check_granularities([0, 1, 3], 6) == (0, 1, 3)
 
 
-@pytest.mark.parametrize('granularities, region_size, message', [
-    ((), None, r'granularities=\(\) leave no query: give at least one side greater than 0'),
-    ((0, ), None, r'granularities=\(0,\) leave no query'),
-    ((1, 1, 2), None, r'\(1, 1, 2\) must be in ascending order without repeats: write \(1, 2\)'),
-    ((4, 1, 2), None, r'\(4, 1, 2\) must be in ascending order without repeats: write \(1, 2, 4\)'),
-    ((-1, 2), None, r'\(-1, 2\): each is the side of a patch in cells, an integer >= 0'),
-    ((1, 2.), None, r'\(1, 2.0\): each is the side of a patch in cells, an integer >= 0'),
-    ((2, 3), None, r'\[2\] do not divide the region of 3 x 3 cells: choose sides that divide 3, or another'),
-    ((1, 4), 6, r'\[4\] do not divide the region of 6 x 6 cells'),
-    ((1, 4), 2, r'\[4\] do not divide the region of 2 x 2 cells'),
-    ((1, 2), -4, 'region'),
-    ((1, 2), 0, 'region'),
-])
+@pytest.mark.parametrize(
+    'granularities, region_size, message',
+    [
+        ((), None, r'granularities=\(\) leave no query: give at least one side greater than 0'),
+        ((0,), None, r'granularities=\(0,\) leave no query'),
+        ((1, 1, 2), None, r'\(1, 1, 2\) must be in ascending order without repeats: write \(1, 2\)'),
+        ((4, 1, 2), None, r'\(4, 1, 2\) must be in ascending order without repeats: write \(1, 2, 4\)'),
+        ((-1, 2), None, r'\(-1, 2\): each is the side of a patch in cells, an integer >= 0'),
+        ((1, 2.0), None, r'\(1, 2.0\): each is the side of a patch in cells, an integer >= 0'),
+        ((2, 3), None, r'\[2\] do not divide the region of 3 x 3 cells: choose sides that divide 3, or another'),
+        ((1, 4), 6, r'\[4\] do not divide the region of 6 x 6 cells'),
+        ((1, 4), 2, r'\[4\] do not divide the region of 2 x 2 cells'),
+        ((1, 2), -4, 'region'),
+        ((1, 2), 0, 'region'),
+    ],
+)
 def test_unfit_granularities(granularities, region_size, message):
     with pytest.raises(ValueError, match=message):
         DynamicGrainedEncoder(DIM, granularities, region_size)
 
 
-@pytest.mark.parametrize('option, message', [
-    (dict(routing='image'), r"dge routing='image': choose from \('region', 'layer'\)"),
-    (dict(train_mode='soft'), r"dge train_mode='soft': choose from \('sparse', 'dense'\)"),
-    (dict(tau=0.), r'dge tau=0.0: the temperature must be greater than 0'),
-])
+@pytest.mark.parametrize(
+    'option, message',
+    [
+        (dict(routing='image'), r"dge routing='image': choose from \('region', 'layer'\)"),
+        (dict(train_mode='soft'), r"dge train_mode='soft': choose from \('sparse', 'dense'\)"),
+        (dict(tau=0.0), r'dge tau=0.0: the temperature must be greater than 0'),
+    ],
+)
 def test_unfit_options(option, message):
     with pytest.raises(ValueError, match=message):
         DynamicGrainedEncoder(DIM, **option)

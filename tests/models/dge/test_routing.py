@@ -8,11 +8,25 @@ from torch.autograd import gradcheck
 
 from mmdyn.models.dge.routing import centres, count_patches, grid, pool, route, unpool
 
-GRANULARITIES = [((1, 2, 4), 4), ((0, 1), 1), ((0, 1, 3), 6), ((2, 4), 8), ((1, 2, 4, 8), 8), ((0, 2), 2), ((1, 5), 5),
-                 ((3, ), 3), ((1, ), 1)]
+GRANULARITIES = [
+    ((1, 2, 4), 4),
+    ((0, 1), 1),
+    ((0, 1, 3), 6),
+    ((2, 4), 8),
+    ((1, 2, 4, 8), 8),
+    ((0, 2), 2),
+    ((1, 5), 5),
+    ((3,), 3),
+    ((1,), 1),
+]
 # Map, granularities, side of a region, extra tokens.
-LAYOUTS = [((5, 7), (1, 2, 4), 4, 1), ((9, 6), (0, 1), 1, 2), ((3, 10), (0, 2), 2, 0), ((1, 1), (1, 4), 4, 2),
-           ((13, 3), (2, 4), 8, 0)]
+LAYOUTS = [
+    ((5, 7), (1, 2, 4), 4, 1),
+    ((9, 6), (0, 1), 1, 2),
+    ((3, 10), (0, 2), 2, 0),
+    ((1, 1), (1, 4), 4, 2),
+    ((13, 3), (2, 4), 8, 0),
+]
 
 
 def random_choice(shape, phis, region, batch=3):
@@ -24,8 +38,10 @@ def slow_routing(slow_areas):
     """The tokens of each query of each image, by the loops of the paper."""
 
     def areas(choice, shape, phis, region, num_extra):
-        images = [slow_areas(lambda row, column, image=image: phis[image[row][column]], shape, region, num_extra)
-                  for image in choice.tolist()]
+        images = [
+            slow_areas(lambda row, column, image=image: phis[image[row][column]], shape, region, num_extra)
+            for image in choice.tolist()
+        ]
         return [[area for area, _ in queries] for queries in images]
 
     return areas
@@ -49,8 +65,9 @@ def test_both_directions_equal_the_loops_of_the_paper(seed, slow_routing):
         served[image, area] = number
     assert torch.equal(routing.query, served)
 
-    tokens, table, change = (torch.randn(*of, 3, dtype=torch.double, requires_grad=True)
-                             for of in ((batch, size), (1, size), (total, )))
+    tokens, table, change = (
+        torch.randn(*of, 3, dtype=torch.double, requires_grad=True) for of in ((batch, size), (1, size), (total,))
+    )
     means, shared, outputs = [], [], list(tokens.flatten(0, 1))
     for (image, area), of_query in zip(queries, change):
         means.append(tokens[image, area].mean(0))
@@ -58,8 +75,11 @@ def test_both_directions_equal_the_loops_of_the_paper(seed, slow_routing):
         for token in area:
             outputs[image * size + token] = outputs[image * size + token] + of_query
     empty = tokens[0, :0]
-    expected = [torch.stack(means) if means else empty, torch.stack(shared) if means else empty,
-                torch.stack(outputs).view_as(tokens)]
+    expected = [
+        torch.stack(means) if means else empty,
+        torch.stack(shared) if means else empty,
+        torch.stack(outputs).view_as(tokens),
+    ]
     found = [routing.compress(tokens), routing.compress(table), routing.decompress(change, tokens)]
     weights, leaves = [torch.randn_like(x) for x in expected], [tokens, table, change]
     for results in (found, expected):
@@ -80,18 +100,34 @@ def test_gradients_are_those_of_differences(layout):
 def test_routing_by_hand():
     """3 rows and 5 columns, regions of 2: whole, cells, skipped; whole, whole, cells. One extra token before them.
 
-      0 0 1 2 -
-      0 0 3 4 -
-      5 5 6 6 7
+    0 0 1 2 -
+    0 0 3 4 -
+    5 5 6 6 7
     """
     routing = route(torch.tensor([[[2, 1, 0], [2, 2, 1]]]), (3, 5), (0, 1, 2), 2, num_extra=1)
     assert routing.lengths == [9]
     assert routing.query.tolist() == [[0, 1, 1, 2, 3, 9, 1, 1, 4, 5, 9, 6, 6, 7, 7, 8]]
-    tokens = torch.tensor([100., *range(15)])[None, :, None]
+    tokens = torch.tensor([100.0, *range(15)])[None, :, None]
     assert routing.compress(tokens).flatten().tolist() == [100, 3, 2, 3, 7, 8, 10.5, 12.5, 14]
-    change = torch.tensor([1., 10, 20, 30, 40, 50, 60, 70, 80])[:, None]
+    change = torch.tensor([1.0, 10, 20, 30, 40, 50, 60, 70, 80])[:, None]
     assert routing.decompress(change, torch.zeros(1, 16, 1)).flatten().tolist() == [
-        1, 10, 10, 20, 30, 0, 10, 10, 40, 50, 0, 60, 60, 70, 70, 80]
+        1,
+        10,
+        10,
+        20,
+        30,
+        0,
+        10,
+        10,
+        40,
+        50,
+        0,
+        60,
+        60,
+        70,
+        70,
+        80,
+    ]
 
 
 def test_means_come_back_to_the_cells_of_their_patches():
@@ -104,7 +140,7 @@ def test_means_come_back_to_the_cells_of_their_patches():
         torch.testing.assert_close(back, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize('skipped', [(0, ), (1, ), (2, ), (0, 1, 2)])
+@pytest.mark.parametrize('skipped', [(0,), (1,), (2,), (0, 1, 2)])
 def test_images_without_queries(skipped):
     choice = torch.ones(3, 2, 4, dtype=torch.long)
     choice[list(skipped)] = 0
@@ -144,8 +180,9 @@ def test_half_precision_changes_are_added_in_that_of_the_tokens(num_extra):
     assert torch.equal(routing.decompress(change, tokens), routing.decompress(change.float(), tokens))
 
 
-@pytest.mark.parametrize('side, shape, expected', [(1, (5, 7), (5, 7)), (4, (8, 4), (2, 1)), (4, (9, 3), (3, 1)),
-                                                   (8, (1, 17), (1, 3))])
+@pytest.mark.parametrize(
+    'side, shape, expected', [(1, (5, 7), (5, 7)), (4, (8, 4), (2, 1)), (4, (9, 3), (3, 1)), (8, (1, 17), (1, 3))]
+)
 def test_grid_rounds_up(side, shape, expected):
     assert grid(side, shape) == expected
 
@@ -156,11 +193,19 @@ def test_grid_rounds_up(side, shape, expected):
 def test_pool_is_the_mean_of_valid_cells(shape, side, num_extra):
     tokens = torch.randn(2, num_extra + math.prod(shape), 3, dtype=torch.double, requires_grad=True)
     maps = tokens[:, num_extra:].unflatten(1, shape)
-    expected = torch.stack([maps[:, row:row + side, column:column + side].mean((1, 2))
-                            for row in range(0, shape[0], side) for column in range(0, shape[1], side)], 1)
+    expected = torch.stack(
+        [
+            maps[:, row : row + side, column : column + side].mean((1, 2))
+            for row in range(0, shape[0], side)
+            for column in range(0, shape[1], side)
+        ],
+        1,
+    )
     expected, weights = expected.unflatten(1, grid(side, shape)), torch.randn(2, *grid(side, shape), 3)
-    results = [[out, *torch.autograd.grad((weights * out).sum(), tokens)]
-               for out in (pool(tokens, shape, side, num_extra), expected)]
+    results = [
+        [out, *torch.autograd.grad((weights * out).sum(), tokens)]
+        for out in (pool(tokens, shape, side, num_extra), expected)
+    ]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
@@ -191,7 +236,7 @@ def test_centres_by_hand():
 
 def test_points_of_queries_by_hand():
     """3 rows and 5 columns: patches of side 2 end in a row of height 1 and a column of width 1."""
-    routing = route(torch.zeros(1, 2, 3, dtype=torch.long), (3, 5), (2, ), 2)
+    routing = route(torch.zeros(1, 2, 3, dtype=torch.long), (3, 5), (2,), 2)
     assert routing.compress(centres((3, 5))).tolist() == [[0.5, 0.5], [2.5, 0.5], [4, 0.5], [0.5, 2], [2.5, 2], [4, 2]]
 
 
@@ -207,5 +252,7 @@ def test_counts_are_those_of_the_loops(shape, phis, region, _, slow_areas):
 
 def test_counts_by_hand():
     """5 x 7 cells in regions of 4: 16 and 12 above, 4 and 3 below."""
-    assert count_patches((5, 7), (0, 1, 2, 4), 4).tolist() == [[[0, 16, 4, 1], [0, 12, 4, 1]],
-                                                              [[0, 4, 2, 1], [0, 3, 2, 1]]]
+    assert count_patches((5, 7), (0, 1, 2, 4), 4).tolist() == [
+        [[0, 16, 4, 1], [0, 12, 4, 1]],
+        [[0, 4, 2, 1], [0, 3, 2, 1]],
+    ]

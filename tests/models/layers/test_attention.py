@@ -16,7 +16,7 @@ def slow_packed_attention(query, key, value, lengths):
     for image, length in enumerate(lengths):
         for row in range(first, first + length):
             for head in range(query.shape[1]):
-                weights = (key[image, head] @ query[row, head] / query.shape[2]**0.5).softmax(0)
+                weights = (key[image, head] @ query[row, head] / query.shape[2] ** 0.5).softmax(0)
                 expected[row, head] = weights @ value[image, head]
         first += length
     return expected
@@ -35,8 +35,10 @@ def test_packed_attention_has_gradients(lengths, needed):
     """Of each of the query, the keys and the values, even if nothing else needs one."""
     tensors = [torch.randn(sum(lengths), 2, 4), *torch.randn(2, 3, 2, 6, 4)]
     tensors[needed].requires_grad_()
-    gradients = [torch.autograd.grad(function(*tensors, lengths).square().sum() + 0 * tensors[needed].sum(),
-                                     tensors[needed])[0] for function in (packed_attention, slow_packed_attention)]
+    gradients = [
+        torch.autograd.grad(function(*tensors, lengths).square().sum() + 0 * tensors[needed].sum(), tensors[needed])[0]
+        for function in (packed_attention, slow_packed_attention)
+    ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
@@ -66,8 +68,9 @@ def test_packed_attention_on_a_gpu(lengths, dtype):
     for function, to in ((packed_attention, dtype), (slow_packed_attention, torch.double)):
         leaves = [x.to(to).requires_grad_() for x in tensors]
         out = function(*leaves, lengths)
-        results.append([x.double() for x in (out, *torch.autograd.grad(out.sum() + sum(0 * x.sum() for x in leaves),
-                                                                       leaves))])
+        results.append(
+            [x.double() for x in (out, *torch.autograd.grad(out.sum() + sum(0 * x.sum() for x in leaves), leaves))]
+        )
     for found, expected in zip(*results):
         assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
@@ -104,9 +107,13 @@ def test_map_must_hold_a_reduction():
 def full_matrices(attn, tokens):
     """(heads, n, n) softmax matrices of one image, in float64."""
     attn, tokens = copy.deepcopy(attn).double(), tokens.double()
-    query, key = attn.q(tokens), attn.kv(tokens)[:, :tokens.shape[1]]
-    return torch.stack([(q @ k.T / q.shape[1]**0.5).softmax(-1)
-                        for q, k in zip(query.chunk(attn.num_heads, -1), key.chunk(attn.num_heads, -1))])
+    query, key = attn.q(tokens), attn.kv(tokens)[:, : tokens.shape[1]]
+    return torch.stack(
+        [
+            (q @ k.T / q.shape[1] ** 0.5).softmax(-1)
+            for q, k in zip(query.chunk(attn.num_heads, -1), key.chunk(attn.num_heads, -1))
+        ]
+    )
 
 
 @pytest.mark.parametrize('qkv_bias', [True, False])
@@ -159,7 +166,7 @@ def test_class_attention_in_half_precision_is_a_softmax_in_float32(dtype, autoca
 
 def test_class_attention_of_large_products_stays_finite_in_float16():
     """64 * 40^2 is greater than the largest float16, divided by sqrt(64) it is not, as in fused attention."""
-    query, key = torch.full((1, 2, 64), 40., dtype=torch.half), torch.full((1, 2, 5, 64), 40., dtype=torch.half)
+    query, key = torch.full((1, 2, 64), 40.0, dtype=torch.half), torch.full((1, 2, 5, 64), 40.0, dtype=torch.half)
     torch.testing.assert_close(class_attention(query, key), torch.full((1, 5), 0.2))
 
 
@@ -180,6 +187,6 @@ def test_epsilon_is_that_of_the_norm_behind_the_reduction(norm_eps):
     nn.init.zeros_(attn.sr.weight)
     attn.sr.bias.data = torch.tensor([0.3, -0.3])
     keys = attn.reduce(torch.randn(1, 16, 2), (4, 4), 0)
-    expected = torch.tensor([0.3, -0.3]) / (0.09 + norm_eps)**0.5
+    expected = torch.tensor([0.3, -0.3]) / (0.09 + norm_eps) ** 0.5
     torch.testing.assert_close(keys, expected.expand(1, 4, 2), rtol=1e-5, atol=1e-6)
     assert Attention(2, 1, sr_ratio=2).norm.eps == 1e-5

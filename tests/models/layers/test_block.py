@@ -7,14 +7,17 @@ from mmdyn.models.layers import FFN, Attention, DeformableAttention, EncoderBloc
 from mmdyn.models.layers.block import drop_path
 
 SHAPE = (5, 7)
-ATTENTIONS = dict(full=lambda: Attention(12, 3), reduced=lambda: Attention(12, 3, sr_ratio=2),
-                  deformable=lambda: DeformableAttention(12, 3))
+ATTENTIONS = dict(
+    full=lambda: Attention(12, 3),
+    reduced=lambda: Attention(12, 3, sr_ratio=2),
+    deformable=lambda: DeformableAttention(12, 3),
+)
 
 
 def constant_block(dim=4, num_heads=1, **options):
     """A block whose attention adds 1 to each token, and whose FFN adds 10."""
     block = EncoderBlock(dim, Attention(dim, num_heads), 2, **options)
-    for layer, value in ((block.attn.proj, 1.), (block.ffn.fc2, 10.)):
+    for layer, value in ((block.attn.proj, 1.0), (block.ffn.fc2, 10.0)):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.constant_(layer.bias, value)
     return block
@@ -64,14 +67,17 @@ def test_residual_scale_comes_on_top_of_stochastic_depth():
 @pytest.mark.parametrize('lengths', [None, [3, 0, 1] * 1000])
 def test_drop_path_drops_whole_images_and_keeps_the_expectation(lengths):
     """An image stays with probability 0.75 and is then scaled by 4 / 3."""
-    images = (drop_path(torch.ones(2000, 2, 3), 0.25) if lengths is None else
-              drop_path(torch.ones(4000, 3), 0.25, lengths).split(lengths))
+    images = (
+        drop_path(torch.ones(2000, 2, 3), 0.25)
+        if lengths is None
+        else drop_path(torch.ones(4000, 3), 0.25, lengths).split(lengths)
+    )
     factors = torch.tensor([image.flatten()[0] for image in images if len(image)])
     for image, factor in zip((image for image in images if len(image)), factors):
         assert (image == factor).all()
-    torch.testing.assert_close(factors.unique(), torch.tensor([0., 4 / 3]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(factors.unique(), torch.tensor([0.0, 4 / 3]), rtol=1e-6, atol=0)
     # 4 standard deviations of the mean: each factor has variance p (1 - p) / (1 - p)^2 = 1 / 3.
-    assert abs(factors.mean() - 1) < 4 * (1 / 3 / len(factors))**0.5
+    assert abs(factors.mean() - 1) < 4 * (1 / 3 / len(factors)) ** 0.5
 
 
 @pytest.mark.parametrize('lengths', [None, [6, 6, 6, 6]])

@@ -9,8 +9,15 @@ from mmdyn.models.layers import DeformableAttention, EncoderBlock, deformable_sa
 from mmdyn.models.layers.deformable import scale_gradient
 
 # Map, queries of each image, heads, points.
-LAYOUTS = [((5, 7), [3, 3], 2, 4), ((5, 7), [4, 0, 2], 3, 2), ((1, 3), [1, 2], 1, 4), ((4, 1), [0, 5, 0], 2, 1),
-           ((1, 1), [2], 2, 3), ((6, 6), [0, 0], 2, 2), ((2, 9), [7], 1, 1)]
+LAYOUTS = [
+    ((5, 7), [3, 3], 2, 4),
+    ((5, 7), [4, 0, 2], 3, 2),
+    ((1, 3), [1, 2], 1, 4),
+    ((4, 1), [0, 5, 0], 2, 1),
+    ((1, 1), [2], 2, 3),
+    ((6, 6), [0, 0], 2, 2),
+    ((2, 9), [7], 1, 1),
+]
 
 
 def by_hand(value, points, weights, shape, lengths):
@@ -21,7 +28,7 @@ def by_hand(value, points, weights, shape, lengths):
         output = []
         for head, (places, shares) in enumerate(zip(query_points, query_weights)):
             cells = value[image, :, head].tolist()
-            channels = [0.] * value.shape[-1]
+            channels = [0.0] * value.shape[-1]
             for (x, y), share in zip(places, shares):
                 left, top = math.floor(x), math.floor(y)
                 for column, row in ((left, top), (left + 1, top), (left, top + 1), (left + 1, top + 1)):
@@ -56,16 +63,40 @@ def test_sampling_equals_a_loop_by_hand(grad, dtype, shape, lengths, heads, num_
     torch.testing.assert_close(sampled.detach(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize('x, y, expected', [
-    (0, 0, 1), (2, 0, 3), (0, 1, 10), (2, 1, 30),  # the corners themselves
-    (1, 1, 20), (0.5, 0, 1.5), (2, 0.5, 16.5), (1.25, 0.5, 0.5 * 2.25 + 0.5 * 22.5),
-    (-0.5, 0, 0.5), (2.5, 1, 15), (1, -0.25, 1.5), (0, 1.75, 2.5), (-0.5, -0.5, 0.25), (2.5, 1.5, 7.5),
-    (-1, 0, 0), (3, 1, 0), (1, -1, 0), (1, 2, 0), (-1, -1, 0), (3, 2, 0),
-    (-1.5, 0.5, 0), (3.001, 0, 0), (1, 2.5, 0), (1e4, -1e4, 0), (1e12, 1, 0), (1, -1e12, 0),
-])
+@pytest.mark.parametrize(
+    'x, y, expected',
+    [
+        (0, 0, 1),
+        (2, 0, 3),
+        (0, 1, 10),
+        (2, 1, 30),  # the corners themselves
+        (1, 1, 20),
+        (0.5, 0, 1.5),
+        (2, 0.5, 16.5),
+        (1.25, 0.5, 0.5 * 2.25 + 0.5 * 22.5),
+        (-0.5, 0, 0.5),
+        (2.5, 1, 15),
+        (1, -0.25, 1.5),
+        (0, 1.75, 2.5),
+        (-0.5, -0.5, 0.25),
+        (2.5, 1.5, 7.5),
+        (-1, 0, 0),
+        (3, 1, 0),
+        (1, -1, 0),
+        (1, 2, 0),
+        (-1, -1, 0),
+        (3, 2, 0),
+        (-1.5, 0.5, 0),
+        (3.001, 0, 0),
+        (1, 2.5, 0),
+        (1e4, -1e4, 0),
+        (1e12, 1, 0),
+        (1, -1e12, 0),
+    ],
+)
 def test_points_by_hand(x, y, expected):
     """A map of 1 2 3 and 10 20 30, which goes to 0 within a cell's side of the outermost centres."""
-    value = torch.tensor([1., 2, 3, 10, 20, 30]).view(1, 6, 1, 1)
+    value = torch.tensor([1.0, 2, 3, 10, 20, 30]).view(1, 6, 1, 1)
     points, weights = torch.tensor([x, y]).view(1, 1, 1, 2), torch.ones(1, 1, 1)
     for sampling in (deformable_sampling, deformable_sampling.plain):
         assert sampling(value, points, weights, (2, 3), [1]).item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
@@ -87,10 +118,16 @@ def test_sampling_has_the_gradients_of_mmcvs_function(shape, lengths, heads, num
     value, points, weights = arguments
     sides = torch.tensor([shape])
     places = (points + 0.5) / sides.flip(1)
-    expected = torch.cat([
-        mmcv_ops.multi_scale_deformable_attn_pytorch(value[i:i + 1], sides, p[None, :, :, None], w[None, :, :, None])[0]
-        for i, (p, w) in enumerate(zip(places.split(lengths), weights.split(lengths))) if lengths[i]
-    ] or [value.new_zeros(0, 3 * heads) * (value.sum() + points.sum() + weights.sum())])
+    expected = torch.cat(
+        [
+            mmcv_ops.multi_scale_deformable_attn_pytorch(
+                value[i : i + 1], sides, p[None, :, :, None], w[None, :, :, None]
+            )[0]
+            for i, (p, w) in enumerate(zip(places.split(lengths), weights.split(lengths)))
+            if lengths[i]
+        ]
+        or [value.new_zeros(0, 3 * heads) * (value.sum() + points.sum() + weights.sum())]
+    )
     loss_weights, results = torch.randn_like(expected), []
     for sampled in (deformable_sampling(*arguments, shape, lengths), expected):
         results.append([sampled, *torch.autograd.grad((loss_weights * sampled).sum(), arguments)])
@@ -113,8 +150,11 @@ def test_sampling_of_no_images():
 @pytest.mark.parametrize('shape, lengths', [((2, 4), [2]), ((2, 3), [1]), ((2, 3), [1, 1]), ((2, 3), [])])
 def test_values_points_and_lengths_must_fit(shape, lengths):
     arguments = inputs((2, 3), [2], 1, 4)
-    with pytest.raises(ValueError, match=r'1 images with 6 cells and points of 2 queries do not fit lengths=\[.*'
-                       r'shape=\(2, .\): give the queries of each image'):
+    with pytest.raises(
+        ValueError,
+        match=r'1 images with 6 cells and points of 2 queries do not fit lengths=\[.*'
+        r'shape=\(2, .\): give the queries of each image',
+    ):
         deformable_sampling(*arguments, shape, lengths)
 
 
@@ -131,8 +171,12 @@ def test_attention_equals_a_slow_one(num_heads, num_points, shape, make_attentio
     tokens = torch.randn(3, shape[0] * shape[1], 12)
     queries, points = torch.randn(9, 12), 7 * torch.rand(9, 2) - 1
     for lengths in ([2, 0, 7], [3, 3, 3]):
-        expected = torch.cat([slow_deformable_attention(attn, q, t, shape, p)
-                              for q, t, p in zip(queries.split(lengths), tokens, points.split(lengths))])
+        expected = torch.cat(
+            [
+                slow_deformable_attention(attn, q, t, shape, p)
+                for q, t, p in zip(queries.split(lengths), tokens, points.split(lengths))
+            ]
+        )
         packed = attn(queries, tokens, shape, lengths=lengths, points=points)
         torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
     dense = attn(queries.unflatten(0, (3, 3)), tokens, shape, points=points)
@@ -150,8 +194,10 @@ def test_cells_are_their_own_reference_points(shape, make_attention, slow_deform
 def test_block_equals_a_slow_one(make_attention, slow_change, randomise):
     block = randomise(EncoderBlock(12, make_attention(12, 3), mlp_ratio=2))
     tokens, queries, lengths, points = torch.randn(3, 35, 12), torch.randn(7, 12), [2, 0, 5], 5 * torch.rand(7, 2)
-    expected = [q + slow_change(block, q, t, (5, 7), 0, p)
-                for q, t, p in zip(queries.split(lengths), tokens, points.split(lengths))]
+    expected = [
+        q + slow_change(block, q, t, (5, 7), 0, p)
+        for q, t, p in zip(queries.split(lengths), tokens, points.split(lengths))
+    ]
     packed = block(queries, tokens, (5, 7), 0, lengths, points)
     torch.testing.assert_close(packed, torch.cat(expected), rtol=1e-5, atol=1e-5)
     assert block.uses_points
@@ -161,12 +207,12 @@ def test_starts_in_a_ring_with_equal_weights():
     """4 heads look right, down, left and up."""
     attn, queries = DeformableAttention(8, 4, 3), torch.randn(2, 5, 8)
     offsets = attn.offsets(queries).view(2, 5, 4, 3, 2)
-    expected = torch.tensor([[1., 0], [0, 1], [-1, 0], [0, -1]])[:, None] * torch.tensor([1., 2, 3])[:, None]
+    expected = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])[:, None] * torch.tensor([1.0, 2, 3])[:, None]
     torch.testing.assert_close(offsets, expected.expand_as(offsets), rtol=0, atol=1e-6)
     # 6 heads stand at angles of 60 degrees.
     ring = DeformableAttention(12, 6, 2).offsets.bias.view(6, 2, 2)
     torch.testing.assert_close(ring[1], torch.tensor([[0.5, 3**0.5 / 2], [1, 3**0.5]]), rtol=0, atol=1e-6)
-    torch.testing.assert_close(ring[5], torch.tensor([[0.5, -3**0.5 / 2], [1, -3**0.5]]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ring[5], torch.tensor([[0.5, -(3**0.5) / 2], [1, -(3**0.5)]]), rtol=0, atol=1e-6)
     # Far from the border each head's output is thus the mean of its three values.
     tokens = torch.randn(1, 49, 8)
     value = attn.v(tokens).view(7, 7, 4, 2)
@@ -224,7 +270,7 @@ def long_map(make_attention, dtype):
     attn = make_attention(8, 2)
     queries, tokens = torch.randn(4, 8), torch.randn(2, math.prod(LONG), 8)
     attn.load_state_dict({name: value.to(dtype).float() for name, value in attn.state_dict().items()})
-    points = torch.tensor([[597.5, 1.5], [590.5, 2.], [581., 0.5], [593., 1.]])
+    points = torch.tensor([[597.5, 1.5], [590.5, 2.0], [581.0, 0.5], [593.0, 1.0]])
     return attn, queries.to(dtype).float(), tokens.to(dtype).float(), points
 
 
@@ -248,7 +294,7 @@ def test_sampling_in_half_precision_takes_places_in_float32(dtype, grad):
     """Of cells that are powers of two only the result is rounded."""
     value = torch.zeros(1, math.prod(LONG), 1, 1, dtype=dtype)
     value[0, 2 * 600 + 597], value[0, 2 * 600 + 598] = 1, 4
-    points, weights = torch.tensor([[[[597.25, 2.]]]]), torch.ones(1, 1, 1, dtype=dtype)
+    points, weights = torch.tensor([[[[597.25, 2.0]]]]), torch.ones(1, 1, 1, dtype=dtype)
     with torch.autocast('cpu', dtype), torch.set_grad_enabled(grad):
         sampled = deformable_sampling(value, points, weights, LONG, [1])
     assert sampled.dtype == dtype

@@ -15,7 +15,7 @@ def test_patches_are_projected_one_by_one(norm, options, eps, randomise):
     embed, x = randomise(PatchEmbed(2, 5, 4, norm, **options)), torch.randn(3, 2, 9, 14)
     tokens, shape = embed(x)
     assert shape == (2, 3)
-    patches = [x[:, :, row:row + 4, column:column + 4].flatten(1) for row in (0, 4) for column in (0, 4, 8)]
+    patches = [x[:, :, row : row + 4, column : column + 4].flatten(1) for row in (0, 4) for column in (0, 4, 8)]
     expected = torch.stack([patch @ embed.proj.weight.flatten(1).T + embed.proj.bias for patch in patches], 1)
     if norm:
         expected = (expected - expected.mean(-1, keepdim=True)) / (expected.var(-1, False, keepdim=True) + eps).sqrt()
@@ -36,9 +36,11 @@ def test_projected_patches_are_those_of_a_convolution(of_tokens, kind, side, sha
     embed = PatchEmbed(3, 5, side, of_tokens=of_tokens)
     proj, norm, positions = embed.proj, embed.norm, Positions(torch.randn(1, 6, 5), (2, 3), 'bilinear')
     height, width = shape
-    maps = dict(image=lambda: torch.randn(2, 3, *shape),
-                tokens=lambda: torch.randn(2, height * width, 3).mT.unflatten(2, shape),
-                crop=lambda: torch.randn(2, 4, height, 2 * width)[:, 1:, :, ::2])[kind]()
+    maps = dict(
+        image=lambda: torch.randn(2, 3, *shape),
+        tokens=lambda: torch.randn(2, height * width, 3).mT.unflatten(2, shape),
+        crop=lambda: torch.randn(2, 4, height, 2 * width)[:, 1:, :, ::2],
+    )[kind]()
     maps.requires_grad_()
     projected = project_patches(maps, proj, norm, positions)
     convolved = F.conv2d(maps, proj.weight, proj.bias, stride=side)
@@ -86,10 +88,20 @@ def slow_conv(weight, x, stride):
     """Each output pixel from its own window of a map (C, H, W) with a border of zeros."""
     kernel, (height, width) = weight.shape[2], x.shape[1:]
     padded = torch.zeros(len(x), height + kernel, width + kernel, dtype=x.dtype)
-    padded[:, kernel // 2:kernel // 2 + height, kernel // 2:kernel // 2 + width] = x
-    return torch.stack([
-        torch.stack([(weight * padded[:, row:row + kernel, column:column + kernel]).sum((1, 2, 3))
-                     for column in range(0, width, stride)], -1) for row in range(0, height, stride)], 1)
+    padded[:, kernel // 2 : kernel // 2 + height, kernel // 2 : kernel // 2 + width] = x
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    (weight * padded[:, row : row + kernel, column : column + kernel]).sum((1, 2, 3))
+                    for column in range(0, width, stride)
+                ],
+                -1,
+            )
+            for row in range(0, height, stride)
+        ],
+        1,
+    )
 
 
 @pytest.mark.parametrize('training', [False, True])
@@ -111,8 +123,11 @@ def test_stem_equals_a_slow_one(training, patch, size, randomise):
         maps = (maps - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
         maps = (maps * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
     side, shape = patch // 2, (size[0] // patch, size[1] // patch)
-    patches = [maps[:, None, :, side * row:side * (row + 1), side * column:side * (column + 1)]
-               for row in range(shape[0]) for column in range(shape[1])]
+    patches = [
+        maps[:, None, :, side * row : side * (row + 1), side * column : side * (column + 1)]
+        for row in range(shape[0])
+        for column in range(shape[1])
+    ]
     expected = torch.stack([(patch * stem.proj.weight).sum((2, 3, 4)) for patch in patches], 1) + stem.proj.bias
     tokens, found = stem(x)
     assert found == shape

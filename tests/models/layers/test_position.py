@@ -9,7 +9,7 @@ def test_position_embedding_is_a_truncated_normal():
     embedding = position_embedding(2, (40, 60), 16)
     assert embedding.shape == (1, 2402, 16) and embedding.requires_grad
     # The standard deviation of a sample of n has itself one of about std / sqrt(2 n).
-    assert abs(embedding.std() - 0.02) < 4 * 0.02 / (2 * embedding.numel())**0.5
+    assert abs(embedding.std() - 0.02) < 4 * 0.02 / (2 * embedding.numel()) ** 0.5
 
 
 def test_resize_keeps_extra_rows_and_the_same_shape():
@@ -28,7 +28,7 @@ def test_positions_are_resized_to_a_shape():
 
 def test_resize_by_hand():
     """Pixel centres of twice as many lie at 1/4 and 3/4 between those before; the border repeats."""
-    row = torch.tensor([0., 1.]).reshape(1, 2, 1)
+    row = torch.tensor([0.0, 1.0]).reshape(1, 2, 1)
     assert resize_position_embedding(row, (1, 2), (1, 4)).flatten().tolist() == [0, 0.25, 0.75, 1]
     assert resize_position_embedding(row, (2, 1), (4, 1)).flatten().tolist() == [0, 0.25, 0.75, 1]
     assert resize_position_embedding(row, (1, 2), (1, 4), mode='nearest').flatten().tolist() == [0, 0, 1, 1]
@@ -61,8 +61,7 @@ def test_fit_resizes_the_map_and_keeps_the_rows_that_both_have(saved_extra, num_
     assert torch.equal(fitted[:, both:num_extra], current[:, both:num_extra])
     maps = saved[:, saved_extra:].reshape(1, 4, 4, 3).permute(0, 3, 1, 2)
     expected = F.interpolate(maps, shape, mode='bilinear', align_corners=False)
-    torch.testing.assert_close(fitted[:, num_extra:], expected.permute(0, 2, 3, 1).flatten(1, 2), rtol=1e-6,
-                               atol=1e-6)
+    torch.testing.assert_close(fitted[:, num_extra:], expected.permute(0, 2, 3, 1).flatten(1, 2), rtol=1e-6, atol=1e-6)
 
 
 def test_fit_takes_the_shape_of_the_model_for_as_many_rows():
@@ -85,6 +84,9 @@ def test_fit_takes_the_map_that_it_is_told(saved_extra):
 
 
 def test_fit_needs_a_square_map():
-    with pytest.raises(ValueError, match='A position embedding of 13 rows is no square map with 0, 1 or 2 extra '
-                                         r'tokens: give img_size so that the model has as many rows \(it has 17\)'):
+    with pytest.raises(
+        ValueError,
+        match='A position embedding of 13 rows is no square map with 0, 1 or 2 extra '
+        r'tokens: give img_size so that the model has as many rows \(it has 17\)',
+    ):
         fit_position_embedding(torch.randn(1, 13, 3), torch.randn(1, 17, 3), (4, 4), 1)
