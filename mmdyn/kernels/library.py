@@ -12,7 +12,7 @@ import torch
 from ..models.replaceable import Refused
 
 # Of the functions' arguments and structs; csrc/library.c has the same. A change of either is another version.
-VERSION = 3
+VERSION = 4
 
 Number, Address, Real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -60,7 +60,7 @@ class Block(ctypes.Structure):
         ('num_options', Number),
         ('chosen', Address),
         ('budget', Number),
-        ('lengths', Address),
+        *fields(Address, 'lengths class_rows'),
     ]
 
 
@@ -100,8 +100,9 @@ AVX512 = dict(
 )
 
 # glibc keeps as much free memory as twice the largest block that it has seen freed, of up to 32 MiB, and gives the rest
-# back to the system, whose fresh pages take time. It sees one of this size when the functions are loaded.
+# back to the system, whose fresh pages take time, in training too. It sees one of this size, which nobody writes to.
 LARGEST = (32 << 20) - (16 << 10)
+np.empty(LARGEST, np.uint8)
 
 
 @cache
@@ -112,7 +113,6 @@ def library() -> ctypes.CDLL | Refused:
         return Refused(
             'mmdyn was installed without a C compiler: install one (Debian: apt-get install gcc), then mmdyn again'
         )
-    np.empty(LARGEST, np.uint8)
     functions = ctypes.CDLL(spec.origin)
     built = (Number * len(LAYOUT))()
     try:

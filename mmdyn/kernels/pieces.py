@@ -16,6 +16,7 @@ from ..models.dge import Decision, DynamicGrainedEncoder, route
 from ..models.dge.router import choose
 from ..models.dge.routing import centres, grid
 from ..models.layers import EncoderBlock, deformable_sampling, packed_attention
+from ..models.layers.attention import class_attention
 from ..models.replaceable import Refused
 from ..models.stage import Stage, run_blocks
 from .prepared import Refusal
@@ -48,7 +49,12 @@ if torch.backends.mkldnn.is_available():
 
 @run_blocks.register
 def run_in_pieces(
-    stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0, stop: int | None = None
+    stage: Stage,
+    tokens: Tensor,
+    shape: tuple[int, int],
+    start: int = 0,
+    stop: int | None = None,
+    class_rows: list[Tensor] | None = None,
 ) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
     if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
@@ -56,22 +62,30 @@ def run_in_pieces(
     if torch.is_autocast_enabled('cpu'):
         return Refused('autocast is on')
     try:
-        layers = layers_of(stage, tokens, shape, start, stop)
+        layers = layers_of(stage, tokens, shape, start, stop, class_rows is not None)
     except Refusal as refusal:
         return Refused(str(refusal))
     for block, encoder, _ in layers:
-        tokens = encode(block, encoder, tokens, shape, stage.num_extra)
+        tokens = encode(block, encoder, tokens, shape, stage.num_extra, class_rows)
     return tokens
 
 
 def encode(
-    block: EncoderBlock, encoder: DynamicGrainedEncoder | None, tokens: Tensor, shape: tuple[int, int], num_extra: int
+    block: EncoderBlock,
+    encoder: DynamicGrainedEncoder | None,
+    tokens: Tensor,
+    shape: tuple[int, int],
+    num_extra: int,
+    class_rows: list[Tensor] | None = None,
 ) -> Tensor:
     """One block on tokens (B, E + H*W, C), which it changes."""
     images, size, channels = tokens.shape
     keys_values = _keys_values(block, tokens, shape, num_extra)
     places = centres(shape, tokens.device).expand(images, -1, -1) if block.uses_points else None
     rows = tokens.view(-1, channels)
+    if class_rows is not None:
+        query = linear(block.norm1(tokens[:, 0]), block.attn.q).unflatten(-1, (block.attn.num_heads, -1))
+        class_rows.append(class_attention(query, keys_values[0]))
     if encoder is None:
         points = None if places is None else places.flatten(0, 1)
         for piece, change in _changes(block, rows, [size] * images, shape, keys_values, points):

@@ -155,8 +155,10 @@ class Layer(NamedTuple):
     prepared: PreparedBlock
 
 
-def layers_of(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int, stop: int | None) -> list[Layer]:
-    """The blocks of a stage that are to run.
+def layers_of(
+    stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int, stop: int | None, is_watched: bool = False
+) -> list[Layer]:
+    """The blocks of a stage that are to run, and whose class attention is asked for if ``is_watched``.
 
     Raises:
         Refusal: if a kernel does not know one of them, or they do not fit the tokens.
@@ -173,6 +175,8 @@ def layers_of(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int, 
             raise Refusal(f'the tokens have {tokens.shape[2]} channels, not {struct.dim}')
         if min(shape) < struct.sr_ratio:
             raise Refusal(f'blocks.{index}.attn takes no map of {shape[0]} x {shape[1]} cells')
+        if is_watched and (encoder is not None or prepared.has_points):
+            raise Refusal(f'blocks.{index} has DGE or deformable attention, beside which there is no class attention')
         if stage.num_extra and prepared.has_points:
             raise Refusal(f'blocks.{index}.attn takes no extra tokens')
         if encoder is not None and encoder.forced is not None:
@@ -192,14 +196,19 @@ def layers_of(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int, 
 
 @run_blocks.register
 def encode_blocks(
-    stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0, stop: int | None = None
+    stage: Stage,
+    tokens: Tensor,
+    shape: tuple[int, int],
+    start: int = 0,
+    stop: int | None = None,
+    class_rows: list[Tensor] | None = None,
 ) -> Tensor | Refused:
     """:func:`~mmdyn.models.stage.run_blocks` in the memory of the tokens."""
     reason = refuse_processor()
     if reason is not None:
         return Refused(reason)
     try:
-        layers = layers_of(stage, tokens, shape, start, stop)
+        layers = layers_of(stage, tokens, shape, start, stop, class_rows is not None)
         rules = [
             encoder and decision_of(encoder.router, prepared.struct.num_options, shape, stage.num_extra)
             for _, encoder, prepared in layers
@@ -209,7 +218,7 @@ def encode_blocks(
     images, extra, half, address = len(tokens), stage.num_extra, computes_in_half(), tokens.data_ptr()
     if extra and any(layer.prepared.struct.sr_ratio > 1 for layer in layers):
         return Refused('there are extra tokens, which the kernel does not put beside keys of patches')
-    blocks, decisions, kept = (Block * len(layers))(*(layer.prepared.struct for layer in layers)), [], []
+    blocks, decisions, kept, rows = (Block * len(layers))(*(layer.prepared.struct for layer in layers)), [], [], []
     for struct, (_, encoder, prepared), rule in zip(blocks, layers, rules):
         queries, choice = torch.empty(images, dtype=torch.long, device='cpu'), None
         struct.tokens, struct.lengths = address, queries.data_ptr()
@@ -223,9 +232,15 @@ def encode_blocks(
                 kept.append(choice)
                 choice = encoder.forced.expand(images, -1, -1).contiguous()
         struct.map = Map(images, extra, *shape, prepared.region, 0, None if choice is None else choice.data_ptr())
+        if class_rows is not None:
+            keys = extra + math.prod(side // struct.sr_ratio for side in shape)
+            rows.append(torch.empty(images, struct.heads, keys, dtype=torch.float32, device='cpu'))
+            struct.class_rows = rows[-1].data_ptr()
         decisions.append((encoder, choice, queries))
     call('encode_blocks', blocks, len(blocks))
     for encoder, choice, queries in decisions:
         if encoder is not None:
             encoder.decision = Decision(choice, queries)
+    if class_rows is not None:
+        class_rows += [row.mean(1) for row in rows]
     return tokens

@@ -25,7 +25,14 @@ class Stage(Protocol):
 
 
 @replaceable
-def run_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int = 0, stop: int | None = None) -> Tensor:
+def run_blocks(
+    stage: Stage,
+    tokens: Tensor,
+    shape: tuple[int, int],
+    start: int = 0,
+    stop: int | None = None,
+    class_rows: list[Tensor] | None = None,
+) -> Tensor:
     """Run the blocks ``start`` to ``stop`` of a stage, each with its DGE if there is any.
 
     The caller gives its tokens up: what stands in for this function may overwrite them.
@@ -35,6 +42,8 @@ def run_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int 
         tokens: (B, E + H*W, C), the E = ``stage.num_extra`` extra tokens first.
         shape: (H, W) of the map.
         start, stop: as in a slice of the blocks.
+        class_rows: a list that is given the class attention of each block without DGE, see
+            :class:`~mmdyn.models.layers.Attention`.
 
     Returns:
         (B, E + H*W, C).
@@ -42,7 +51,8 @@ def run_blocks(stage: Stage, tokens: Tensor, shape: tuple[int, int], start: int 
     for index in range(len(stage.blocks))[start:stop]:
         block, encoder = stage.blocks[index], stage.dge[index] if len(stage.dge) else None
         if encoder is None:
-            tokens = block(tokens, tokens, shape, stage.num_extra)
+            options = {} if class_rows is None else dict(class_rows=class_rows)
+            tokens = block(tokens, tokens, shape, stage.num_extra, **options)
         else:
             tokens = encoder(block, tokens, shape, stage.num_extra)
     return tokens

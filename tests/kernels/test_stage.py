@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmdyn.kernels.pieces import run_in_pieces
 from mmdyn.kernels.stage import encode_blocks
 from mmdyn.models.dge import DynamicGrainedEncoder
 from mmdyn.models.layers import Attention
@@ -835,3 +836,33 @@ def test_transforms_of_functions_have_the_right_values(one):
         torch.testing.assert_close(
             torch.func.vmap(run)(tokens), torch.stack(list(map(run, tokens))), rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize('kind, num_extra, dim, heads', [('full', 1, 12, 3), ('full', 2, 64, 1), ('reduced', 0, 48, 3)])
+@pytest.mark.parametrize('images, shape', [(1, (1, 1)), (1, (10, 13)), (4, (3, 7)), (3, (5, 10))])
+@pytest.mark.parametrize('kernel', ['encode_blocks', 'run_in_pieces'])
+@torch.no_grad()
+def test_class_attention(kernel, kind, num_extra, dim, heads, images, shape, make_block, stage_of, avx512, threads):
+    """Of each block, what the first query of each image attends to; as the plain body has it in float64."""
+    if kind == 'reduced' and min(shape) < 2:
+        shape = (2, 3)
+    function = dict(encode_blocks=encode_blocks, run_in_pieces=run_in_pieces)[kernel]
+    blocks = [make_block(kind, dim, heads) for _ in range(3)]
+    stage, tokens = stage_of(*blocks, num_extra=num_extra), torch.randn(images, num_extra + math.prod(shape), dim)
+    double = stage_of(*(copy.deepcopy(block).double() for block in blocks), num_extra=num_extra)
+    expected, rows = [], []
+    result = run_blocks.plain(double, tokens.double(), shape, 1, class_rows=expected)
+    assert function(double, tokens.double(), shape, 1, class_rows=rows) and not rows  # refused: nothing was written
+    out = function(stage, tokens.clone(), shape, 1, class_rows=rows)
+    torch.testing.assert_close(out, result.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows, [row.float() for row in expected], rtol=1e-4, atol=1e-5)
+    assert len(rows) == 2 and all(torch.allclose(row.sum(1), torch.ones(images)) for row in rows)
+
+
+@torch.no_grad()
+def test_class_attention_of_other_blocks(make_block, stage_of, avx512):
+    tokens, rows = torch.randn(2, math.prod(SHAPE), 12), []
+    for stage in (stage_of(make_block('deformable')), stage_of(make_block(), dge=[DynamicGrainedEncoder(12).eval()])):
+        for function in (encode_blocks, run_in_pieces):
+            reason = 'blocks.0 has DGE or deformable attention, beside which there is no class attention'
+            assert function(stage, tokens, SHAPE, class_rows=rows) == Refused(reason) and not rows

@@ -97,3 +97,14 @@ def test_stages_of_the_backbones_keep_the_protocol(name, make_backbone):
         for attribute, kind in get_type_hints(Stage).items():
             assert isinstance(getattr(stage, attribute), kind)
         assert len(stage.dge) in (0, len(stage.blocks)) and stage.patch_embed.macs((2, 3)) > 0
+
+
+def test_class_attention_of_each_block():
+    """What the first query attends to, as each block by itself tells it."""
+    stage, tokens, rows, expected = make_stage('full', None, 1), torch.randn(2, 36, DIM), [], []
+    after = tokens
+    for block in stage.blocks[1:]:
+        after = block(after, after, SHAPE, 1, class_rows=expected)
+    torch.testing.assert_close(run_blocks.plain(stage, tokens, SHAPE, 1, class_rows=rows), after)
+    torch.testing.assert_close(rows, expected)
+    assert [tuple(row.shape) for row in rows] == [(2, 36)] * len(stage.blocks[1:])

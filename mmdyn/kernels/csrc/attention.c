@@ -20,6 +20,10 @@ TARGET void attend(const Encoding *e, const Panel *panel, int64_t head, Vector *
         product(key, row, 1, keys, dim, query + first, ld, 0, scores, vectors, 0);
         Vector factors[MAX_VECTORS];
         for (int64_t r = 0; r < vectors; r++) factors[r] = softmax(scores + r, keys, vectors, scale);
+        if (e->block.class_rows && panel->first + start == (image ? e->ends[image - 1] : 0)) {
+            float *weights = e->block.class_rows + (image * e->block.heads + head) * keys;
+            for (int64_t j = 0, i = start % LANES; j < keys; j++) weights[j] = scores[j * vectors][i] * factors[0][i];
+        }
         product(value, 1, row, dim, keys, scores, vectors, 0, sums, vectors, 0);
         for (int64_t r = 0; r < vectors; r++) {
             Integers place = lane + (int32_t)((first + r) * LANES);

@@ -18,6 +18,7 @@ typedef struct {
     int64_t num_options, *chosen; /* what the router chose: the map's choice, or not, if that is forced */
     int64_t budget;               /* most queries of an image's patches; less than 0 if each region decides alone */
     int64_t *lengths;             /* queries of each image, which are written */
+    float *class_rows; /* (images, heads, keys), how much each image's first query attends to the keys, or 0 */
 } Block;
 
 /* Numbers of workspace that encode_blocks needs. */

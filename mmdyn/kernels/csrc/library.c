@@ -7,7 +7,7 @@
 #include <stddef.h>
 
 /* Of the arguments and structs of all functions; kernels/library.py has the same. */
-enum { VERSION = 3 };
+enum { VERSION = 4 };
 
 /* The version, then the size of each struct and where its last field begins. The caller must have the same. */
 EXPORT void layout(int64_t *numbers) {
@@ -19,7 +19,7 @@ EXPORT void layout(int64_t *numbers) {
                            sizeof(Sampling),
                            offsetof(Sampling, channels),
                            sizeof(Block),
-                           offsetof(Block, lengths),
+                           offsetof(Block, class_rows),
                            sizeof(Projection),
                            offsetof(Projection, scores)};
     for (unsigned i = 0; i < sizeof(all) / sizeof(*all); i++) numbers[i] = all[i];

@@ -165,11 +165,10 @@ class CFViT(PlainViT):
         tokens = tokens + self.coarse_pos_embed
         embedded, shape = tokens[:, 1:], (1, tokens.shape[1] - 1)
         score = torch.zeros(embedded.shape[:2], device=images.device)
-        tokens = run_blocks(self, tokens.clone(), shape, stop=self._first_watched)
-        for block in self.blocks[self._first_watched :]:
-            rows = []
-            tokens = block(tokens, tokens, shape, self.num_extra, class_rows=rows)
-            score = update_score(score, rows[0][:, 1:], self.ema_decay)
+        tokens, rows = run_blocks(self, tokens.clone(), shape, stop=self._first_watched), []
+        tokens = run_blocks(self, tokens, shape, self._first_watched, class_rows=rows)
+        for row in rows:
+            score = update_score(score, row[:, 1:], self.ema_decay)
         if self.score == 'random':
             score = torch.rand_like(score)
         self._spent(len(images), tokens.shape[1], (self.coarse_size,) * 2, fine=False)
