@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -182,5 +183,5 @@ class DynamicGrainedEncoder(nn.Module):
             rows_columns, k = grid(side, shape), self.granularities.index(side)
             gate = unpool(gates[..., k : k + 1], self.region // side, rows_columns)
             changes.append(unpool(part.unflatten(1, rows_columns) * gate.type_as(part), side, shape))
-        change = sum(changes[1:], changes[0]).flatten(1, 2)
-        return tokens + torch.cat([of_extra, change], dim=1)
+        change = reduce(torch.add, changes).flatten(1, 2)
+        return tokens + (torch.cat([of_extra, change], dim=1) if num_extra else change)
