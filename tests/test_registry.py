@@ -51,7 +51,7 @@ PUBLIC = {
         'MixTokenPreprocessor',
         'PVT',
     ],
-    'engine': ['BudgetHook', 'FineSelectionHook', 'LossGuardHook', 'RandomStateHook'],
+    'engine': ['BudgetHook', 'FineSelectionHook', 'LossGuardHook', 'DenseTeacherHook', 'RandomStateHook'],
     'evaluation': ['CoarseToFineMetric', 'DynamicFLOPs'],
     'datasets': [
         'ADE20KDataset',

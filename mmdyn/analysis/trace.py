@@ -109,7 +109,7 @@ def waits(run: Callable, device: str) -> dict:
 
 def place(file: str) -> str:
     """A file without the folders of this machine."""
-    for root in (Path(__file__).parents[2], sysconfig.get_path('purelib')):
+    for root in (sysconfig.get_path('purelib'), Path(__file__).parents[2]):  # which may hold the environment
         file = file.removeprefix(f'{root}/')
     return file
 

@@ -175,6 +175,7 @@ REFUSED = {
     'analysis_tools/get_flops.py': ['nowhere.py'],
     'analysis_tools/profile_pass.py': ['--models', 'PVT-small', '--out', '{file}/x'],
     'analysis_tools/paper_tables.py': ['--paper', 'dge', '--table', '2', '--query-ratio', '3'],
+    'analysis_tools/sweep_budget.py': [CONFIG, 'nowhere.pth'],
     'analysis_tools/sweep_threshold.py': [CONFIG, 'nowhere.pth'],
     'dataset_tools/make_demo_dataset.py': ['--out', '{file}/x'],
     'demo.py': [CONFIG, '--work-dir', '{file}/x'],
