@@ -128,7 +128,7 @@ class DynamicGrainedEncoder(nn.Module):
             num_extra: E; extra tokens are always queries.
 
         Returns:
-            (B, E + H*W, C), equal to the block's own output where the granularity is 1.
+            (B, E + H*W, C), but for rounding the block's own output where the granularity is 1.
         """
         gates, choice = self._decide(tokens, shape, num_extra)
         if gates is not None and self.train_mode == 'dense':
