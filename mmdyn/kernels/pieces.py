@@ -4,13 +4,11 @@ torch's float32 products on a CPU are MKL's, which on some CPUs do not use their
 apply the GELU to what they have just computed.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
 from ..models.dge import Decision, DynamicGrainedEncoder, route
 from ..models.dge.router import choose
@@ -37,14 +35,6 @@ def linear(x: Tensor, layer: nn.Linear, gelu: bool = False) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(
         x, layer.weight, layer.bias, *(('gelu', [], 'none') if gelu else ('none', [], ''))
     )
-
-
-if torch.backends.mkldnn.is_available():
-
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _linear_flops(x_shape, weight_shape, *args, **kwargs) -> int:
-        """Operations of oneDNN's operator, for torch's counter, which has no formula of its own."""
-        return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 @run_blocks.register

@@ -12,6 +12,7 @@ from mmdyn.analysis.flops import build_model
 from mmdyn.analysis.latency import largest_difference, supports_bfloat16
 from mmdyn.analysis.synthetic import LayerChoice
 from mmdyn.models.layers import deformable_sampling
+from mmdyn.models.stage import run_blocks
 
 CONFIGS = Path(mmdyn.__file__).parents[1] / 'configs/demo'
 ONCE = Options(rounds=1)
@@ -76,7 +77,8 @@ def test_peers_compute_the_same(name):
     theirs, _ = peer_of(name, (64, 96), dense)
     with torch.inference_mode():
         ours, theirs = (model(images) for model in (dense, theirs))
-    assert largest_difference(ours, theirs) < 1e-4
+    difference = largest_difference(ours, theirs)
+    assert difference < 1e-4 and (difference > 0 or not run_blocks.kernels)  # plain PyTorch may do what a peer does
 
 
 def test_the_fallback_samples_only_in_the_peer():

@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 import mmdyn
 from mmdyn.analysis.flops import build_model
+from mmdyn.models.stage import run_blocks
 
 ROOT = Path(mmdyn.__file__).parents[1]
 spec = importlib.util.spec_from_file_location('benchmark', ROOT / 'tools/analysis_tools/benchmark.py')
@@ -76,7 +77,8 @@ def test_classification(run, trained, tmp_path, dtype):
     assert list(rows) == ['dense', 'DGE trained', 'DGE finest', 'timm']
     # One region of 4 x 4 cells, and the class token.
     assert rows['DGE trained']['query_ratio'] == pytest.approx(2 / 17)
-    assert rows['timm']['max_difference'] < 0.1  # 0 where both are torch's own operators
+    # Without kernels both are torch's own operators.
+    assert (1e-4 if run_blocks.kernels else 0) <= rows['timm']['max_difference'] < 0.1
     assert all(f'| {case} ' in printed.out for case in rows)
     assert all((tmp_path / 'out' / name).stat().st_size for name in ('benchmark.md', 'benchmark.png'))
 
