@@ -105,7 +105,7 @@ def test_evaluation(model):
     assert [count for count, _ in seen] == [2, 2, 1] and all(a is b for (_, a), b in zip(seen, batches))
     spent = spend(model, batches, 5)
     assert found.pop('milliseconds') > 0
-    assert found == dict(query_ratio=spent.query_ratio, gflops=spent.macs / 1e9, accuracy=5)
+    assert found == dict(query_ratio=spent.query_ratio, layers=spent.layers, gflops=spent.macs / 1e9, accuracy=5)
 
 
 def test_models_without_one_dynamic_backbone(backbone_config):
