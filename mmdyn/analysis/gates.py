@@ -59,7 +59,7 @@ def image_of(run: ImageRun) -> np.ndarray:
 def layers_with_regions(backbone: DynamicBackbone) -> list[LayerGates]:
     """The layers that had something to choose in the backbone's last forward pass."""
     return [
-        LayerGates(f'{prefix}{i}', encoder, shape)
+        LayerGates(f'{prefix}blocks.{i}', encoder, shape)
         for (stage, prefix), shape in zip(backbone.named_stages(), backbone.last_shapes)
         for i, encoder in enumerate(stage.dge)
         if encoder is not None and encoder.decision.choice[0].numel() > 1

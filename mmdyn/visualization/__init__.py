@@ -1,9 +1,11 @@
 from .gates import draw_gates, draw_outline, granularity_of_pixels
+from .page import data_uri, report_page
 from .predictions import build_visualizer, describe_label, draw_prediction
 from .regions import describe_stages, draw_regions, split_pixels, with_title
 
 __all__ = [
     'build_visualizer',
+    'data_uri',
     'describe_label',
     'describe_stages',
     'draw_gates',
@@ -11,6 +13,7 @@ __all__ = [
     'draw_prediction',
     'draw_regions',
     'granularity_of_pixels',
+    'report_page',
     'split_pixels',
     'with_title',
 ]

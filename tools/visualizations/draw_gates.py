@@ -102,7 +102,7 @@ def main() -> str:
         [
             f'{len(drawn)} pictures in {out}',
             *(
-                f'{name:12} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the '
+                f'{name:18} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the '
                 'background'
                 for name, (on, objects, off, background) in finest.items()
             ),
