@@ -55,7 +55,7 @@ def test_metadata_of_the_wheel(wheel):
     assert b'Apache License, Version 2.0' in wheel.read(f'{folder}/licenses/{metadata["License-File"]}')
     assert metadata['Requires-Python'] == '>=3.10'
     assert {'torch>=2.6', 'numpy', 'packaging'} <= set(metadata.get_all('Requires-Dist'))
-    assert set(metadata.get_all('Provides-Extra')) == {'mim', 'cls', 'det', 'seg', 'demo', 'tests', 'all'}
+    assert set(metadata.get_all('Provides-Extra')) == {'mim', 'cls', 'det', 'seg', 'analysis', 'demo', 'tests', 'all'}
     assert metadata.get_payload().strip() == (ROOT / 'README.md').read_text().strip()
 
 
