@@ -1,3 +1,4 @@
+from .attention import draw_attention
 from .gates import draw_gates, draw_outline, granularity_of_pixels
 from .page import data_uri, report_page
 from .predictions import build_visualizer, describe_label, draw_prediction
@@ -8,6 +9,7 @@ __all__ = [
     'data_uri',
     'describe_label',
     'describe_stages',
+    'draw_attention',
     'draw_gates',
     'draw_outline',
     'draw_prediction',

@@ -108,6 +108,7 @@ def draw_patches(accuracy: dict[str, Sequence[float]], every: float, count: int,
         axes.plot(range(1, len(values) + 1), values, '.-', label=f'the {count} {name} patches')
     axes.axhline(every, linestyle=':', color='0.4', label='all patches')
     axes.set(xlabel='block whose class attention tells them', ylabel='top-1 accuracy (%)')
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)

@@ -48,7 +48,7 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
                 axes.axhline(rows[name][metric], linestyle=style, color=f'C{colour}', label=f'{metric}, {name}')
     axes.set(ylabel='%')
     axes.tick_params(axis='x', rotation=60)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
 
 
