@@ -140,7 +140,7 @@ def budget_report(
         gallery: images to choose from.
         budgets: query ratios on average. Defaults to those of :data:`~mmdyn.analysis.budget.BUDGETS` that are
             reachable.
-        metric: to show. Defaults to the first that the evaluator finds.
+        metric: to show. Defaults to mIoU, or the first that the evaluator finds.
         images: that prices are measured on.
         say: is told what is being done.
 

@@ -1,8 +1,8 @@
 from .attention import draw_attention
 from .gates import draw_gates, draw_outline, granularity_of_pixels
 from .page import data_uri, report_page
-from .predictions import build_visualizer, describe_label, draw_prediction
-from .regions import describe_stages, draw_regions, split_pixels, with_title
+from .predictions import build_visualizer, describe_label, draw_prediction, prediction_panel
+from .regions import describe_stages, draw_regions, labelled, split_pixels, with_title
 
 __all__ = [
     'build_visualizer',
@@ -15,6 +15,8 @@ __all__ = [
     'draw_prediction',
     'draw_regions',
     'granularity_of_pixels',
+    'labelled',
+    'prediction_panel',
     'report_page',
     'split_pixels',
     'with_title',

@@ -28,9 +28,13 @@ def draw_redundancy(
     left.bar(edges[:-1], 100 * histogram.mean(0), width=np.diff(edges), align='edge')
     left.set(xlabel='correlation with the mean of the 2 x 2 patch', ylabel='tokens (%)')
     middle.plot([row['gflops'] for row in rows], [row[metric] for row in rows], '.-')
+    costs = [row['gflops'] for row in rows]
+    last = np.inf
     for row in rows:
         label = 'dense' if row['threshold'] is None else f'{row["threshold"]:g}'
-        middle.annotate(label, (row['gflops'], row[metric]), (2, 3), textcoords='offset points', fontsize=7)
+        if last - row['gflops'] > 0.03 * (max(costs) - min(costs)):  # or labels would hide each other
+            last = row['gflops']
+            middle.annotate(label, (last, row[metric]), (2, 3), textcoords='offset points', fontsize=7)
     middle.set(xlabel='multiply-adds of the backbone (G)', ylabel=metric)
     right.boxplot(of_images, whis=(0, 100))
     right.set(xlabel='block', ylabel='mean correlation of an image')

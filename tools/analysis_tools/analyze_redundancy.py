@@ -43,7 +43,7 @@ def main() -> str:
     parser.add_argument(
         '--thresholds', nargs='+', type=float, default=THRESHOLDS, help='default: 0.99, 0.98, 0.95, 0.9, ..., 0.5'
     )
-    parser.add_argument('--metric', help='to show (default: the first that the evaluator finds)')
+    parser.add_argument('--metric', help='to show (default: mIoU, or the first that the evaluator finds)')
     parser.add_argument('--out', help='folder of the results (default: work_dirs/<name of the config>/redundancy)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()

@@ -55,7 +55,7 @@ def main() -> str:
     parser.add_argument('--budgets', nargs='+', type=float, help='of DGE (default: 0.2, 0.3, ..., 1, if reachable)')
     parser.add_argument('--thresholds', nargs='+', type=float, help='of CF-ViT (default: 0, 0.1, ..., 1)')
     parser.add_argument('--calibrate', type=int, default=256, help='images that prices are measured on (default: 256)')
-    parser.add_argument('--metric', help='to show (default: the first that the evaluator finds)')
+    parser.add_argument('--metric', help='to show (default: mIoU, or the first that the evaluator finds)')
     parser.add_argument('--score-thr', type=float, default=0.3, help='least score of the instances to draw')
     parser.add_argument('--title', help='of the page (default: the name of the config)')
     parser.add_argument('--out', help='folder of the report (default: work_dirs/<name of the config>/report)')

@@ -88,7 +88,7 @@ def main() -> str:
     )
     parser.add_argument('--modes', nargs='+', choices=MODES, help='default: all')
     parser.add_argument('--images', type=int, default=256, help='that prices are measured on (default: 256)')
-    parser.add_argument('--metric', help='to show (default: the first that the evaluator finds)')
+    parser.add_argument('--metric', help='to show (default: mIoU, or the first that the evaluator finds)')
     parser.add_argument('--out', help='folder of the results (default: work_dirs/<name of the config>/budget)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()

@@ -19,29 +19,12 @@ from mmdyn.analysis.gates import run_with_gates
 from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
 from mmdyn.visualization import (
     build_visualizer,
-    describe_label,
     draw_gates,
     draw_outline,
-    draw_prediction,
     granularity_of_pixels,
-    with_title,
+    labelled,
+    prediction_panel,
 )
-
-
-def labelled(picture: np.ndarray, text: str, side: int) -> np.ndarray:
-    """The picture enlarged to ``side`` pixels of height below a line of text."""
-    interpolation = cv2.INTER_NEAREST if picture.shape[0] <= side else cv2.INTER_AREA
-    size = round(picture.shape[1] * side / picture.shape[0]), side
-    return with_title(cv2.resize(picture, size, interpolation=interpolation), text)
-
-
-def prediction(visualizer, run, args) -> np.ndarray:
-    """The picture of a run's prediction; a class is told in words."""
-    image = cv2.cvtColor(cv2.imread(str(run.path)), cv2.COLOR_BGR2RGB)
-    if 'pred_label' in run.sample:
-        return labelled(image, describe_label(run.sample, visualizer.dataset_meta), args.side)
-    drawn = draw_prediction(visualizer, image, run.sample, args.score_thr, max(1, args.side // image.shape[0]))
-    return labelled(drawn, 'prediction', args.side)
 
 
 @command
@@ -84,7 +67,7 @@ def main() -> str:
             mask = pipeline(dict(img_path=str(mask_file), img_id=0))['inputs'].numpy()[0] != args.background
         row = [labelled(image if mask is None else draw_outline(image, mask), path.stem, args.side)]
         if visualizer and path in drawn:
-            row.append(prediction(visualizer, run, args))
+            row.append(prediction_panel(visualizer, path, run.sample, args.side, args.score_thr))
         for name, encoder, shape in gated.layers:
             phi = granularity_of_pixels(encoder, shape, gated.size)[:height, :width]
             if mask is not None:
