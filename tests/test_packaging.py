@@ -47,6 +47,10 @@ def test_wheel_says_that_it_has_types(wheel):
     assert 'mmdyn/py.typed' in wheel.namelist()
 
 
+def test_wheel_holds_the_page_of_reports(wheel):
+    assert 'mmdyn/visualization/page.html' in wheel.namelist()
+
+
 def test_metadata_of_the_wheel(wheel):
     folder = f'mmdyn-{mmdyn.__version__}.dist-info'
     metadata = message_from_bytes(wheel.read(f'{folder}/METADATA'))
