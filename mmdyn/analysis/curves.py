@@ -65,9 +65,8 @@ def read_source(path: str | Path, name: str | None = None, metric: str | None = 
     if 'points' in first and 'metric' in first:
         rows = [dict(point, mode='', checkpoint='') for point in first['points']]
         found = of_rows(rows, name, choose_metric(rows, metric or first['metric'], path))
-        return [
-            found._replace(layers=first['points'][first['start']].get('layers', {}), stages=stages_of(first['points']))
-        ]
+        as_set = first['points'][first['start']]
+        return [found._replace(layers=as_set.get('layers', {}), stages=stages_of(first['points']))]
     if 'curve' in first and 'coarse_macs' in first:
         columns = first['curve']
         points = [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -95,9 +94,7 @@ def choose_metric(rows: Sequence[dict[str, Any]], metric: str, path: Path) -> st
     Raises:
         ValueError: if it is not.
     """
-    numbers = [
-        name for name, value in rows[0].items() if isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
+    numbers = [name for name, value in rows[0].items() if isinstance(value, (int, float))]
     if metric not in numbers:
         raise ValueError(f'{path} has no metric {metric}: choose from {numbers}.')
     return metric

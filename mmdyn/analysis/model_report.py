@@ -146,7 +146,7 @@ def budget_report(
 
     Returns:
         ``kind``, ``metric``, ``points`` by ascending multiply-adds, ``start``, the index of the point without a budget,
-        ``gflops_dense`` and ``pictures``.
+        ``gflops_dense`` on average over the gallery, and ``pictures``.
     """
     backbone = dynamic_backbone(model)
     budgets = budgets_of(backbone, budgets)
@@ -168,9 +168,10 @@ def budget_report(
 
     backbone.set_budget(None)
     say(f'choosing from {len(gallery.files)} images')
-    costs, dense = {}, 0.0
+    costs, dense = {}, []
     for gated in run_with_gates(model, backbone, cfg, gallery.files):
-        costs[gated.run.path], dense = gated.run.cost.spent.item(), gated.run.cost.dense / 1e9
+        costs[gated.run.path] = gated.run.cost.spent.item()
+        dense.append(gated.run.cost.dense / 1e9)
     groups = extremes(costs, gallery.num)
     pictures, visualizer = {}, None
     for index, point in enumerate(points):
@@ -197,7 +198,7 @@ def budget_report(
         metric=metric,
         points=points,
         start=start,
-        gflops_dense=dense,
+        gflops_dense=sum(dense) / len(dense),
         looked_at=len(costs),
         pictures=list(pictures.values()),
     )
@@ -268,7 +269,7 @@ def threshold_report(
         thresholds: confidences that stop an image. Defaults to 0, 0.1, ..., 1. The config's own is added.
 
     Returns:
-        as :func:`budget_report`, with the ``curve`` of all thresholds.
+        as :func:`budget_report`, with the ``curve`` of all thresholds if the metric is top-1 accuracy.
     """
     own, (backbone,) = model.test_cfg['threshold'], find_backbones(model)
     thresholds = sorted({*(thresholds or (tenth / 10 for tenth in range(11))), own})
@@ -325,7 +326,7 @@ def threshold_report(
         points=points,
         start=thresholds.index(own),
         gflops_dense=(first + added) / 1e9,
-        curve=list(zip((fine.macs / 1e9).tolist(), fine.top1.tolist())),
+        curve=list(zip((fine.macs / 1e9).tolist(), fine.top1.tolist())) if metric.endswith('top1') else [],
         looked_at=len(runs),
         images=len(both['labels']),
         pictures=pictures,

@@ -1,6 +1,6 @@
 from .attention import draw_attention
 from .gates import draw_gates, draw_outline, granularity_of_pixels
-from .page import data_uri, report_page
+from .page import data_uri, finite, report_page
 from .predictions import build_visualizer, describe_label, draw_prediction, prediction_panel
 from .regions import describe_stages, draw_regions, labelled, split_pixels, with_title
 
@@ -14,6 +14,7 @@ __all__ = [
     'draw_outline',
     'draw_prediction',
     'draw_regions',
+    'finite',
     'granularity_of_pixels',
     'labelled',
     'prediction_panel',

@@ -23,7 +23,7 @@ from mmdyn.analysis.threshold import has_threshold
 from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
 from mmdyn.engine.launch import build_runner
 from mmdyn.evaluation import DynamicFLOPs
-from mmdyn.visualization import report_page
+from mmdyn.visualization import finite, report_page
 
 PROTOCOL = (
     'Multiply-adds are those of the backbone for one image: linear layers, convolutions and both products of '
@@ -42,6 +42,15 @@ def notes(report: dict, machine: dict, batch: int) -> list[str]:
         else 'An image stops at the coarse stage if its confidence there reaches the threshold.'
     )
     return [kind, f'{PROTOCOL} Batches have {batch} images.', f'Measured with mmdyn {mmdyn.__version__}: {place}.']
+
+
+def without_pixels(report: dict) -> dict:
+    """The report's numbers and words."""
+    pictures = [
+        {**picture, 'image': None, 'views': [{**view, 'picture': None} for view in picture['views']]}
+        for picture in report['pictures']
+    ]
+    return dict(report, pictures=pictures)
 
 
 @command
@@ -100,8 +109,7 @@ def main() -> str:
     )
     page = out / 'report.html'
     page.write_text(report_page(report), encoding='utf-8')
-    without = [{**picture, 'image': None} for picture in report['pictures']]
-    (out / 'report.json').write_text(json.dumps(dict(report, pictures=without), indent=1))
+    (out / 'report.json').write_text(json.dumps(finite(without_pixels(report)), indent=1))
     return f'{page} ({page.stat().st_size / 1e6:.1f} MB), with its numbers in report.json'
 
 
