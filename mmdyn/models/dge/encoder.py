@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..thread_local import ThreadLocal
+from .budget import queries_within
 from .router import Router, choose, straight_through_gates
 from .routing import centres, count_patches, grid, pool, route, unpool
 
@@ -48,7 +49,7 @@ class Decision(NamedTuple):
     Attributes:
         choice: (B, rows, columns) index of each region's granularity.
         queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7,
-            otherwise on the CPU, where the lengths are.
+            otherwise on the CPU, where the lengths are, but for an exact budget, which no device is waited for.
     """
 
     choice: Tensor
@@ -133,14 +134,18 @@ class DynamicGrainedEncoder(nn.Module):
         gates, choice = self._decide(tokens, shape, num_extra)
         if gates is not None and self.train_mode == 'dense':
             return self._all_branches(block, tokens, shape, num_extra, gates, choice)
-        routing = route(choice, shape, self.granularities, self.region, num_extra)
+        capacity = self._capacity(shape, num_extra) if gates is None else None
+        routing = route(choice, shape, self.granularities, self.region, num_extra, capacity)
         points = None
         if getattr(block, 'uses_points', False):
             points = routing.compress(F.pad(centres(shape, tokens.device), (0, 0, num_extra, 0)))
         queries = routing.compress(tokens)
         residual = block(queries, tokens, shape, num_extra, routing.lengths, points) - queries
-        if gates is None:
+        if gates is None and capacity is None:
             self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
+        elif gates is None:
+            chosen = F.one_hot(choice, len(self.granularities))
+            self.decision = Decision(choice, self._count(chosen, shape, num_extra))
         else:
             gates = gates * F.one_hot(choice, len(self.granularities))
             self.decision = Decision(choice, self._count(gates, shape, num_extra))
@@ -158,6 +163,13 @@ class DynamicGrainedEncoder(nn.Module):
         logits = self.router(pool(tokens, shape, side, num_extra))
         gates, choice = straight_through_gates(logits, self.tau, forced)
         return gates.expand(-1, *regions, -1), choice.expand(-1, *regions)
+
+    def _capacity(self, shape: tuple[int, int], num_extra: int) -> int | None:
+        """Most queries of an image in inference with an exact budget; None without one."""
+        if self.router.share is None or self.forced is not None:
+            return None
+        least, most = self.query_bounds(shape, num_extra)
+        return min(max(queries_within(self.router.share, shape, num_extra), least), most)
 
     def _count(self, gates: Tensor, shape: tuple[int, int], num_extra: int) -> Tensor:
         """(B) queries of the gates, the sum in the numerator of eq. 7 for one layer."""

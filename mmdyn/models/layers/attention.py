@@ -17,6 +17,13 @@ def pack(queries: Tensor, lengths: list[int] | None) -> tuple[Tensor, list[int]]
     return queries.flatten(0, 1), [queries.shape[1]] * len(queries)
 
 
+def spread(x: Tensor, lengths: list[int]) -> Tensor:
+    """What is of an image, for each of its packed queries: (B, ...) -> (N, ...)."""
+    if len(set(lengths)) == 1:
+        return x.repeat_interleave(lengths[0], 0)
+    return x.repeat_interleave(torch.tensor(lengths, dtype=torch.long, device=x.device), 0, output_size=sum(lengths))
+
+
 @replaceable
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
     """Attention of packed queries, each over the keys of its own image, without padding.

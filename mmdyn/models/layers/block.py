@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import spread
+
 
 class FFN(nn.Module):
     """Linear, GELU, linear.
@@ -38,7 +40,7 @@ def drop_path(x: Tensor, rate: float, lengths: list[int] | None = None) -> Tenso
     num = len(x) if lengths is None else len(lengths)
     keep = torch.empty(num, device=x.device).bernoulli_(1 - rate) / (1 - rate)
     if lengths is not None:
-        keep = keep.repeat_interleave(torch.tensor(lengths, device=x.device), output_size=len(x))
+        keep = spread(keep, lengths)
     return x * keep.view(-1, *(1,) * (x.ndim - 1)).type_as(x)
 
 

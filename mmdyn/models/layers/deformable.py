@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..dge.routing import centres
 from ..replaceable import replaceable
-from .attention import pack
+from .attention import pack, spread
 
 
 @replaceable
@@ -40,9 +40,7 @@ def deformable_sampling(
         return deformable_sampling.plain(value.float(), points.float(), weights.float(), shape, lengths).to(value.dtype)
     # Each point is the weighted sum of its four neighbouring cells.
     (height, width), heads = shape, value.shape[2]
-    image = torch.arange(len(lengths), device=value.device, dtype=torch.int32).repeat_interleave(
-        torch.tensor(lengths, device=value.device, dtype=torch.long), output_size=len(points)
-    )
+    image = spread(torch.arange(len(lengths), device=value.device, dtype=torch.int32), lengths)
     # Rows of the (B * H*W * heads) values: an image's begin at its first cell, those of a cell at its first head.
     first = (image * (height * width * heads))[:, None] + torch.arange(heads, device=value.device, dtype=torch.int32)
     x, y = (place.contiguous() for place in points.unbind(-1))
