@@ -76,9 +76,7 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     if not isinstance(example, Tensor):
         raise TypeError(f'mmdyn.graphed: example is a {type(example).__name__}: give a tensor, e.g. a batch of images.')
     if model.training:
-        raise ValueError(
-            'mmdyn.graphed: the model is in training mode, but a pass in inference is recorded: model.eval().'
-        )
+        raise ValueError('mmdyn.graphed records inference, but the model is in training mode: call model.eval() first.')
     for name, module in model.named_modules():
         if isinstance(module, DynamicGrainedEncoder) and module.router.share is None and module.forced is None:
             raise ValueError(

@@ -73,8 +73,8 @@ def test_model_whose_shapes_are_not_known_is_refused(make_backbone):
 
 
 def test_model_in_training_mode_is_refused(make_backbone):
-    with pytest.raises(ValueError, match=r'training mode; call model\.eval\(\)'):
-        graphed(make_backbone('deit'), torch.empty(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r'in training mode: call model\.eval\(\) first'):
+        graphed(make_backbone('deit').train(), torch.empty(1, 3, 32, 32))
 
 
 def test_example_that_is_no_tensor_is_refused(make_backbone):

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..replaceable import replaceable
+
 
 def grid(side: int, shape: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of the side x side patches that cover a map of ``shape`` (H, W) cells."""
@@ -90,6 +92,7 @@ class Routing:
         return tokens + spread.view_as(tokens)
 
 
+@replaceable
 def route(
     choice: Tensor,
     shape: tuple[int, int],
@@ -100,7 +103,7 @@ def route(
 ) -> Routing:
     """Turn the choice of each region into queries.
 
-    The queries of an image are its extra tokens, then its patches by their first cells.
+    The queries of an image are its extra tokens, then its patches, here by their first cells.
 
     Args:
         choice: (B, rows, columns) indices into ``granularities``.
