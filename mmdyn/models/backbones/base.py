@@ -173,6 +173,35 @@ class DynamicBackbone(BaseModule):
         """
         decide_by(self, prices=None if price is None else prices_of_layers(self, price))
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """How deep a parameter lies, for layer-wise decay of the learning rate, as mmpretrain asks for it.
+
+        The first embeddings have depth 0, the blocks 1 to L through all stages, whatever is behind them L + 1. A router
+        is of its block's depth. What a later stage begins with, its embeddings and a class token, is of the depth of
+        the last block before it.
+
+        Args:
+            param_name: name of the parameter.
+            prefix: of the backbone's parameters; others lie behind it.
+
+        Returns:
+            The depth, and the number of depths, L + 2.
+        """
+        stages = list(self.named_stages())
+        num = 2 + sum(len(stage.blocks) for stage, _ in stages)
+        name, before = param_name.removeprefix(prefix), 0
+        if not param_name.startswith(prefix):
+            return num - 1, num
+        for stage, start in stages:
+            part, _, rest = name.removeprefix(start).partition('.')
+            of_stage = name.startswith(start)
+            if of_stage and part in ('blocks', 'dge'):
+                return before + 1 + int(rest.partition('.')[0]), num
+            if (of_stage and part.endswith('_embed')) or (part.endswith('_token') and stage is stages[-1][0]):
+                return before, num
+            before += len(stage.blocks)
+        return num - 1, num
+
     def _cost_of(self, shapes: list[tuple[int, int]], queries_of: Callable) -> BackboneCost:
         """Cost of maps of these shapes; ``queries_of`` takes an encoder or None, and its least and greatest number."""
         device = next(self.parameters()).device
