@@ -9,6 +9,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ...values import check_choice, check_number, check_type
 from ..cost import BackboneCost, CostMeter, stage_cost
 from ..dge import DynamicGrainedEncoder
 from ..dge.prices import Prices
@@ -142,9 +143,14 @@ class DynamicBackbone(BaseModule):
             prices: what tools/analysis_tools/sweep_budget.py measured, or its file. Necessary for ``'average'``.
 
         Raises:
+            TypeError: for prices that are neither a file nor what one holds.
             ValueError: for a backbone without DGE, a budget that its granularities or the prices do not reach, an exact
                 one with a routing by layer, or an average one without prices.
         """
+        check_choice('budget mode', mode, ('exact', 'average'))
+        check_type(
+            'prices', prices, (str, Path, Mapping, Prices, type(None)), "the file that was measured, e.g. 'prices.json'"
+        )
         if budget is None:
             decide_by(self)
             return
@@ -169,8 +175,10 @@ class DynamicBackbone(BaseModule):
                 another layer costs in proportion to its C^l on images of ``img_size``. None lets the routers decide.
 
         Raises:
-            ValueError: for a backbone without DGE.
+            ValueError: for a backbone without DGE, or a price that is no number.
         """
+        if price is not None:
+            check_number('price', price, '(-inf, inf)', 'what each query lowers a logit by')
         decide_by(self, prices=None if price is None else prices_of_layers(self, price))
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
