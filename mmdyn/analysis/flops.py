@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.command import load_weights
-from ..models.backbones.base import DynamicBackbone, find_backbones
-from ..models.checks import check_channels, check_sides
+from ..models.backbones.base import DynamicBackbone, check_sides, find_backbones
+from ..models.checks import check_channels
 from ..models.cost import BackboneCost, CostMeter
 from ..values import check_integer, check_number, sides
 

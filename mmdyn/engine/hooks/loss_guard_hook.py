@@ -5,8 +5,8 @@ import torch
 from mmengine.runner import Runner
 from torch.utils.hooks import RemovableHandle
 
-from ...models.backbones.base import DynamicBackbone, find_backbones
-from ...models.checks import check_classes, check_sides
+from ...models.backbones.base import DynamicBackbone, check_sides, find_backbones
+from ...models.checks import check_classes
 from ...registry import HOOKS
 from ...values import check_integer
 from .loss_hook import LossHook, unwrapped

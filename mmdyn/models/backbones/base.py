@@ -1,7 +1,7 @@
 """What the dynamic backbones share: frozen parts, initialisation, and the account of what they spent."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...values import check_choice, check_number, check_type
 from ..cost import BackboneCost, CostMeter, stage_cost
 from ..dge import DynamicGrainedEncoder
 from ..dge.prices import Prices
-from ..layers import DeformableAttention, EncoderBlock
+from ..layers import ConvStem, DeformableAttention, EncoderBlock
 from ..stage import Stage
 from ..thread_local import ThreadLocal
 from .budget import check_budget, check_layers, decide_by, dynamic_layers, prices_of_layers, shares_of_layers
@@ -248,6 +248,37 @@ class DynamicBackbone(BaseModule):
 def find_backbones(model: nn.Module) -> list[DynamicBackbone]:
     """The backbones of a model that are mmdyn's, dense or dynamic."""
     return [module for module in model.modules() if isinstance(module, DynamicBackbone)]
+
+
+def least_side(backbone: 'DynamicBackbone') -> int:
+    """Pixels of the shorter side that an image needs, so that each stage has a patch, and what its keys are made of."""
+    least, stride = 1, 1
+    for stage, _ in backbone.named_stages():
+        halved = 2 if isinstance(stage.patch_embed, ConvStem) else 1
+        stride *= halved * stage.patch_embed.proj.kernel_size[0]
+        least = max(least, stride * max([getattr(block.attn, 'sr_ratio', 1) for block in stage.blocks], default=1))
+    return least
+
+
+def check_sides(backbone: 'DynamicBackbone', shape: tuple, images: Sequence[str] = ()) -> None:
+    """Compare the sides of a batch with what the backbone needs.
+
+    Args:
+        backbone: that gets it.
+        shape: (B, C, H, W) of the batch.
+        images: files of the batch, as far as they are known.
+
+    Raises:
+        ValueError: if they are too small; it names them.
+    """
+    least = least_side(backbone)
+    if min(shape[-2:]) < least:
+        raise ValueError(
+            f'Images of {shape[-2]} x {shape[-1]} pixels are too small for the {type(backbone).__name__}, '
+            f'which needs {least} x {least}: resize or pad them in the pipeline, e.g. with '
+            f'data_preprocessor=dict(pad_size_divisor={least}), or leave them out.'
+            + (f' Images: {", ".join(images)}' if images else '')
+        )
 
 
 def make_blocks(owner: nn.Module, blocks: list[EncoderBlock], dim: int, dge: dict | None) -> None:

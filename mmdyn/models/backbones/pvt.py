@@ -17,7 +17,7 @@ from ..layers import (
     to_maps,
 )
 from ..stage import run_blocks
-from .base import DynamicBackbone, make_blocks
+from .base import DynamicBackbone, check_sides, make_blocks
 from .options import (
     OUT_TYPES,
     budget_of,
@@ -241,6 +241,7 @@ class PVT(DynamicBackbone):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) images -> the outputs that ``out_type`` and ``out_indices`` name."""
+        check_sides(self, x.shape)
         outs, shapes = [], []
         for i, stage in enumerate(self.stages):
             tokens, shape = stage(x, getattr(self, 'cls_token', None))

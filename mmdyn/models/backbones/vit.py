@@ -16,7 +16,7 @@ from ..layers import (
     to_maps,
 )
 from ..stage import run_blocks
-from .base import DynamicBackbone, make_blocks
+from .base import DynamicBackbone, check_sides, make_blocks
 from .options import (
     OUT_TYPES,
     budget_of,
@@ -135,6 +135,7 @@ class PlainViT(DynamicBackbone):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) images -> the outputs that ``out_type`` and ``out_indices`` name."""
+        check_sides(self, x.shape)
         tokens, shape = self.patch_embed(x)
         extra = [self.cls_token, self.dist_token] if self.num_extra > 1 else [self.cls_token]
         tokens = torch.cat([*(t.expand(len(x), -1, -1).type_as(tokens) for t in extra), tokens], dim=1)
