@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...models.backbones.base import find_backbones
 from ...models.checks import has_backbone
 from ...registry import HOOKS
+from ...values import check_number, check_type
 from .loss_hook import LossHook
 
 # In the message hub, which checkpoints hold and resuming restores.
@@ -84,13 +85,16 @@ class DenseTeacherHook(LossHook):
     def __init__(
         self, checkpoint: str | None = None, logits: float = 0.5, features: float = 0.5, tau: float = 1.0
     ) -> None:
-        if min(logits, features) < 0 or logits == features == 0:
+        for name, value in (('logits', logits), ('features', features)):
+            check_number(f'DenseTeacherHook: {name}', value, '[0, inf)', 'the weight of a loss')
+        if logits == features == 0:
             raise ValueError(
-                f'DenseTeacherHook: logits={logits} and features={features} are weights of losses: neither '
-                'may be negative, and one has to be greater than 0.'
+                'DenseTeacherHook: logits=0 and features=0 are the weights of its losses: one has to be greater than 0.'
             )
-        if not tau > 0:
-            raise ValueError(f'DenseTeacherHook: tau={tau}: the temperature must be greater than 0.')
+        check_number('DenseTeacherHook: tau', tau, '(0, inf)', 'the temperature of the softmax')
+        check_type(
+            'DenseTeacherHook: checkpoint', checkpoint, (str, type(None)), 'the path of a checkpoint of the dense model'
+        )
         self.checkpoint, self.logits, self.features, self.tau = checkpoint, logits, features, tau
 
     def prepare(self, runner: Runner, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...values import MOST, check_integer, check_number, is_integer
 from ..thread_local import ThreadLocal
 from .budget import queries_within
 from .router import Router, choose, straight_through_gates
@@ -22,13 +23,13 @@ def check_granularities(granularities: Sequence[int], region_size: int | None = 
     phis = tuple(granularities)
     if not phis or not any(phis):
         raise ValueError(f'granularities={phis} leave no query: give at least one side greater than 0, e.g. (1, 2, 4).')
-    if not all(isinstance(phi, int) and phi >= 0 for phi in phis):
+    if not all(is_integer(phi, 0, MOST) for phi in phis):
         raise ValueError(f'granularities={phis}: each is the side of a patch in cells, an integer >= 0 (0 skips).')
     if list(phis) != sorted(set(phis)):
         raise ValueError(
             f'granularities={phis} must be in ascending order without repeats: write {tuple(sorted(set(phis)))}.'
         )
-    if region_size is not None and not (isinstance(region_size, int) and region_size > 0):
+    if region_size is not None and not is_integer(region_size, 1, MOST):
         raise ValueError(
             f'region_size={region_size!r}: give the side of a region in cells, an integer greater than 0, or '
             'None for the largest granularity.'
@@ -89,6 +90,7 @@ class DynamicGrainedEncoder(nn.Module):
         tau: float = 1.0,
     ):
         super().__init__()
+        check_integer('dim', dim, 1, MOST, 'the channels')
         self.granularities = check_granularities(granularities, region_size)
         self.region = region_size or max(self.granularities)
         for name, value, allowed in (
@@ -97,8 +99,7 @@ class DynamicGrainedEncoder(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f'dge {name}={value!r}: choose from {allowed}.')
-        if not tau > 0:
-            raise ValueError(f'dge tau={tau}: the temperature must be greater than 0.')
+        check_number('dge tau', tau, '(0, inf)', 'the temperature of the softmax')
         self.routing, self.train_mode, self.tau = routing, train_mode, tau
         self.router = Router(dim, self.granularities)
         self.forced: Tensor | None = None

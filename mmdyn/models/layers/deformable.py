@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...values import MOST, check_integer
 from ..dge.routing import centres
 from ..replaceable import replaceable
-from .attention import pack, spread
+from .attention import check_heads, pack, spread
 
 
 @replaceable
@@ -78,10 +79,8 @@ class DeformableAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, num_points: int = 4):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.'
-            )
+        check_heads(dim, num_heads)
+        check_integer('num_points', num_points, 1, MOST, 'the points of each head')
         self.num_heads, self.num_points = num_heads, num_points
         self.offsets = nn.Linear(dim, num_heads * num_points * 2)
         self.attn_weight = nn.Linear(dim, num_heads * num_points)

@@ -315,15 +315,22 @@ def test_model_that_no_config_tells_of(classifier_config):
         watch(model, model, 'x.pth')
 
 
-@pytest.mark.parametrize('options', [dict(logits=-1.0), dict(features=-0.5), dict(logits=0.0, features=0.0)])
-def test_weights_that_are_none(options):
-    with pytest.raises(ValueError, match='neither may be negative, and one has to be greater than 0'):
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(logits=-1.0), r'logits=-1.0: give a number in \[0, inf\), the weight of a loss'),
+        (dict(features=-0.5), r'features=-0.5: give a number in \[0, inf\), the weight of a loss'),
+        (dict(logits=0.0, features=0.0), 'one has to be greater than 0'),
+    ],
+)
+def test_weights_that_are_none(options, message):
+    with pytest.raises(ValueError, match=message):
         DenseTeacherHook(**options)
 
 
 @pytest.mark.parametrize('tau', [0, -1])
 def test_temperature_that_is_none(tau):
-    with pytest.raises(ValueError, match=f'tau={tau}: the temperature must be greater than 0'):
+    with pytest.raises(ValueError, match=rf'tau={tau}: give a number in \(0, inf\), the temperature'):
         DenseTeacherHook(tau=tau)
 
 

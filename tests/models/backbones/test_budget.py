@@ -188,7 +188,7 @@ def test_budget_of_a_copy_on_another_device_goes_with_it(model):
         (1.1, {}, 'budget=1.1 cannot be reached'),
         ('half', {}, "budget='half': give a query ratio, a number such as 0.4, or None"),
         (True, {}, 'budget=True: give a query ratio'),
-        (0.5, dict(mode='median'), "budget mode='median': choose 'exact' or 'average'"),
+        (0.5, dict(mode='median'), r"budget mode='median': choose from \('exact', 'average'\)"),
         (0.5, dict(mode='average'), "An average budget needs prices that were measured: give prices='prices.json'"),
         (0.5, dict(mode='average', prices='none.json'), "prices='none.json' cannot be read: No such file"),
         (

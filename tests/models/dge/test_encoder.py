@@ -468,7 +468,7 @@ def test_unfit_granularities(granularities, region_size, message):
     [
         (dict(routing='image'), r"dge routing='image': choose from \('region', 'layer'\)"),
         (dict(train_mode='soft'), r"dge train_mode='soft': choose from \('sparse', 'dense'\)"),
-        (dict(tau=0.0), r'dge tau=0.0: the temperature must be greater than 0'),
+        (dict(tau=0.0), r'dge tau=0.0: give a number in \(0, inf\), the temperature'),
     ],
 )
 def test_unfit_options(option, message):
