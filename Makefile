@@ -125,7 +125,8 @@ demo-seg: setup
 
 demo-cls-cf: setup
 	@$(BIN)/python tools/dataset_tools/make_demo_dataset.py
-	$(BIN)/python tools/demo.py configs/demo/vit-mini_digits.py configs/demo/cf-vit-mini_digits.py
+	$(BIN)/python tools/demo.py configs/demo/vit-mini_digits.py configs/demo/vit-mini-finetune_digits.py \
+		configs/demo/cf-vit-mini_digits.py
 	run=work_dirs/demo/cf-vit-mini_digits
 	checkpoint=$$(cat $$run/last_checkpoint)
 	$(BIN)/python tools/analysis_tools/sweep_threshold.py configs/demo/cf-vit-mini_digits.py "$$checkpoint" --out $$run/threshold

@@ -148,6 +148,7 @@ TARGETS = {
     'BudgetHook': known(engine.BudgetHook),
     'DenseTeacherHook': known(engine.DenseTeacherHook),
     'FineSelectionHook': known(engine.FineSelectionHook),
+    'FrozenStartHook': known(engine.FrozenStartHook),
     'LossGuardHook': known(engine.LossGuardHook),
     'RandomStateHook': known(engine.RandomStateHook),
     'CoarseToFineMetric': known(evaluation.CoarseToFineMetric),

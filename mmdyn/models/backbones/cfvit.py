@@ -65,6 +65,7 @@ class CFViT(PlainViT):
             all tokens, of which its head needs the patches.
 
     Attributes:
+        plain_config: the config of the plain backbone that a stage on all patches is, DeiT or LV-ViT.
         split_all: in training, split all patches, whatever their score; see
             :class:`~mmdyn.engine.FineSelectionHook`.
         last_cost: what the stage that the thread ran last spent.
@@ -124,6 +125,16 @@ class CFViT(PlainViT):
         )
         if not is_integer(ema_start, 1, len(self.blocks)):
             raise ValueError(f'ema_start={ema_start!r}: choose a block from 1 to {len(self.blocks)}.')
+        self.plain_config = dict(
+            type='mmdyn.LVViT' if family == 'lvvit' else 'mmdyn.DeiT',
+            arch=numbers,
+            img_size=side,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            out_type=out_type,
+            interpolate_mode=interpolate_mode,
+            norm_eps=norm_eps,
+        )
         self.coarse_size, self.side, self.alpha = coarse_size, side, alpha
         self.score, self.reuse_kind = score, reuse
         self.ema_decay, self.ema_start, self.split_all = ema_decay, ema_start, False
