@@ -1,36 +1,33 @@
 """What must hold between mmdyn and the packages below it."""
 
-from importlib import metadata
+from importlib import import_module
 
 import numpy as np
 import torch
 from packaging.version import Version
 
-# Import name: distributions that provide it (the maintained forks keep the import name), least and first unfit version.
-REQUIRED = {
-    'mmengine': (('mmengine', 'onedl-mmengine', 'mmengine-lite'), '0.10.0', '1.0.0'),
-    'mmcv': (('mmcv', 'onedl-mmcv', 'mmcv-lite'), '2.0.0', '3.0.0'),
-}
+# Module: least and first unfit version. Forks keep the names of the modules and go on with their versions.
+REQUIRED = {'mmengine': ('0.10.0', '1.0.0'), 'mmcv': ('2.1.0', '3.0.0')}
 
 
-def installed_version(distributions) -> str:
-    """Version of the first distribution that is installed, or ''."""
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return ''
+def installed_version(module: str) -> str:
+    """``__version__`` of a module, whose distribution may have any name; '' if it is not installed."""
+    try:
+        return import_module(module).__version__
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        return ''
 
 
 def check_versions(required: dict = REQUIRED) -> None:
     """Raise ImportError, which says what to install, if a foundation is missing or of an unfit version."""
-    for module, (distributions, least, unfit) in required.items():
-        found = installed_version(distributions)
+    for module, (least, unfit) in required.items():
+        found = installed_version(module)
         if not found or not Version(least) <= Version(found) < Version(unfit):
             raise ImportError(
                 f'mmdyn needs {module}>={least},<{unfit}, but {found or "none"} is installed. Install it '
-                f'with: pip install "{module}>={least},<{unfit}"'
+                f'with: pip install "{module}>={least},<{unfit}"; its maintained fork, onedl-{module}, will do, too.'
             )
 
 

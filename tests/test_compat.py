@@ -17,16 +17,28 @@ def test_unfit_version_says_what_to_install(least, unfit, found):
         match=rf'needs mmengine>={least},<{unfit}, but {found}.* is installed. Install it with: '
         rf'pip install "mmengine>={least},<{unfit}"',
     ):
-        check_versions({'mmengine': (('mmengine',), least, unfit)})
+        check_versions({'mmengine': (least, unfit)})
 
 
 def test_missing_package():
     with pytest.raises(ImportError, match='needs nothing>=1,<2, but none is installed'):
-        check_versions({'nothing': (('surely-not-installed',), '1', '2')})
+        check_versions({'nothing': ('1', '2')})
 
 
-def test_fork_of_another_distribution_name_counts():
-    check_versions({'mmengine': (('onedl-not-installed', 'mmengine'), '0.1', '99')})
+def test_fork_of_another_distribution_name_counts(tmp_path, monkeypatch):
+    """What is imported is what counts, not what pip calls it."""
+    (tmp_path / 'forked_foundation.py').write_text("__version__ = '1.5'")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_versions({'forked_foundation': ('1', '2')})
+    with pytest.raises(ImportError, match='needs forked_foundation>=2,<3, but 1.5 is installed'):
+        check_versions({'forked_foundation': ('2', '3')})
+
+
+def test_what_a_foundation_lacks_is_not_taken_for_the_foundation(tmp_path, monkeypatch):
+    (tmp_path / 'broken_foundation.py').write_text('import surely_not_installed')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match='surely_not_installed'):
+        check_versions({'broken_foundation': ('1', '2')})
 
 
 def test_checkpoints_may_name_statistics_of_log_buffers_only():
