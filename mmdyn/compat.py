@@ -48,15 +48,16 @@ def allow_mmengine_checkpoints() -> None:
     from mmengine.logging import HistoryBuffer
 
     HistoryBuffer()  # the first one registers the statistics that every checkpoint names
-    numpy_core = getattr(np, '_core', None) or np.core
+    # What rebuilds arrays and numbers was in numpy.core before numpy 2, and checkpoints are read by other versions than wrote
+    # them.
+    rebuild = [value.__reduce__()[0] for value in (np.zeros(1), np.float64(1))]
     torch.serialization.add_safe_globals(
         [
             HistoryBuffer,
             (statistic_of_history_buffer, 'builtins.getattr'),
             np.ndarray,
             np.dtype,
-            numpy_core.multiarray._reconstruct,
-            numpy_core.multiarray.scalar,
+            *((f, f'{core}.multiarray.{f.__name__}') for f in rebuild for core in ('numpy.core', 'numpy._core')),
             *(type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'int32', 'bool')),
         ]
     )

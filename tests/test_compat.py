@@ -1,6 +1,9 @@
 import os
+import zipfile
 
+import numpy as np
 import pytest
+import torch
 from mmengine.logging import HistoryBuffer
 
 from mmdyn.compat import check_versions, statistic_of_history_buffer
@@ -46,3 +49,19 @@ def test_checkpoints_may_name_statistics_of_log_buffers_only():
     for owner, name in ((os, 'system'), (HistoryBuffer, '__init__')):
         with pytest.raises(ValueError, match=f'asks for .*{name}, which is no statistic'):
             statistic_of_history_buffer(owner, name)
+
+
+@pytest.mark.parametrize('core', [b'numpy.core', b'numpy._core'])
+def test_checkpoints_of_other_versions_of_numpy_are_read(tmp_path, core):
+    """As before numpy 2, and since: the names in the file are replaced by those that the other writes."""
+    buffer = HistoryBuffer([1.0, 2.0], [1, 1])
+    torch.save(dict(state_dict={}, loss=buffer, best=np.float64(3)), tmp_path / 'own.pth')
+    with zipfile.ZipFile(tmp_path / 'own.pth') as own, zipfile.ZipFile(tmp_path / 'other.pth', 'w') as other:
+        for name in own.namelist():
+            content = own.read(name)
+            if name.endswith('data.pkl'):
+                content = content.replace(b'numpy._core', b'numpy.core').replace(b'numpy.core', core)
+                assert content.count(core + b'.multiarray\n') == 2
+            other.writestr(name, content)
+    read = torch.load(tmp_path / 'other.pth', weights_only=True)
+    assert read['loss'].mean() == 1.5 and read['best'] == 3
