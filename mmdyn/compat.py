@@ -1,6 +1,6 @@
 """What must hold between mmdyn and the packages below it."""
 
-from importlib import import_module
+from importlib import import_module, metadata
 
 import numpy as np
 import torch
@@ -29,6 +29,22 @@ def check_versions(required: dict = REQUIRED) -> None:
                 f'mmdyn needs {module}>={least},<{unfit}, but {found or "none"} is installed. Install it '
                 f'with: pip install "{module}>={least},<{unfit}"; its maintained fork, onedl-{module}, will do, too.'
             )
+
+
+def is_installed(distribution: str) -> bool:
+    """Whether pip knows of it."""
+    try:
+        return bool(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def find_configs_of_forks() -> None:
+    """Let ``mmseg::`` in a config lead to onedl-mmsegmentation: its mmengine, too, asks for the original's distribution."""
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    if not is_installed(MODULE2PACKAGE['mmseg']) and is_installed('onedl-mmsegmentation'):
+        MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
 
 
 def statistic_of_history_buffer(owner, name: str):

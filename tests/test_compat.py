@@ -4,9 +4,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 
-from mmdyn.compat import check_versions, statistic_of_history_buffer
+from mmdyn import compat
+from mmdyn.compat import check_versions, find_configs_of_forks, statistic_of_history_buffer
 
 
 def test_installed_versions_fit():
@@ -42,6 +44,22 @@ def test_what_a_foundation_lacks_is_not_taken_for_the_foundation(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match='surely_not_installed'):
         check_versions({'broken_foundation': ('1', '2')})
+
+
+@pytest.mark.parametrize(
+    'installed, expected',
+    [
+        (['mmsegmentation'], 'mmsegmentation'),
+        (['onedl-mmsegmentation'], 'onedl-mmsegmentation'),
+        (['mmsegmentation', 'onedl-mmsegmentation'], 'mmsegmentation'),
+        ([], 'mmsegmentation'),
+    ],
+)
+def test_configs_of_the_fork_of_mmseg_are_found(monkeypatch, installed, expected):
+    monkeypatch.setattr(compat, 'is_installed', installed.__contains__)
+    monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+    find_configs_of_forks()
+    assert MODULE2PACKAGE['mmseg'] == expected
 
 
 def test_checkpoints_may_name_statistics_of_log_buffers_only():
