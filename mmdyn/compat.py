@@ -40,7 +40,7 @@ def is_installed(distribution: str) -> bool:
 
 
 def find_configs_of_forks() -> None:
-    """Let ``mmseg::`` in a config lead to onedl-mmsegmentation: its mmengine, too, asks for the original's distribution."""
+    """Let ``mmseg::`` in a config lead to onedl-mmsegmentation, for which its mmengine has the original's name."""
     from mmengine.config.utils import MODULE2PACKAGE
 
     if not is_installed(MODULE2PACKAGE['mmseg']) and is_installed('onedl-mmsegmentation'):
@@ -64,8 +64,7 @@ def allow_mmengine_checkpoints() -> None:
     from mmengine.logging import HistoryBuffer
 
     HistoryBuffer()  # the first one registers the statistics that every checkpoint names
-    # What rebuilds arrays and numbers was in numpy.core before numpy 2, and checkpoints are read by other versions than wrote
-    # them.
+    # A checkpoint may be of before numpy 2, which moved what rebuilds arrays and numbers.
     rebuild = [value.__reduce__()[0] for value in (np.zeros(1), np.float64(1))]
     torch.serialization.add_safe_globals(
         [
