@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..compat import REQUIRED, installed_version
+from ..compat import installed_version
 from ..values import MOST, check_integer
 
 try:
@@ -165,8 +165,7 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, str | int]:
     if torch.device(device).type == 'cuda':
         found['gpu'] = torch.cuda.get_device_name(device)
     for package in ('mmcv', 'mmdet', 'timm'):
-        names = REQUIRED[package][0] if package in REQUIRED else (package,)
-        found[package] = installed_version(names) or 'not installed'
+        found[package] = installed_version(package) or 'not installed'
     return found
 
 
