@@ -26,7 +26,7 @@ class FrozenStartHook(Hook):
             optimizer that has waiting and learning parameters in one group.
     """
 
-    def __init__(self, iters: int, trained: Sequence[str] = ('.router', 'head', 'neck')) -> None:
+    def __init__(self, iters: int = 500, trained: Sequence[str] = ('.router', 'head', 'neck')) -> None:
         check_integer('FrozenStartHook: iters', iters, 1, what='a number of iterations')
         trained = (trained,) if isinstance(trained, str) else trained
         check_type('FrozenStartHook: trained', trained, (list, tuple), "parts of names, e.g. ('.router', 'head')")
