@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .stage import Stage
+from .tracing import is_exported
 
 
 @dataclass
@@ -139,8 +140,8 @@ class CostMeter:
 
     @classmethod
     def publish(cls, backbone) -> None:
-        """Called by a backbone at the end of its forward pass."""
-        for meter in cls._meters if backbone.is_counted else ():
+        """Called by a backbone at the end of its forward pass, which is none in an export."""
+        for meter in cls._meters if backbone.is_counted and not is_exported() else ():
             if meter.training == backbone.training and (
                 meter.backbones is None or any(backbone is other for other in meter.backbones)
             ):
