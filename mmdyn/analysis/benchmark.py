@@ -72,12 +72,12 @@ class Case(NamedTuple):
 
 
 def sample_by_mmcv_fallback(
-    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int] | None = None
 ) -> Tensor:
     """``deformable_sampling`` by mmcv's function for the CPU, which takes as many queries of each image."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    sides, batch = torch.tensor([shape], device=value.device), len(lengths)
+    sides, batch = torch.tensor([shape], device=value.device), len(value)
     where, weights = (x.unflatten(0, (batch, -1))[:, :, :, None] for x in ((points + 0.5) / sides.flip(1), weights))
     return multi_scale_deformable_attn_pytorch(value, sides, where, weights).flatten(0, 1)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .stage import Stage
+from .tracing import is_exported
 
 
 @dataclass
@@ -140,8 +141,8 @@ class CostMeter:
 
     @classmethod
     def publish(cls, backbone) -> None:
-        """Called by a backbone at the end of its forward pass."""
-        for reference in tuple(cls._meters) if backbone.is_counted else ():
+        """Called by a backbone at the end of its forward pass, which is none in an export."""
+        for reference in tuple(cls._meters) if backbone.is_counted and not is_exported() else ():
             meter = reference()
             if meter is None or meter.training != backbone.training:
                 continue

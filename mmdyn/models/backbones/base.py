@@ -20,6 +20,14 @@ from .budget import check_budget, check_layers, decide_by, dynamic_layers, price
 from .checkpoint import fit_checkpoint, note_grids
 
 
+class NoPassError(AttributeError, ValueError):
+    """There is no cost yet; an AttributeError, so that what lists the attributes of a module passes it by."""
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> 'NoPassError':
+        return cls(f'{type(backbone).__name__} has not run yet: call it on images before you ask for its cost.')
+
+
 class DynamicBackbone(BaseModule):
     """Base of the backbones whose encoder blocks may be wrapped by DGE.
 
@@ -67,6 +75,10 @@ class DynamicBackbone(BaseModule):
         self.last_pass = images, shapes
         CostMeter.publish(self)
 
+    def __getattr__(self, name: str) -> Any:
+        """As of all modules, which Python asks for whatever raised an AttributeError; their message would not help."""
+        return self._cost() if name == 'cost' else super().__getattr__(name)
+
     @property
     def last_shapes(self) -> list[tuple[int, int]]:
         """(h, w) of each stage's map in the thread's last forward pass; empty before."""
@@ -100,10 +112,13 @@ class DynamicBackbone(BaseModule):
         """What the thread's last forward pass spent, per layer and image.
 
         Raises:
-            ValueError: if there was none.
+            NoPassError: if there was none.
         """
+        return self._cost()
+
+    def _cost(self) -> BackboneCost:
         if self.last_pass is None:
-            raise ValueError(f'{type(self).__name__} has not run yet: call it on images before you ask for its cost.')
+            raise NoPassError.of(self)
         images, shapes = self.last_pass
         return self._cost_of(
             shapes, lambda encoder, bounds: encoder.decision.queries if encoder else bounds[1:] * images

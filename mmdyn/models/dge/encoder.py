@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...values import MOST, check_integer, check_number, is_integer
 from ..thread_local import ThreadLocal
+from ..tracing import is_exported, refuse_onnx_by_torchscript
 from .budget import queries_within
 from .router import Router, choose, straight_through_gates
 from .routing import centres, count_patches, grid, pool, route, unpool
@@ -132,6 +133,7 @@ class DynamicGrainedEncoder(nn.Module):
         Returns:
             (B, E + H*W, C), but for rounding the block's own output where the granularity is 1.
         """
+        refuse_onnx_by_torchscript('the numbers of queries that DGE chooses')
         gates, choice = self._decide(tokens, shape, num_extra)
         if gates is not None and self.train_mode == 'dense':
             return self._all_branches(block, tokens, shape, num_extra, gates, choice)
@@ -142,22 +144,22 @@ class DynamicGrainedEncoder(nn.Module):
             points = routing.compress(F.pad(centres(shape, tokens.device), (0, 0, num_extra, 0)))
         queries = routing.compress(tokens)
         residual = block(queries, tokens, shape, num_extra, routing.lengths, points) - queries
-        if gates is None and capacity is None:
-            self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
-        elif gates is None:
-            chosen = F.one_hot(choice, len(self.granularities))
-            self.decision = Decision(choice, self._count(chosen, shape, num_extra))
-        else:
+        if gates is not None:
             gates = gates * F.one_hot(choice, len(self.granularities))
             self.decision = Decision(choice, self._count(gates, shape, num_extra))
             of_cells = unpool(gates.sum(-1, keepdim=True), self.region, shape).flatten(1, 2)
             residual = residual * routing.compress(F.pad(of_cells, (0, 0, num_extra, 0), value=1.0)).type_as(residual)
+        elif capacity is not None and not is_exported():
+            chosen = F.one_hot(choice, len(self.granularities))
+            self.decision = Decision(choice, self._count(chosen, shape, num_extra))
+        elif not is_exported():
+            self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
         return routing.decompress(residual, tokens)
 
     def _decide(self, tokens: Tensor, shape: tuple[int, int], num_extra: int) -> tuple[Tensor | None, Tensor]:
         """The gates of all regions in training, (B, rows, columns, K), and the choice."""
         side, regions = self.decision_side(shape), grid(self.region, shape)
-        forced = None if self.forced is None else self.forced.expand(len(tokens), -1, -1)
+        forced = None if self.forced is None else self.forced.expand(tokens.shape[0], -1, -1)
         if not self.training:
             choice = choose(self.router, tokens, shape, side, num_extra)
             return None, choice.expand(-1, *regions) if forced is None else forced
@@ -185,7 +187,7 @@ class DynamicGrainedEncoder(nn.Module):
         points = None
         if getattr(block, 'uses_points', False):
             places = [pool(centres(shape, tokens.device), shape, side).flatten(1, 2) for side in sides]
-            points = F.pad(torch.cat(places, 1), (0, 0, num_extra, 0))[0].repeat(len(tokens), 1)
+            points = F.pad(torch.cat(places, 1), (0, 0, num_extra, 0))[0].repeat(tokens.shape[0], 1)
         candidates = torch.cat([extra, *(patches.flatten(1, 2) for patches in of_side)], dim=1)
         residual = block(candidates, tokens, shape, num_extra, points=points) - candidates
         self.decision = Decision(choice, self._count(gates, shape, num_extra))
