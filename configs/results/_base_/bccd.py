@@ -8,7 +8,7 @@ _base_ = [
 
 norm_cfg = dict(type='BN')
 model = dict(
-    backbone=dict(_delete_=True, type='mmdyn.PVT', arch=dict(_base_.pvt_mini, sr_ratios=(8, 4, 2, 1)), img_size=256),
+    backbone=dict(_delete_=True, type='mmdyn.PVT', arch=_base_.pvt_mini, img_size=256),
     neck=dict(in_channels=[32, 64, 128, 192], out_channels=64, num_outs=4, norm_cfg=norm_cfg),
     # Cells are 20 to 120 pixels large.
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32])),

@@ -12,7 +12,7 @@ side = (256, 256)
 model = dict(
     data_preprocessor=dict(size=side, test_cfg=dict(size_divisor=32)),
     pretrained=None,
-    backbone=dict(_delete_=True, type='mmdyn.PVT', arch=dict(_base_.pvt_mini, sr_ratios=(8, 4, 2, 1)), img_size=256),
+    backbone=dict(_delete_=True, type='mmdyn.PVT', arch=_base_.pvt_mini, img_size=256),
     neck=dict(in_channels=[32, 64, 128, 192], out_channels=64, norm_cfg=norm_cfg),
     decode_head=dict(in_channels=[64] * 4, channels=64, num_classes=11, norm_cfg=norm_cfg, dropout_ratio=0.0),
 )
