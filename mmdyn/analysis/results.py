@@ -7,10 +7,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,8 @@ from .latency import environment
 # What of a config a result depends on.
 TESTED = ('model', 'test_dataloader', 'test_evaluator')
 TRAINED = (*TESTED, 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks')
+# The metric that a table shows is the first of these.
+MAIN_METRICS = ('cf/top1', 'accuracy/top1', 'mIoU', 'coco/bbox_mAP_50')
 
 
 @dataclass(frozen=True)
@@ -125,17 +129,13 @@ def choose(rows: dict[str, Row], only: Iterable[str] | None, seeds: Iterable[int
     return list(queue.values())
 
 
-def settings(row: Row, folder: Path) -> Config:
-    """The config of a row.
-
-    Args:
-        row: of a list.
-        folder: of the configs.
+def settings(row: Row, cfg: Config) -> Config:
+    """The config of a row: a copy with its parts merged into it.
 
     Raises:
-        ValueError: if the config is missing, or has not one of the parts.
+        ValueError: if it has not one of the parts.
     """
-    cfg = read_config(folder / row.config)
+    cfg = copy.deepcopy(cfg)
     for part in row.parts:
         if isinstance(part, str) and not isinstance(cfg.get(part), dict):
             raise ValueError(f'The row {row.name!r} has the part {part!r}, which is no dict in {row.config}.')
@@ -152,12 +152,16 @@ class Results:
         configs: folder of their configs.
         work_dir: where each run has a folder, with its log, its checkpoints and, when it is done, ``weights.pth`` and
             ``result.json``.
+
+    Attributes:
+        configs: the config of each row.
     """
 
     def __init__(self, rows: dict[str, Row], configs: str | Path, work_dir: str | Path) -> None:
-        self.rows, self.configs, self.work_dir = rows, Path(configs), Path(work_dir)
+        self.rows, self.work_dir = rows, Path(work_dir)
         # All read at once, so that they can be edited while runs take hours.
-        self._settings = {name: settings(row, self.configs) for name, row in rows.items()}
+        files = {name: read_config(Path(configs) / name) for name in {row.config for row in rows.values()}}
+        self.configs = {name: settings(row, files[row.config]) for name, row in rows.items()}
 
     def folder(self, run: Run) -> Path:
         """Of a run."""
@@ -165,11 +169,11 @@ class Results:
 
     def settings(self, row: Row) -> Config:
         """A copy of the config of a row."""
-        return copy.deepcopy(self._settings[row.name])
+        return copy.deepcopy(self.configs[row.name])
 
     def digest(self, run: Run) -> str:
         """What a run depends on, as one number: its config, its seed, and the same of what it starts from."""
-        cfg = self._settings[run.row.name]
+        cfg = self.configs[run.row.name]
         parts = {name: cfg.get(name) for name in (TRAINED if run.row.train else TESTED)}
         before = [self.digest(Run(self.rows[name], run.seed)) for name in run.row.needs]
         text = json.dumps([parts, run.seed, before], sort_keys=True, default=str)
@@ -179,6 +183,12 @@ class Results:
         """What a run has found, if it is done."""
         file = self.folder(run) / 'result.json'
         return json.loads(file.read_text()) if file.is_file() else None
+
+    def publish(self, run: Run, folder: Path) -> None:
+        """Copy what a run has found into a folder."""
+        copied = folder / f'{run.row.name}-seed{run.seed}.json'
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.folder(run) / 'result.json', copied)
 
     def state(self, run: Run) -> str:
         """``done``, ``begun``, ``open``, or ``changed``: its config is no longer the one that it was begun with."""
@@ -196,38 +206,40 @@ class Results:
             ValueError: it says what brings them.
         """
         for run in runs:
-            cfg = self._settings[run.row.name]
+            cfg = self.configs[run.row.name]
             root = Path(cfg.train_dataloader.dataset.data_root)
             if not root.is_dir():
                 brings = cfg.get('data_source', 'docs/data.md tells how to get it')
                 raise ValueError(f'There is no folder {root}, which {run.row.name} trains on: {brings}.')
 
-    def prepare(self, run: Run) -> Config:
-        """The config that a run is built by; what an earlier one with another config left is removed."""
-        folder, cfg = self.folder(run), self.settings(run.row)
-        if self.state(run) == 'changed':
-            for file in folder.glob('*.*'):
-                if file.is_file():
-                    file.unlink()
-            (folder / 'last_checkpoint').unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'digest').write_text(self.digest(run))
+    def run_settings(self, run: Run) -> Config:
+        """The config that a run is built by, if it begins."""
+        cfg = self.settings(run.row)
         weights = {name: str(self.folder(Run(self.rows[name], run.seed)) / 'weights.pth') for name in run.row.needs}
         cfg.load_from = weights.get(run.row.start)
         if run.row.backbone:
-            cfg.model.backbone.init_cfg = dict(
-                type='Pretrained', checkpoint=weights[run.row.backbone], prefix='backbone.'
-            )
-        cfg.work_dir, cfg.launcher, cfg.randomness = str(folder), 'none', dict(seed=run.seed)
+            start = dict(type='Pretrained', checkpoint=weights[run.row.backbone], prefix='backbone.')
+            cfg.model.backbone.init_cfg = start
+        cfg.work_dir, cfg.launcher, cfg.randomness = str(self.folder(run)), 'none', dict(seed=run.seed)
         # Tested once, at the end: nothing is chosen by what it reaches.
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         cfg.test_cfg = cfg.get('test_cfg') or dict()
         if not run.row.train:
             cfg.train_cfg = cfg.train_dataloader = cfg.optim_wrapper = cfg.param_scheduler = None
             cfg.custom_hooks = []
-        elif (folder / 'last_checkpoint').is_file():
+        return cfg
+
+    def prepare(self, run: Run) -> Config:
+        """The config to begin or to go on with; what an earlier run with another config left is removed."""
+        folder = self.folder(run)
+        if self.state(run) == 'changed':
+            for file in (*folder.glob('*.pth'), *folder.glob('*.json'), folder / 'last_checkpoint'):
+                file.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'digest').write_text(self.digest(run))
+        cfg = self.run_settings(run)
+        if run.row.train and (folder / 'last_checkpoint').is_file():
             cfg.resume, cfg.load_from = True, None
-        cfg.dump(folder / 'config.py')
         return cfg
 
     def execute(self, run: Run) -> dict:
@@ -276,6 +288,13 @@ def alone(work_dir: Path) -> Iterator[None]:
         yield
 
 
+def import_frameworks(results: Results) -> None:
+    """Import what the configs are of, before processes are forked: each would spend seconds on it."""
+    for scope in {cfg.default_scope for cfg in results.configs.values()}:
+        for part in ('datasets', 'engine', 'evaluation', 'models', 'visualization'):
+            import_module(f'{scope}.{part}')
+
+
 def note_process(work_dir: Path) -> None:
     """Write down who holds the folder."""
     (work_dir / 'lock').write_text(f'{os.getpid()}\n')
@@ -311,9 +330,6 @@ def summary(metrics: dict[str, float]) -> str:
     """The metric that counts, and the queries, in a line."""
     shown = {name: metrics[name] for name in [main_metric(metrics), 'flops/query_ratio', 'flops/gflops'] if name}
     return ', '.join(f'{name} {value:.4g}' for name, value in shown.items())
-
-
-MAIN_METRICS = ('cf/top1', 'accuracy/top1', 'mIoU', 'coco/bbox_mAP_50')
 
 
 def main_metric(metrics: dict[str, Any]) -> str:
