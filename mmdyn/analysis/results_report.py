@@ -164,7 +164,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     columns = min(3, len(tables))
     figure = Figure(figsize=(5 * columns, 4 * -(-len(tables) // columns)), layout='constrained')
     panels = figure.subplots(-(-len(tables) // columns), columns, squeeze=False).flat
-    for axes, table in zip(panels, tables):
+    for table, axes in zip(tables, panels):
         of_table = [line for line in lines if line['table'] == table]
         for line in of_table:
             at = line['mmacs'], line['value']
