@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
@@ -84,7 +84,6 @@ class Enough(Exception):
     """Ends a training that has been timed."""
 
 
-@HOOKS.register_module()
 class TimingHook(Hook):
     """Ends a training after some iterations and keeps the seconds that each took, but for the first.
 
