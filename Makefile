@@ -17,11 +17,12 @@ TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -v '^\#' requirements.txt | grep
 MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(shell grep '^mmcv==' requirements.txt))
 SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt pyproject.toml setup.py $$(find mmdyn -name '*.[ch]' | LC_ALL=C sort) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup lint test sanitize demo demo-det demo-seg demo-cls-cf bench gpu-kit clean
+.PHONY: help setup lint test docs sanitize demo demo-det demo-seg demo-cls-cf bench gpu-kit clean
 help:
 	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (10 to 20 minutes, once)'
 	echo 'make lint       set up, then check style, format and types of the Python files, and the format of the C files'
 	echo 'make test       set up, lint, then run the tests'
+	echo 'make docs       build the documentation into build/site; it needs nothing of the set-up'
 	echo 'make sanitize   set up, then test and fuzz the compiled functions with address and undefined-behaviour sanitizers'
 	echo 'make demo       set up, then train PVT on the demo data, make it dynamic, test both and draw the gates'
 	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
@@ -29,7 +30,7 @@ help:
 	echo 'make demo-cls-cf  set up, then train DeiT and CF-ViT, sweep the threshold and draw the regions'
 	echo 'make bench      time dense and dynamic models beside mmdet, timm and mmcv, and write docs/benchmark.md'
 	echo 'make gpu-kit    collect the wheels that tools/gpu_check.sh needs on a machine with a GPU and no package index'
-	echo 'make clean      remove .venv, the demo data and work_dirs/demo'
+	echo 'make clean      remove .venv, .venv-docs, the demo data and work_dirs/demo'
 
 setup: $(SETUP_DONE)
 
@@ -80,6 +81,18 @@ lint: setup
 
 test: lint
 	@$(BIN)/python -m pytest tests
+
+# The documentation reads the sources and imports nothing: an environment of its own, without torch, is enough.
+DOCS := .venv-docs
+DOCS_DONE := $(DOCS)/.stamp-docs-$(PYTHON_VERSION)-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
+$(DOCS_DONE):
+	@rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q -r requirements-docs.txt
+	touch $@
+
+docs: $(DOCS_DONE)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # A copy of the package whose kernels are built with gcc's sanitizers. They must be loaded before all else, since Python is
 # not built with them; what Python leaks is its own business. The copy comes first on the path because it is where Python
@@ -154,4 +167,4 @@ gpu-kit: $(VENV_DONE)
 	[ $$size -lt 45 ] || { echo 'That is too much to travel: at most 45 MB. See requirements-gpu.txt.' >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(GPU_KIT) data/demo work_dirs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS) $(GPU_KIT) data/demo work_dirs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
