@@ -297,9 +297,16 @@ def test_configs_of_own_data(index, kind, classes, tmp_path):
         assert loader.dataset.type == f'mmdyn.{kind}' and loader.dataset.pipeline[0].type == 'LoadImageFromFile'
         places = [loader.dataset.data_root, loader.dataset.data_prefix, loader.dataset.get('ann_file', '')]
         assert not re.search('imagenet|coco|ADE|instances', str(places))
+    assert 'data/coco' not in str(cfg.val_evaluator) + str(cfg.test_evaluator)
+    model = build_model(cfg)
+    if kind == 'CustomDataset':
+        assert model.data_preprocessor.num_classes == classes and model.data_preprocessor.mean.max() > 100
+    if kind == 'BaseSegDataset':
+        pipelines = cfg.train_dataloader.dataset.pipeline + cfg.test_dataloader.dataset.pipeline
+        assert [step.reduce_zero_label for step in pipelines if step.type == 'LoadAnnotations'] == [False, False]
     numbers = {
         name: module.num_classes
-        for name, module in build_model(cfg).named_modules()
+        for name, module in model.named_modules()
         if name.endswith('head') and name != 'rpn_head' and hasattr(module, 'num_classes')
     }
     assert numbers and set(numbers.values()) == {classes}

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -144,6 +145,18 @@ def test_segmentors_in_mmseg(images):
     assert np.shape(segment(images, batch_size=2)['predictions']) == (2, 64, 96)
     results = inference_model(mmdyn.get_model(cfg, device='cpu'), images)
     assert [result.pred_sem_seg.data.shape for result in results] == [(1, 64, 96)] * 2
+
+
+def test_inferencers_take_paths_of_configs_and_folders(images, tmp_path):
+    for number, image in enumerate(images):
+        cv2.imwrite(str(tmp_path / f'{number}.png'), image)
+    folder = str(tmp_path)
+    classify = ImageClassificationInferencer(str(DEMO / 'pvt-mini-dge_digits.py'), pretrained=False, device='cpu')
+    detect = DetInferencer(str(DEMO / 'mask-rcnn_pvt-mini-dge_digits.py'), device='cpu', show_progress=False)
+    segment = MMSegInferencer(str(DEMO / 'fpn_pvt-mini-dge_digits.py'), device='cpu', dataset_name='ade20k')
+    assert len(classify(folder)) == 2
+    assert len(detect(folder, no_save_vis=True)['predictions']) == 2
+    assert np.shape(segment(folder)['predictions']) == (2, 64, 96)
 
 
 # In children, which inherit the packages below.
