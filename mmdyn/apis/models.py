@@ -3,9 +3,14 @@
 import copy
 import difflib
 import functools
+import sys
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import yaml
@@ -17,9 +22,10 @@ from ..engine.command import check_checkpoint, read_config
 from ..models.checks import check_channels
 
 MIM = Path(__file__).parents[1] / '.mim'
+HUB = 'mmpretrain.apis.model'  # where mmpretrain keeps the names of models
 # Who builds the models of a config's default scope, from config, checkpoint and device; and our extra that installs it.
 BUILDERS = dict(
-    mmpretrain=('mmpretrain.apis.model', 'get_model', 'cls'),
+    mmpretrain=(HUB, 'get_model', 'cls'),
     mmdet=('mmdet.apis', 'init_detector', 'det'),
     mmseg=('mmseg.apis', 'init_model', 'seg'),
 )
@@ -133,14 +139,37 @@ def get_model(
     return model.eval()
 
 
-def tell_mmpretrain() -> None:
-    """Let mmpretrain's functions and inferencers find the models of the index by name, if mmpretrain is installed.
+def _register_names(module: ModuleType) -> None:
+    """Give mmpretrain's hub of models the index. Names that it knows already stay its own."""
+    if not any(map(module.ModelHub.has, _configs())):
+        module.ModelHub.register_model_index(MIM / 'model-index.yml', config_prefix=MIM)
 
-    Names that it knows already stay its own.
+
+class _WhenImported(MetaPathFinder):
+    """Registers the names at the end of the import of mmpretrain's hub."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The hub's module as Python finds it, but for what follows its execution."""
+        if name != HUB:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register_names(module)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def tell_mmpretrain() -> None:
+    """Let mmpretrain's functions and inferencers find the models of the index by name, now or when it is imported.
+
+    It is not imported for that: a detector has no use for it. ``import mmdyn`` calls this.
     """
-    try:
-        hub = import_module('mmpretrain.apis.model').ModelHub
-    except Exception:  # it is missing, or does not fit the versions here, which it says itself when it is used
-        return
-    if not any(map(hub.has, _configs())):
-        hub.register_model_index(MIM / 'model-index.yml', config_prefix=MIM)
+    if HUB in sys.modules:
+        _register_names(sys.modules[HUB])
+    else:
+        sys.meta_path.insert(0, _WhenImported())

@@ -165,7 +165,10 @@ import os, sys
 import mmcv.transforms, mmengine.runner
 assert not {'mmdyn', 'mmpretrain'} & set(sys.modules)
 if not os.fork():
-    import mmdyn, mmpretrain
+    import mmdyn
+    assert 'mmpretrain' not in sys.modules
+    mmdyn.apis.tell_mmpretrain()  # once more
+    import mmpretrain
     print('mmdyn first:', len(mmpretrain.list_models(sys.argv[1])), flush=True)
     os._exit(0)
 os.wait()
