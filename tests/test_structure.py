@@ -17,10 +17,11 @@ PACKAGE = Path(mmdyn.__file__).parent
 TOOLS = PACKAGE.parent / 'tools'
 # Which rooms each room may import beside itself.
 SEAMS = ['kernels', 'engine', 'evaluation', 'visualization', 'datasets']
-BELOW = ['compat', 'registry', 'version']
+BELOW = ['compat', 'registry', 'values', 'version']
 ROOMS = {
     'version': [],
     'registry': [],
+    'values': [],
     'compat': [],
     'models': BELOW,
     **{room: [*BELOW, 'models'] for room in SEAMS},

@@ -71,7 +71,7 @@ def mmcv_sampling(
         starts = range(0, images * most, most)
         slots = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths)]).to(value.device)
         points, weights = (x.new_zeros(images * most, *x.shape[1:]).index_copy(0, slots, x) for x in (points, weights))
-    sides = torch.tensor([shape], device=value.device)
+    sides = torch.stack([torch.full((), side, device=value.device) for side in shape])[None]
     where = ((points + 0.5) / sides.flip(1)).unflatten(0, (images, most))[:, :, :, None]
     try:
         sums = MultiScaleDeformableAttnFunction.apply(

@@ -1,7 +1,7 @@
 """What the dynamic backbones share: frozen parts, initialisation, and the account of what they spent."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,11 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ...values import check_choice, check_number, check_type
 from ..cost import BackboneCost, CostMeter, stage_cost
 from ..dge import DynamicGrainedEncoder
 from ..dge.prices import Prices
-from ..layers import DeformableAttention, EncoderBlock
+from ..layers import ConvStem, DeformableAttention, EncoderBlock
 from ..stage import Stage
 from ..thread_local import ThreadLocal
 from .budget import check_budget, check_layers, decide_by, dynamic_layers, prices_of_layers, shares_of_layers
@@ -142,9 +143,14 @@ class DynamicBackbone(BaseModule):
             prices: what tools/analysis_tools/sweep_budget.py measured, or its file. Necessary for ``'average'``.
 
         Raises:
+            TypeError: for prices that are neither a file nor what one holds.
             ValueError: for a backbone without DGE, a budget that its granularities or the prices do not reach, an exact
                 one with a routing by layer, or an average one without prices.
         """
+        check_choice('budget mode', mode, ('exact', 'average'))
+        check_type(
+            'prices', prices, (str, Path, Mapping, Prices, type(None)), "the file that was measured, e.g. 'prices.json'"
+        )
         if budget is None:
             decide_by(self)
             return
@@ -169,9 +175,40 @@ class DynamicBackbone(BaseModule):
                 another layer costs in proportion to its C^l on images of ``img_size``. None lets the routers decide.
 
         Raises:
-            ValueError: for a backbone without DGE.
+            ValueError: for a backbone without DGE, or a price that is no number.
         """
+        if price is not None:
+            check_number('price', price, '(-inf, inf)', 'what each query lowers a logit by')
         decide_by(self, prices=None if price is None else prices_of_layers(self, price))
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """How deep a parameter lies, for layer-wise decay of the learning rate, as mmpretrain asks for it.
+
+        The first embeddings have depth 0, the blocks 1 to L through all stages, whatever is behind them L + 1. A router
+        is of its block's depth. What a later stage begins with, its embeddings and a class token, is of the depth of
+        the last block before it.
+
+        Args:
+            param_name: name of the parameter.
+            prefix: of the backbone's parameters; others lie behind it.
+
+        Returns:
+            The depth, and the number of depths, L + 2.
+        """
+        stages = list(self.named_stages())
+        num = 2 + sum(len(stage.blocks) for stage, _ in stages)
+        name, before = param_name.removeprefix(prefix), 0
+        if not param_name.startswith(prefix):
+            return num - 1, num
+        for stage, start in stages:
+            part, _, rest = name.removeprefix(start).partition('.')
+            of_stage = name.startswith(start)
+            if of_stage and part in ('blocks', 'dge'):
+                return before + 1 + int(rest.partition('.')[0]), num
+            if (of_stage and part.endswith('_embed')) or (part.endswith('_token') and stage is stages[-1][0]):
+                return before, num
+            before += len(stage.blocks)
+        return num - 1, num
 
     def _cost_of(self, shapes: list[tuple[int, int]], queries_of: Callable) -> BackboneCost:
         """Cost of maps of these shapes; ``queries_of`` takes an encoder or None, and its least and greatest number."""
@@ -211,6 +248,37 @@ class DynamicBackbone(BaseModule):
 def find_backbones(model: nn.Module) -> list[DynamicBackbone]:
     """The backbones of a model that are mmdyn's, dense or dynamic."""
     return [module for module in model.modules() if isinstance(module, DynamicBackbone)]
+
+
+def least_side(backbone: 'DynamicBackbone') -> int:
+    """Pixels of the shorter side that an image needs, so that each stage has a patch, and what its keys are made of."""
+    least, stride = 1, 1
+    for stage, _ in backbone.named_stages():
+        halved = 2 if isinstance(stage.patch_embed, ConvStem) else 1
+        stride *= halved * stage.patch_embed.proj.kernel_size[0]
+        least = max(least, stride * max([getattr(block.attn, 'sr_ratio', 1) for block in stage.blocks], default=1))
+    return least
+
+
+def check_sides(backbone: 'DynamicBackbone', shape: tuple, images: Sequence[str] = ()) -> None:
+    """Compare the sides of a batch with what the backbone needs.
+
+    Args:
+        backbone: that gets it.
+        shape: (B, C, H, W) of the batch.
+        images: files of the batch, as far as they are known.
+
+    Raises:
+        ValueError: if they are too small; it names them.
+    """
+    least = least_side(backbone)
+    if min(shape[-2:]) < least:
+        raise ValueError(
+            f'Images of {shape[-2]} x {shape[-1]} pixels are too small for the {type(backbone).__name__}, '
+            f'which needs {least} x {least}: resize or pad them in the pipeline, e.g. with '
+            f'data_preprocessor=dict(pad_size_divisor={least}), or leave them out.'
+            + (f' Images: {", ".join(images)}' if images else '')
+        )
 
 
 def make_blocks(owner: nn.Module, blocks: list[EncoderBlock], dim: int, dge: dict | None) -> None:

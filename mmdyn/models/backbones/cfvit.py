@@ -8,6 +8,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from ...registry import MODELS
+from ...values import MOST, check_choice, check_integer, check_number, is_integer
 from ..cfvit import FeatureReuse, fine_sequence, num_informative, select, update_score
 from ..cost import BackboneCost, CostMeter, LayerCost
 from ..layers import position_embedding, resize_position_embedding
@@ -64,6 +65,7 @@ class CFViT(PlainViT):
             all tokens, of which its head needs the patches.
 
     Attributes:
+        plain_config: the config of the plain backbone that a stage on all patches is, DeiT or LV-ViT.
         split_all: in training, split all patches, whatever their score; see
             :class:`~mmdyn.engine.FineSelectionHook`.
         last_cost: what the stage that the thread ran last spent.
@@ -92,19 +94,19 @@ class CFViT(PlainViT):
         init_cfg: dict | list[dict] | None = None,
     ):
         family, numbers = self._family_of(arch)
+        check_integer('coarse_size', coarse_size, 1, MOST, 'the rows and columns of coarse patches')
+        check_integer('patch_size', patch_size, 1, MOST, 'the side of a patch in pixels')
         side = 2 * patch_size * coarse_size
         if img_size not in (None, side):
             raise ValueError(
-                f'img_size={img_size} does not fit coarse_size={coarse_size}: twice {coarse_size} patches '
+                f'img_size={img_size!r} does not fit coarse_size={coarse_size}: twice {coarse_size} patches '
                 f'of {patch_size} pixels are {side}. Write img_size={side}, or another coarse_size.'
             )
         for name, value in (('alpha', alpha), ('ema_decay', ema_decay)):
-            if not 0 <= value <= 1:
-                raise ValueError(f'{name}={value} must be in [0, 1].')
+            check_number(name, value, '[0, 1]')
         for name, value, allowed in (('score', score, SCORES), ('reuse', reuse, REUSES)):
-            if value not in allowed:
-                raise ValueError(f'{name}={value!r}: choose from {allowed}.')
-        out_type = out_type or ('raw' if family == 'lvvit' else 'cls_token')
+            check_choice(name, value, allowed)
+        out_type = out_type if out_type is not None else ('raw' if family == 'lvvit' else 'cls_token')
         if out_type not in ('raw', 'cls_token'):
             raise ValueError(f"out_type={out_type!r}: choose 'cls_token' or 'raw'; a fine sequence is no map.")
         super().__init__(
@@ -121,8 +123,18 @@ class CFViT(PlainViT):
             norm_eps=norm_eps,
             init_cfg=init_cfg,
         )
-        if not 1 <= ema_start <= len(self.blocks):
-            raise ValueError(f'ema_start={ema_start}: choose a block from 1 to {len(self.blocks)}.')
+        if not is_integer(ema_start, 1, len(self.blocks)):
+            raise ValueError(f'ema_start={ema_start!r}: choose a block from 1 to {len(self.blocks)}.')
+        self.plain_config = dict(
+            type='mmdyn.LVViT' if family == 'lvvit' else 'mmdyn.DeiT',
+            arch=numbers,
+            img_size=side,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            out_type=out_type,
+            interpolate_mode=interpolate_mode,
+            norm_eps=norm_eps,
+        )
         self.coarse_size, self.side, self.alpha = coarse_size, side, alpha
         self.score, self.reuse_kind = score, reuse
         self.ema_decay, self.ema_start, self.split_all = ema_decay, ema_start, False
@@ -138,10 +150,10 @@ class CFViT(PlainViT):
         if isinstance(arch, dict):
             numbers = dict(arch)
             family = numbers.pop('family', None)
-            if family not in self.families:
+            if family not in [*self.families]:
                 raise ValueError(f'arch has family={family!r}: choose from {tuple(self.families)}.')
             return family, numbers
-        if arch not in FAMILIES_OF_ARCHS:
+        if arch not in [*FAMILIES_OF_ARCHS]:
             raise ValueError(
                 f'Unknown arch {arch!r}: choose from {sorted(FAMILIES_OF_ARCHS)}, or give a dict of '
                 'family, embed_dim, depth, num_heads, mlp_ratio.'

@@ -22,6 +22,7 @@ class LVViT(PlainViT):
     def __init__(
         self, arch: str | dict = 'small', img_size: int | Sequence[int] = 224, out_type: str = 'raw', **options
     ):
-        if options.get('distilled'):
-            raise ValueError('LVViT has no distillation token: leave distilled out.')
+        distilled = options.get('distilled', False)
+        if distilled not in (None, False):
+            raise ValueError(f'distilled={distilled!r}: LVViT has no distillation token: leave distilled out.')
         super().__init__('lvvit', arch, img_size, out_type=out_type, **options)

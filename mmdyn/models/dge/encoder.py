@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...values import MOST, check_integer, check_number, is_integer
 from ..thread_local import ThreadLocal
+from .budget import queries_within
 from .router import Router, choose, straight_through_gates
 from .routing import centres, count_patches, grid, pool, route, unpool
 
@@ -21,13 +23,13 @@ def check_granularities(granularities: Sequence[int], region_size: int | None = 
     phis = tuple(granularities)
     if not phis or not any(phis):
         raise ValueError(f'granularities={phis} leave no query: give at least one side greater than 0, e.g. (1, 2, 4).')
-    if not all(isinstance(phi, int) and phi >= 0 for phi in phis):
+    if not all(is_integer(phi, 0, MOST) for phi in phis):
         raise ValueError(f'granularities={phis}: each is the side of a patch in cells, an integer >= 0 (0 skips).')
     if list(phis) != sorted(set(phis)):
         raise ValueError(
             f'granularities={phis} must be in ascending order without repeats: write {tuple(sorted(set(phis)))}.'
         )
-    if region_size is not None and not (isinstance(region_size, int) and region_size > 0):
+    if region_size is not None and not is_integer(region_size, 1, MOST):
         raise ValueError(
             f'region_size={region_size!r}: give the side of a region in cells, an integer greater than 0, or '
             'None for the largest granularity.'
@@ -48,7 +50,7 @@ class Decision(NamedTuple):
     Attributes:
         choice: (B, rows, columns) index of each region's granularity.
         queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7,
-            otherwise on the CPU, where the lengths are.
+            otherwise on the CPU, where the lengths are, but for an exact budget, which no device is waited for.
     """
 
     choice: Tensor
@@ -88,6 +90,7 @@ class DynamicGrainedEncoder(nn.Module):
         tau: float = 1.0,
     ):
         super().__init__()
+        check_integer('dim', dim, 1, MOST, 'the channels')
         self.granularities = check_granularities(granularities, region_size)
         self.region = region_size or max(self.granularities)
         for name, value, allowed in (
@@ -96,8 +99,7 @@ class DynamicGrainedEncoder(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f'dge {name}={value!r}: choose from {allowed}.')
-        if not tau > 0:
-            raise ValueError(f'dge tau={tau}: the temperature must be greater than 0.')
+        check_number('dge tau', tau, '(0, inf)', 'the temperature of the softmax')
         self.routing, self.train_mode, self.tau = routing, train_mode, tau
         self.router = Router(dim, self.granularities)
         self.forced: Tensor | None = None
@@ -133,14 +135,18 @@ class DynamicGrainedEncoder(nn.Module):
         gates, choice = self._decide(tokens, shape, num_extra)
         if gates is not None and self.train_mode == 'dense':
             return self._all_branches(block, tokens, shape, num_extra, gates, choice)
-        routing = route(choice, shape, self.granularities, self.region, num_extra)
+        capacity = self._capacity(shape, num_extra) if gates is None else None
+        routing = route(choice, shape, self.granularities, self.region, num_extra, capacity)
         points = None
         if getattr(block, 'uses_points', False):
             points = routing.compress(F.pad(centres(shape, tokens.device), (0, 0, num_extra, 0)))
         queries = routing.compress(tokens)
         residual = block(queries, tokens, shape, num_extra, routing.lengths, points) - queries
-        if gates is None:
+        if gates is None and capacity is None:
             self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
+        elif gates is None:
+            chosen = F.one_hot(choice, len(self.granularities))
+            self.decision = Decision(choice, self._count(chosen, shape, num_extra))
         else:
             gates = gates * F.one_hot(choice, len(self.granularities))
             self.decision = Decision(choice, self._count(gates, shape, num_extra))
@@ -158,6 +164,13 @@ class DynamicGrainedEncoder(nn.Module):
         logits = self.router(pool(tokens, shape, side, num_extra))
         gates, choice = straight_through_gates(logits, self.tau, forced)
         return gates.expand(-1, *regions, -1), choice.expand(-1, *regions)
+
+    def _capacity(self, shape: tuple[int, int], num_extra: int) -> int | None:
+        """Most queries of an image in inference with an exact budget; None without one."""
+        if self.router.share is None or self.forced is not None:
+            return None
+        least, most = self.query_bounds(shape, num_extra)
+        return min(max(queries_within(self.router.share, shape, num_extra), least), most)
 
     def _count(self, gates: Tensor, shape: tuple[int, int], num_extra: int) -> Tensor:
         """(B) queries of the gates, the sum in the numerator of eq. 7 for one layer."""

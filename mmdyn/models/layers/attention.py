@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...values import MOST, check_choice, check_integer, check_number
 from ..replaceable import replaceable
 
 
@@ -15,6 +16,13 @@ def pack(queries: Tensor, lengths: list[int] | None) -> tuple[Tensor, list[int]]
     if lengths is not None:
         return queries, lengths
     return queries.flatten(0, 1), [queries.shape[1]] * len(queries)
+
+
+def spread(x: Tensor, lengths: list[int]) -> Tensor:
+    """What is of an image, for each of its packed queries: (B, ...) -> (N, ...)."""
+    if len(set(lengths)) == 1:
+        return x.repeat_interleave(lengths[0], 0)
+    return x.repeat_interleave(torch.tensor(lengths, dtype=torch.long, device=x.device), 0, output_size=sum(lengths))
 
 
 @replaceable
@@ -50,6 +58,14 @@ def class_attention(query: Tensor, key: Tensor) -> Tensor:
         return scores.softmax(-1).mean(1)
 
 
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise ValueError unless the heads divide the channels."""
+    check_integer('dim', dim, 1, MOST, 'the channels')
+    check_integer('num_heads', num_heads, 1, MOST)
+    if dim % num_heads:
+        raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.')
+
+
 class Attention(nn.Module):
     """Multi-head attention whose keys and values are the tokens, spatially reduced if ``sr_ratio`` > 1 (PVT).
 
@@ -65,10 +81,10 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, norm_eps: float = 1e-5, qkv_bias: bool = True):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.'
-            )
+        check_heads(dim, num_heads)
+        check_integer('sr_ratio', sr_ratio, 1, MOST, 'the side of the patches that keys are made of')
+        check_number('norm_eps', norm_eps, '(0, inf)')
+        check_choice('qkv_bias', qkv_bias, (True, False))
         self.num_heads, self.sr_ratio = num_heads, sr_ratio
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...values import MOST, check_integer
 from ..dge.routing import centres
 from ..replaceable import replaceable
-from .attention import pack
+from .attention import check_heads, pack, spread
 
 
 @replaceable
@@ -40,9 +41,7 @@ def deformable_sampling(
         return deformable_sampling.plain(value.float(), points.float(), weights.float(), shape, lengths).to(value.dtype)
     # Each point is the weighted sum of its four neighbouring cells.
     (height, width), heads = shape, value.shape[2]
-    image = torch.arange(len(lengths), device=value.device, dtype=torch.int32).repeat_interleave(
-        torch.tensor(lengths, device=value.device, dtype=torch.long), output_size=len(points)
-    )
+    image = spread(torch.arange(len(lengths), device=value.device, dtype=torch.int32), lengths)
     # Rows of the (B * H*W * heads) values: an image's begin at its first cell, those of a cell at its first head.
     first = (image * (height * width * heads))[:, None] + torch.arange(heads, device=value.device, dtype=torch.int32)
     x, y = (place.contiguous() for place in points.unbind(-1))
@@ -80,10 +79,8 @@ class DeformableAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, num_points: int = 4):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.'
-            )
+        check_heads(dim, num_heads)
+        check_integer('num_points', num_points, 1, MOST, 'the points of each head')
         self.num_heads, self.num_points = num_heads, num_points
         self.offsets = nn.Linear(dim, num_heads * num_points * 2)
         self.attn_weight = nn.Linear(dim, num_heads * num_points)
