@@ -23,13 +23,14 @@ MMCV := $(shell grep -oE '^(onedl-)?mmcv==[^ ;]+' $(REQUIREMENTS))
 MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(MMCV))
 SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat $(REQUIREMENTS) pyproject.toml setup.py $$(find mmdyn -name '*.[ch]' | LC_ALL=C sort) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup lint test test-forks test-oldest run-tests sanitize demo demo-det demo-seg demo-cls-cf bench results results-time gpu-kit clean
+.PHONY: help setup lint test test-forks test-oldest run-tests docs sanitize demo demo-det demo-seg demo-cls-cf bench results results-time gpu-kit clean
 help:
 	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (10 to 20 minutes, once)'
 	echo 'make lint       set up, then check style, format and types of the Python files, and the format of the C files'
 	echo 'make test       set up, lint, then run the tests'
 	echo 'make test-forks   run the tests with the maintained forks of OpenMMLab and a recent torch, in .venv-forks'
 	echo 'make test-oldest  run the tests with the least versions that mmdyn allows, in .venv-oldest'
+	echo 'make docs       build the documentation into build/site; it needs nothing of the set-up'
 	echo 'make sanitize   set up, then test and fuzz the compiled functions with address and undefined-behaviour sanitizers'
 	echo 'make demo       set up, then train PVT on the demo data, make it dynamic, test both and draw the gates'
 	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
@@ -39,7 +40,7 @@ help:
 	echo 'make results    train and test what docs/results.md shows on real images, for 12 hours or more, and write it: see docs/data.md'
 	echo 'make results-time  time what is trained; on a machine that does nothing else'
 	echo 'make gpu-kit    collect the wheels that tools/gpu_check.sh needs on a machine with a GPU and no package index'
-	echo 'make clean      remove .venv, the demo data and work_dirs/demo'
+	echo 'make clean      remove .venv, .venv-docs, the demo data and work_dirs/demo'
 
 setup: $(SETUP_DONE)
 
@@ -97,6 +98,18 @@ test-oldest:
 
 run-tests: setup
 	@$(BIN)/python -m pytest $(TESTS)
+
+# The documentation reads the sources and imports nothing: an environment of its own, without torch, is enough.
+DOCS := .venv-docs
+DOCS_DONE := $(DOCS)/.stamp-docs-$(PYTHON_VERSION)-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
+$(DOCS_DONE):
+	@rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q -r requirements-docs.txt
+	touch $@
+
+docs: $(DOCS_DONE)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # A copy of the package whose kernels are built with gcc's sanitizers. They must be loaded before all else, since Python is
 # not built with them; what Python leaks is its own business. The copy comes first on the path because it is where Python
@@ -180,4 +193,4 @@ gpu-kit: $(VENV_DONE)
 	[ $$size -lt 45 ] || { echo 'That is too much to travel: at most 45 MB. See requirements-gpu.txt.' >&2; exit 1; }
 
 clean:
-	rm -rf .venv .venv-forks .venv-oldest $(GPU_KIT) data/demo work_dirs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-forks .venv-oldest $(GPU_KIT) data/demo work_dirs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -15,10 +15,21 @@ allow_mmengine_checkpoints()
 find_configs_of_forks()
 
 from . import datasets, engine, evaluation, models  # noqa: E402
+from .apis import get_config, get_model, list_models, tell_mmpretrain  # noqa: E402
 from .registry import expose_bare_names  # noqa: E402
 
 expose_bare_names()
+tell_mmpretrain()
 if find_spec('mmdyn.kernels'):  # everything but speed is the same without them
     import_module('mmdyn.kernels')
 
-__all__ = ['__version__', 'datasets', 'engine', 'evaluation', 'models']
+__all__ = [
+    '__version__',
+    'datasets',
+    'engine',
+    'evaluation',
+    'get_config',
+    'get_model',
+    'list_models',
+    'models',
+]

@@ -25,7 +25,10 @@ ROOMS = {
     'compat': [],
     'models': BELOW,
     **{room: [*BELOW, 'models'] for room in SEAMS},
+    'apis': [*BELOW, 'models', 'engine'],
     'analysis': [*BELOW, 'models', *SEAMS],
+    'utils': [*BELOW, 'models', 'kernels'],
+    '__main__': ['utils'],
 }
 # Words of how to run, in the names of what models/ is made of; they say what is computed. The seam speaks of kernels.
 FOREIGN = {'kernels', 'job', 'jobs', 'address', 'addresses', 'inplace', 'into', 'piece', 'pieces', 'data_ptr', 'ctypes'}

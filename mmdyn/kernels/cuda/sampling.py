@@ -9,6 +9,7 @@ from torch import Tensor
 from ...models.layers import deformable_sampling
 from ...models.replaceable import Refused
 from ...models.tracing import image_of_each
+from ..prepared import equal_lengths
 from .routing import DTYPES, load_programs, power_of_two
 
 

@@ -15,7 +15,7 @@ class LVViT(PlainViT):
     Args:
         arch: ``'small'``, ``'medium'``, or a dict of ``embed_dim, depth, num_heads, mlp_ratio``.
         img_size: side of the images, or (height, width), that position embeddings are made for.
-        out_type: as for :class:`DeiT`. :class:`~mmdyn.models.heads.LVViTHead` takes ``'raw'``.
+        out_type: as for :class:`DeiT`. :class:`~mmdyn.models.heads.lvvit_head.LVViTHead` takes ``'raw'``.
         options: the other options of :class:`DeiT`, without ``distilled``; ``norm_eps`` defaults to 1e-5.
     """
 
