@@ -14,10 +14,30 @@ check_versions()
 allow_mmengine_checkpoints()
 
 from . import datasets, engine, evaluation, models  # noqa: E402
+from .models.adapters import (  # noqa: E402
+    apply_dge,
+    budget_loss,
+    cost,
+    register_adapter,
+    remove_dge,
+    set_budget,
+)
 from .registry import expose_bare_names  # noqa: E402
 
 expose_bare_names()
 if find_spec('mmdyn.kernels'):  # everything but speed is the same without them
     import_module('mmdyn.kernels')
 
-__all__ = ['__version__', 'datasets', 'engine', 'evaluation', 'models']
+__all__ = [
+    '__version__',
+    'apply_dge',
+    'budget_loss',
+    'cost',
+    'datasets',
+    'engine',
+    'evaluation',
+    'models',
+    'register_adapter',
+    'remove_dge',
+    'set_budget',
+]

@@ -1,9 +1,10 @@
 from importlib import import_module
 
 from ..registry import MODELS
+from . import adapters
 from .backbones import DPVT, PVT, CFViT, DeiT, LVViT
 
-__all__ = ['CFViT', 'DPVT', 'DeiT', 'LVViT', 'PVT']
+__all__ = ['CFViT', 'DPVT', 'DeiT', 'LVViT', 'PVT', 'adapters']
 
 
 # Their modules import a framework, which need not be there.

@@ -41,7 +41,7 @@ class LossGuardHook(LossHook):
         """Check that the parts of the model fit, and look at the sizes of what the backbone gets."""
         super().before_run(runner)
         self._handles = [
-            backbone.register_forward_pre_hook(partial(check_inputs, self._images))
+            backbone.entry.register_forward_pre_hook(partial(check_inputs, self._images))
             for backbone in find_backbones(unwrapped(runner.model))
         ]
 

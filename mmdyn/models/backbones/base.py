@@ -19,16 +19,8 @@ from .budget import check_budget, check_layers, decide_by, dynamic_layers, price
 from .checkpoint import fit_checkpoint, note_grids
 
 
-class DynamicBackbone(BaseModule):
-    """Base of the backbones whose encoder blocks may be wrapped by DGE.
-
-    A subclass makes ``stages``, or is a :class:`~mmdyn.models.stage.Stage` itself.
-
-    Args:
-        frozen_stages: -1 freezes nothing, 0 the first patch and position embedding and n > 0 also the first n stages
-            (of a plain ViT: blocks).
-        interpolate_mode: how position embeddings are resized.
-        init_cfg: initialisation in mmengine's manner.
+class DynamicStages(nn.Module):
+    """Stages whose encoder blocks may be wrapped by DGE, and the account of what they spent.
 
     Attributes:
         last_pass: images, and (h, w) of each stage's map, in the thread's last forward pass.
@@ -38,28 +30,10 @@ class DynamicBackbone(BaseModule):
     is_counted = True
     last_pass: ThreadLocal[tuple[int, list[tuple[int, int]]]] = ThreadLocal()
 
-    def __init__(
-        self, frozen_stages: int = -1, interpolate_mode: str = 'bilinear', init_cfg: dict | list[dict] | None = None
-    ):
-        super().__init__(
-            init_cfg
-            or [
-                dict(type='TruncNormal', layer='Linear', std=0.02),
-                dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
-            ]
-        )
-        self.frozen_stages, self.interpolate_mode = frozen_stages, interpolate_mode
-        self._register_state_dict_hook(note_grids)
-        self._register_load_state_dict_pre_hook(fit_checkpoint, with_module=True)
-
-    def init_weights(self) -> None:
-        """As mmengine's; but deformable attention starts as it must, whatever linear layers are initialised with."""
-        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
-        is_new = not self.is_init and all(config['type'] != 'Pretrained' for config in configs)
-        super().init_weights()
-        for module in self.modules() if is_new else ():
-            if isinstance(module, DeformableAttention):
-                module.start()
+    @property
+    def entry(self) -> nn.Module:
+        """The module that takes the images."""
+        return self
 
     def account(self, images: int, shapes: list[tuple[int, int]]) -> None:
         """Note the shapes of a forward pass, which its cost follows from, and tell those who listen."""
@@ -85,16 +59,6 @@ class DynamicBackbone(BaseModule):
         raise NotImplementedError
 
     @property
-    def out_channels(self) -> list[int]:
-        """Channels of each output."""
-        raise NotImplementedError
-
-    def position_embeddings(self) -> Iterator[tuple[str, tuple[int, int], int]]:
-        """Name of each position embedding, (h, w) of its map, and number of its extra tokens."""
-        for (stage, prefix), shape in zip(self.named_stages(), self.stage_shapes):
-            yield f'{prefix}pos_embed', shape, stage.num_extra
-
-    @property
     def cost(self) -> BackboneCost:
         """What the thread's last forward pass spent, per layer and image.
 
@@ -102,7 +66,9 @@ class DynamicBackbone(BaseModule):
             ValueError: if there was none.
         """
         if self.last_pass is None:
-            raise ValueError(f'{type(self).__name__} has not run yet: call it on images before you ask for its cost.')
+            raise ValueError(
+                f'{type(self.entry).__name__} has not run yet: call it on images before you ask for its cost.'
+            )
         images, shapes = self.last_pass
         return self._cost_of(
             shapes, lambda encoder, bounds: encoder.decision.queries if encoder else bounds[1:] * images
@@ -190,6 +156,52 @@ class DynamicBackbone(BaseModule):
         ]
         return BackboneCost([layer for cost in costs for layer in cost.layers], sum(cost.stem for cost in costs))
 
+
+class DynamicBackbone(DynamicStages, BaseModule):
+    """Base of the backbones whose encoder blocks may be wrapped by DGE.
+
+    A subclass makes ``stages``, or is a :class:`~mmdyn.models.stage.Stage` itself.
+
+    Args:
+        frozen_stages: -1 freezes nothing, 0 the first patch and position embedding and n > 0 also the first n stages
+            (of a plain ViT: blocks).
+        interpolate_mode: how position embeddings are resized.
+        init_cfg: initialisation in mmengine's manner.
+    """
+
+    def __init__(
+        self, frozen_stages: int = -1, interpolate_mode: str = 'bilinear', init_cfg: dict | list[dict] | None = None
+    ):
+        super().__init__(
+            init_cfg
+            or [
+                dict(type='TruncNormal', layer='Linear', std=0.02),
+                dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
+            ]
+        )
+        self.frozen_stages, self.interpolate_mode = frozen_stages, interpolate_mode
+        self._register_state_dict_hook(note_grids)
+        self._register_load_state_dict_pre_hook(fit_checkpoint, with_module=True)
+
+    def init_weights(self) -> None:
+        """As mmengine's; but deformable attention starts as it must, whatever linear layers are initialised with."""
+        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
+        is_new = not self.is_init and all(config['type'] != 'Pretrained' for config in configs)
+        super().init_weights()
+        for module in self.modules() if is_new else ():
+            if isinstance(module, DeformableAttention):
+                module.start()
+
+    @property
+    def out_channels(self) -> list[int]:
+        """Channels of each output."""
+        raise NotImplementedError
+
+    def position_embeddings(self) -> Iterator[tuple[str, tuple[int, int], int]]:
+        """Name of each position embedding, (h, w) of its map, and number of its extra tokens."""
+        for (stage, prefix), shape in zip(self.named_stages(), self.stage_shapes):
+            yield f'{prefix}pos_embed', shape, stage.num_extra
+
     def frozen_modules(self) -> Iterator[nn.Module | nn.Parameter]:
         """Modules and parameters that ``frozen_stages`` names."""
         raise NotImplementedError
@@ -208,9 +220,9 @@ class DynamicBackbone(BaseModule):
         return self
 
 
-def find_backbones(model: nn.Module) -> list[DynamicBackbone]:
-    """The backbones of a model that are mmdyn's, dense or dynamic."""
-    return [module for module in model.modules() if isinstance(module, DynamicBackbone)]
+def find_backbones(model: nn.Module) -> list[DynamicStages]:
+    """The stages of a model, dense or dynamic, that tell what they spend."""
+    return [module for module in model.modules() if isinstance(module, DynamicStages)]
 
 
 def make_blocks(owner: nn.Module, blocks: list[EncoderBlock], dim: int, dge: dict | None) -> None:

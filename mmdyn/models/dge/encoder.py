@@ -60,7 +60,8 @@ class DynamicGrainedEncoder(nn.Module):
 
     The block is an argument of the forward pass, not a submodule: its weights' names are those of the dense model.
     It is called as ``block(queries, tokens, shape, num_extra, lengths, points)``, see
-    :class:`~mmdyn.models.layers.EncoderBlock`, and returns its queries' new values.
+    :class:`~mmdyn.models.layers.EncoderBlock`, and returns its queries' new values. With ``uses_routing`` it is told
+    the :class:`Routing` of packed queries too.
 
     Args:
         dim: channels of the tokens.
@@ -137,8 +138,9 @@ class DynamicGrainedEncoder(nn.Module):
         points = None
         if getattr(block, 'uses_points', False):
             points = routing.compress(F.pad(centres(shape, tokens.device), (0, 0, num_extra, 0)))
+        options = dict(routing=routing) if getattr(block, 'uses_routing', False) else {}
         queries = routing.compress(tokens)
-        residual = block(queries, tokens, shape, num_extra, routing.lengths, points) - queries
+        residual = block(queries, tokens, shape, num_extra, routing.lengths, points, **options) - queries
         if gates is None:
             self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
         else:
