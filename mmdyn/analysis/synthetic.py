@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.backbones.base import DynamicBackbone
+from ..models.backbones.base import DynamicStages
 from ..models.dge.routing import grid
 
 PATTERNS = ('clustered', 'random')
@@ -70,7 +70,7 @@ Recording = list[list[LayerChoice]]
 """The layers with DGE of each stage that has any."""
 
 
-def record_routing(backbone: DynamicBackbone, image: int = 0) -> Recording:
+def record_routing(backbone: DynamicStages, image: int = 0) -> Recording:
     """What the DGE layers chose for an image of the last forward pass."""
     dynamic = [[encoder for encoder in stage.dge if encoder is not None] for stage, _ in backbone.named_stages()]
     return [
@@ -95,7 +95,7 @@ def replay_choice(choice: Tensor, regions: tuple[int, int]) -> Tensor:
     return F.interpolate(choice[None, None].double(), regions, mode='nearest-exact')[0, 0].long()
 
 
-def force_routing(backbone: DynamicBackbone, size: tuple[int, int], query_ratio: float, pattern: str) -> None:
+def force_routing(backbone: DynamicStages, size: tuple[int, int], query_ratio: float, pattern: str) -> None:
     """Make every DGE layer of a backbone decide by :func:`synthetic_choice` on images of ``size`` (H, W) pixels.
 
     The routers decide as well, so that their time is spent.
@@ -105,7 +105,7 @@ def force_routing(backbone: DynamicBackbone, size: tuple[int, int], query_ratio:
         encoder.forced = choice.to(encoder.router.weight.device)
 
 
-def replay_routing(backbone: DynamicBackbone, size: tuple[int, int], recording: Recording) -> None:
+def replay_routing(backbone: DynamicStages, size: tuple[int, int], recording: Recording) -> None:
     """Make every DGE layer decide on images of ``size`` as another model did.
 
     A layer takes the choice of the one that lies as far along the recorded stages, and along the layers of its stage.
@@ -125,7 +125,7 @@ def replay_routing(backbone: DynamicBackbone, size: tuple[int, int], recording: 
         encoder.forced = replay_choice(recorded.choice, regions).to(encoder.router.weight.device)
 
 
-def _dge_layers(backbone: DynamicBackbone, size: tuple[int, int]) -> Iterator[tuple]:
+def _dge_layers(backbone: DynamicStages, size: tuple[int, int]) -> Iterator[tuple]:
     """Stage, index, encoder, and rows and columns of regions of each DGE layer on images of ``size`` pixels."""
     stride = 1
     for i, (stage, _) in enumerate(backbone.named_stages()):

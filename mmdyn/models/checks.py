@@ -6,7 +6,7 @@ import re
 from mmengine.logging import print_log
 from torch import nn
 
-from .backbones.base import DynamicBackbone, find_backbones
+from .backbones.base import DynamicBackbone, DynamicStages, find_backbones
 from .layers import ConvStem
 
 
@@ -85,9 +85,11 @@ def has_backbone(model: nn.Module, who: str) -> bool:
     return found
 
 
-def least_side(backbone: DynamicBackbone) -> int:
+def least_side(backbone: DynamicStages) -> int:
     """Pixels of the shorter side that an image needs, so that each stage has a patch, and what its keys are made of."""
     least, stride = 1, 1
+    if not isinstance(backbone, DynamicBackbone):  # others say so themselves, or pad
+        return least
     for stage, _ in backbone.named_stages():
         halved = 2 if isinstance(stage.patch_embed, ConvStem) else 1
         stride *= halved * stage.patch_embed.proj.kernel_size[0]
@@ -95,7 +97,7 @@ def least_side(backbone: DynamicBackbone) -> int:
     return least
 
 
-def check_sides(backbone: DynamicBackbone, shape: tuple, images: list[str]) -> None:
+def check_sides(backbone: DynamicStages, shape: tuple, images: list[str]) -> None:
     """Compare the sides of a batch with what the backbone needs.
 
     Args:

@@ -5,7 +5,7 @@ import torch
 from mmengine.runner import Runner
 from torch.utils.hooks import RemovableHandle
 
-from ...models.backbones.base import DynamicBackbone, find_backbones
+from ...models.backbones.base import DynamicStages, find_backbones
 from ...models.checks import check_classes, check_sides
 from ...registry import HOOKS
 from .loss_hook import LossHook, unwrapped
@@ -16,7 +16,7 @@ def image_files(samples: Any) -> list[str]:
     return [path for path in (getattr(sample, 'img_path', None) for sample in samples or []) if path]
 
 
-def check_inputs(images: list[str], backbone: DynamicBackbone, inputs: tuple[Any, ...]) -> None:
+def check_inputs(images: list[str], backbone: DynamicStages, inputs: tuple[Any, ...]) -> None:
     """A forward pre-hook of a backbone."""
     check_sides(backbone, inputs[0].shape, images)
 
@@ -41,7 +41,7 @@ class LossGuardHook(LossHook):
         """Check that the parts of the model fit, and look at the sizes of what the backbone gets."""
         super().before_run(runner)
         self._handles = [
-            backbone.entry.register_forward_pre_hook(partial(check_inputs, self._images))
+            backbone.register_forward_pre_hook(partial(check_inputs, self._images))
             for backbone in find_backbones(unwrapped(runner.model))
         ]
 

@@ -8,6 +8,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...registry import MODELS
 from ..backbones.base import DynamicBackbone, DynamicStages, find_backbones
@@ -76,6 +77,14 @@ class AppliedDGE(DynamicStages):
     @property
     def entry(self) -> nn.Module:
         return self._model[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's: what is done with a backbone of mmdyn's can be done with this."""
+        return self.entry(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """Of the model, which gets the images."""
+        return self.entry.register_forward_pre_hook(*args, **kwargs)
 
     def named_stages(self):
         if len(self.stages) == 1:
@@ -171,8 +180,10 @@ def find_model(model: nn.Module) -> tuple[nn.Module, type[Adapter]]:
     found = [(module, adapter_of(module)) for module in model.modules()]
     found = [(module, adapter) for module, adapter in found if adapter is not None]
     if not found:
+        is_split = any(name_of(type(module)).startswith('timm.models._features.') for module in model.modules())
         raise ValueError(
-            f'No adapter knows the blocks of a {name_of(type(model))}. The families are:\n  '
+            ("timm's features_only=True has taken the model apart: give feature_cls='getter' with it. " * is_split)
+            + f'No adapter knows the blocks of a {name_of(type(model))}. The families are:\n  '
             + '\n  '.join(ADAPTERS)
             + f'\nand their subclasses. {GUIDE} tells how to write an adapter, in 20 to 40 lines.'
         )

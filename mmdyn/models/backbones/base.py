@@ -141,7 +141,7 @@ class DynamicStages(nn.Module):
 
     def _cost_of(self, shapes: list[tuple[int, int]], queries_of: Callable) -> BackboneCost:
         """Cost of maps of these shapes; ``queries_of`` takes an encoder or None, and its least and greatest number."""
-        device = next(self.parameters()).device
+        device = next(self.entry.parameters()).device
 
         def queries(stage: Stage, shape: tuple[int, int]) -> Callable[[nn.Module | None], Tensor]:
             dense = stage.num_extra + math.prod(shape)

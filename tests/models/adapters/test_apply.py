@@ -105,6 +105,13 @@ def test_features_of_timm():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_features_of_timm_that_take_the_model_apart():
+    options = dict(depths=(1, 1), embed_dims=(16, 24), num_heads=(1, 2), sr_ratios=(2, 1), features_only=True)
+    with pytest.raises(ValueError, match="taken the model apart: give feature_cls='getter'"):
+        mmdyn.apply_dge(timm.create_model('pvt_v2_b0', **options, out_indices=(0, 1)))
+    mmdyn.apply_dge(timm.create_model('pvt_v2_b0', **options, out_indices=(0, 1), feature_cls='getter'))
+
+
 def test_granularities_of_each_stage():
     model = mmdyn.apply_dge(
         timm.create_model('pvt_v2_b0', depths=(1, 1), embed_dims=(16, 24), num_heads=(1, 2), sr_ratios=(2, 1)),
