@@ -102,7 +102,7 @@ def force_routing(backbone: DynamicStages, size: tuple[int, int], query_ratio: f
     """
     for stage, _, encoder, regions in _dge_layers(backbone, size):
         choice = synthetic_choice(regions, encoder.granularities, query_ratio, pattern, seed=stage)
-        encoder.forced = choice.to(encoder.router.weight.device)
+        encoder.forced = choice.to(next(backbone.entry.parameters()).device)
 
 
 def replay_routing(backbone: DynamicStages, size: tuple[int, int], recording: Recording) -> None:
@@ -122,7 +122,7 @@ def replay_routing(backbone: DynamicStages, size: tuple[int, int], recording: Re
                 f'Layer {j} of stage {i} has granularities {encoder.granularities}, but the recorded one '
                 f'{recorded.granularities}: build the backbone with dge=dict(granularities={needed}).'
             )
-        encoder.forced = replay_choice(recorded.choice, regions).to(encoder.router.weight.device)
+        encoder.forced = replay_choice(recorded.choice, regions).to(next(backbone.entry.parameters()).device)
 
 
 def _dge_layers(backbone: DynamicStages, size: tuple[int, int]) -> Iterator[tuple]:

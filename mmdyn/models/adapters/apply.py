@@ -59,9 +59,11 @@ class AppliedDGE(DynamicStages):
         self._register_load_state_dict_pre_hook(fit_routers, with_module=True)
         parameter = next(model.parameters())
         self.to(parameter.device).train(model.training)
+        self._handles = self.show_images()
         self.set_budget(**budget_of(dge))
         embedding = adapter.embedding(model)
-        self._handle = None if embedding is None else embedding.register_forward_hook(self._note_shape)
+        if embedding is not None:
+            self._handles.append(embedding.register_forward_hook(self._note_shape))
         self._map_shape = adapter.map_shape
 
     @staticmethod
@@ -131,8 +133,8 @@ class AppliedDGE(DynamicStages):
         for stage in self.stages:
             for block in stage.blocks:
                 block.detach()
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         delattr(self.entry, NAME)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..cost import BackboneCost, CostMeter, stage_cost
 from ..dge import DynamicGrainedEncoder
@@ -15,7 +16,15 @@ from ..dge.prices import Prices
 from ..layers import DeformableAttention, EncoderBlock
 from ..stage import Stage
 from ..thread_local import ThreadLocal
-from .budget import check_budget, check_layers, decide_by, dynamic_layers, prices_of_layers, shares_of_layers
+from .budget import (
+    check_budget,
+    check_layers,
+    decide_by,
+    dynamic_layers,
+    encoders_of,
+    prices_of_layers,
+    shares_of_layers,
+)
 from .checkpoint import fit_checkpoint, note_grids
 
 
@@ -34,6 +43,19 @@ class DynamicStages(nn.Module):
     def entry(self) -> nn.Module:
         """The module that takes the images."""
         return self
+
+    def show_images(self) -> list[RemovableHandle]:
+        """Let the routers that look at images see those of each pass; called once, when the encoders are made."""
+        routers = [encoder.router for encoder in encoders_of(self) if encoder.router.images is not None]
+        for router in routers:
+            router.images = routers[0].images
+        if not routers:
+            return []
+        self._images = routers[0].images
+        return [self.register_forward_pre_hook(self._see)]
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._images.see(args[0])
 
     def account(self, images: int, shapes: list[tuple[int, int]]) -> None:
         """Note the shapes of a forward pass, which its cost follows from, and tell those who listen."""

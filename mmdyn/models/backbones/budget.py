@@ -106,9 +106,12 @@ def decide_by(
     backbone: 'DynamicStages', prices: Sequence[float] | None = None, shares: Sequence[float] | None = None
 ) -> None:
     """Set the price of a query, or the share of the dense queries, of each layer; neither lets the routers decide."""
+    device = next(backbone.entry.parameters()).device
     for index, encoder in enumerate(encoders_of(backbone)):
         router, queries = encoder.router, queries_of_region(encoder.granularities, encoder.region)
         router.share = None if shares is None else shares[index]
         router.price = None
         if prices is not None:
-            router.price = router.bias.new_tensor([prices[index] * count for count in queries], dtype=torch.float32)
+            router.price = torch.tensor(
+                [prices[index] * count for count in queries], dtype=torch.float32, device=device
+            )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..thread_local import ThreadLocal
-from .router import Router, choose, straight_through_gates
+from .router import ROUTERS, choose, straight_through_gates
 from .routing import centres, count_patches, grid, pool, route, unpool
 
 
@@ -71,6 +71,9 @@ class DynamicGrainedEncoder(nn.Module):
         train_mode: ``'sparse'`` runs the chosen granularities (eq. 6), ``'dense'`` runs all of them and lets the gates
             select afterwards, so that each logit gets a gradient.
         tau: temperature of eq. 5.
+        router: ``'linear'``, the paper's; or one that is not trained and chooses the finest granularity until a budget
+            is set: ``'random'``, ``'entropy'`` of the image's pixels, or ``'correlation'`` of tokens with the means of
+            their patches, see :mod:`~mmdyn.models.dge.untrained`.
 
     Attributes:
         decision: the :class:`Decision` of the thread's last forward pass.
@@ -87,6 +90,7 @@ class DynamicGrainedEncoder(nn.Module):
         routing: str = 'region',
         train_mode: str = 'sparse',
         tau: float = 1.0,
+        router: str = 'linear',
     ):
         super().__init__()
         self.granularities = check_granularities(granularities, region_size)
@@ -94,13 +98,14 @@ class DynamicGrainedEncoder(nn.Module):
         for name, value, allowed in (
             ('routing', routing, ('region', 'layer')),
             ('train_mode', train_mode, ('sparse', 'dense')),
+            ('router', router, tuple(ROUTERS)),
         ):
             if value not in allowed:
                 raise ValueError(f'dge {name}={value!r}: choose from {allowed}.')
         if not tau > 0:
             raise ValueError(f'dge tau={tau}: the temperature must be greater than 0.')
         self.routing, self.train_mode, self.tau = routing, train_mode, tau
-        self.router = Router(dim, self.granularities)
+        self.router = ROUTERS[router](dim, self.granularities)
         self.forced: Tensor | None = None
 
     def extra_repr(self) -> str:
@@ -117,7 +122,7 @@ class DynamicGrainedEncoder(nn.Module):
 
     def macs(self, shape: tuple[int, int]) -> int:
         """Multiply-adds of the router on an image with a map of ``shape``."""
-        return math.prod(grid(self.decision_side(shape), shape)) * self.router.weight.numel()
+        return self.router.macs(shape, self.decision_side(shape))
 
     def forward(self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int = 0) -> Tensor:
         """Run ``block`` on as many queries as the router grants.
@@ -154,10 +159,10 @@ class DynamicGrainedEncoder(nn.Module):
         """The gates of all regions in training, (B, rows, columns, K), and the choice."""
         side, regions = self.decision_side(shape), grid(self.region, shape)
         forced = None if self.forced is None else self.forced.expand(len(tokens), -1, -1)
-        if not self.training:
+        if not (self.training and self.router.is_trained):
             choice = choose(self.router, tokens, shape, side, num_extra)
             return None, choice.expand(-1, *regions) if forced is None else forced
-        logits = self.router(pool(tokens, shape, side, num_extra))
+        logits = self.router.logits(tokens, shape, side, num_extra)
         gates, choice = straight_through_gates(logits, self.tau, forced)
         return gates.expand(-1, *regions, -1), choice.expand(-1, *regions)
 
