@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..dge import DynamicGrainedEncoder, Routing, route
 from ..dge.routing import grid
 from ..layers.attention import pack
+from ..stage import run_blocks
 from .parts import weights
 
 if TYPE_CHECKING:
@@ -216,9 +217,14 @@ class Adapter:
         if self.encoder is None:
             own = self._own_forward
             output = own(x, *args, **kwargs) if own else type(self.block).forward(self.block, x, *args, **kwargs)
-        else:
+        elif self.uses_routing or context:
             call = Call(self, context, self.uses_routing)
             output = self.pack(self.encoder(call, tokens, shape, self.num_extra), x)
+        else:
+            # The tokens are the caller's: they may not be overwritten, as those of run_blocks may.
+            tokens = tokens if torch.is_grad_enabled() else tokens.clone()
+            stage = self.applied.stages[self.stage]
+            output = self.pack(run_blocks(stage, tokens, shape, self.index, self.index + 1), x)
         self.applied.note(self, len(tokens), shape)
         return output
 
