@@ -98,12 +98,14 @@ class Adapter:
 
     Attributes:
         block_types: names of the classes of blocks that ``encode`` knows, with their modules; any if empty.
+        part_types: the same of modules in the block whose own modules ``encode`` calls, by their names.
         uses_routing: whether it matters which cells a query stands for, and not its content alone.
         block: the block.
         applied: the :class:`AppliedDGE` that this is a part of; ``stage`` and ``index`` are its place there.
     """
 
     block_types: tuple[str, ...] = ()
+    part_types: dict[str, tuple[str, ...]] = {}
     uses_points = False
     uses_routing = False
     applied: 'AppliedDGE'
@@ -136,9 +138,10 @@ class Adapter:
 
     def why_unknown(self) -> str | None:
         """Why ``encode`` would not do what the block does; None if it would."""
-        known = self.block_types
-        if known and name_of(type(self.block)) not in known:
-            return f'a block is a {name_of(type(self.block))}, not a {" or ".join(known)}'
+        for path, known in {'': self.block_types, **self.part_types}.items():
+            kind = name_of(type(self.block.get_submodule(path)))
+            if known and kind not in known:
+                return f'{f"{path} of a block" if path else "a block"} is a {kind}, not a {" or ".join(known)}'
         return None
 
     def check_granularities(self, granularities: Sequence[int], stage: str) -> None:

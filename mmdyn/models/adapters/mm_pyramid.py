@@ -5,7 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import AdaptedStage, Adapter, Stem, name_of
+from .adapter import AdaptedStage, Adapter, Stem
 from .parts import attend, convolve, drop, heads, maps, pointwise, weights
 
 
@@ -13,6 +13,11 @@ class MMPyramid(Adapter):
     """mmdet's ``PVTEncoderLayer``."""
 
     block_types = ('mmdet.models.backbones.pvt.PVTEncoderLayer',)
+    part_types = {
+        'attn': ('mmdet.models.backbones.pvt.SpatialReductionAttention',),
+        'attn.attn': ('torch.nn.modules.activation.MultiheadAttention',),
+        'ffn': ('mmdet.models.backbones.pvt.MixFFN',),
+    }
     uses_routing = True
 
     @classmethod
@@ -25,11 +30,6 @@ class MMPyramid(Adapter):
             )
             for embedding, blocks, _ in model.layers
         ]
-
-    def why_unknown(self) -> str | None:
-        inner = getattr(getattr(self.block, 'attn', None), 'attn', None)
-        unknown = type(inner) is not nn.MultiheadAttention and f'the attention of a block is a {name_of(type(inner))}'
-        return super().why_unknown() or unknown or None
 
     def unpack(self, x, hw_shape):
         return x, tuple(hw_shape), {}
@@ -73,3 +73,8 @@ class MiT(MMPyramid):
     """mmseg's ``TransformerEncoderLayer`` of SegFormer."""
 
     block_types = ('mmseg.models.backbones.mit.TransformerEncoderLayer',)
+    part_types = {
+        **MMPyramid.part_types,
+        'attn': ('mmseg.models.backbones.mit.EfficientMultiheadAttention',),
+        'ffn': ('mmseg.models.backbones.mit.MixFFN',),
+    }

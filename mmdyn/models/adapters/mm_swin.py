@@ -15,6 +15,14 @@ class MMSwin(WindowAdapter):
         'mmseg.models.backbones.swin.SwinBlock',
         'mmpretrain.models.backbones.swin_transformer.SwinBlock',
     )
+    part_types = {
+        'attn.w_msa': (
+            'mmdet.models.backbones.swin.WindowMSA',
+            'mmseg.models.backbones.swin.WindowMSA',
+            'mmpretrain.models.utils.attention.WindowMSA',
+        ),
+        'ffn': ('mmcv.cnn.bricks.transformer.FFN',),
+    }
 
     @classmethod
     def stages(cls, model: nn.Module) -> list[AdaptedStage]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .adapter import AdaptedStage, Adapter, Stem
+from .adapter import AdaptedStage, Adapter, Stem, name_of
 from .parts import attend, drop, heads, project, weights
 
 OF_DEIT3 = 'mmpretrain.models.backbones.deit3.DeiT3TransformerEncoderLayer'
@@ -12,6 +12,7 @@ class MMViT(Adapter):
     """mmpretrain's ``TransformerEncoderLayer`` and ``DeiT3TransformerEncoderLayer``."""
 
     block_types = ('mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer', OF_DEIT3)
+    part_types = dict(attn=('mmpretrain.models.utils.attention.MultiheadAttention',))
 
     @classmethod
     def stages(cls, model: nn.Module) -> list[AdaptedStage]:
@@ -33,15 +34,11 @@ class MMViT(Adapter):
         key, value = heads(project(attn.qkv, block.ln1(tokens), width, 3 * width), attn.num_heads, 2)
         attended = attend(query, key, value, lengths, attn.attn_drop if attn.training else 0.0)
         queries = queries + drop(attn.out_drop, attn.gamma1(attn.proj_drop(attn.proj(attended))), lengths)
-        # mmpretrain's DeiT3 norms twice with ln1.
-        normed = (block.ln2 if hasattr(block, 'ln2') and not self.is_deit3 else block.ln1)(queries)
+        is_deit3 = name_of(type(block)) == OF_DEIT3  # mmpretrain's norms twice with ln1
+        normed = (block.ln1 if is_deit3 else block.ln2)(queries)
         if not hasattr(ffn, 'layers'):  # a gated one, which has no stochastic depth
             return ffn(normed, identity=queries)
         return queries + drop(ffn.dropout_layer, ffn.gamma2(ffn.layers(normed)), lengths)
-
-    @property
-    def is_deit3(self) -> bool:
-        return type(self.block).__name__ == OF_DEIT3.rpartition('.')[2]
 
     def macs(self, shape, num_extra):
         qkv, keys = self.block.attn.qkv.weight, num_extra + shape[0] * shape[1]

@@ -19,16 +19,11 @@ class TimmEva(TimmViT):
     """
 
     block_types = ('timm.models.eva.EvaBlock',)
-    attention_types = ('timm.models.eva.EvaAttention', 'timm.layers.attention.AttentionRope')
+    part_types = dict(attn=('timm.models.eva.EvaAttention', 'timm.layers.attention.AttentionRope'))
     uses_routing = True
 
     def unpack(self, x, rope=None, **kwargs):
         tokens, shape, context = super().unpack(x, **kwargs)
-        if rope is not None and rope.shape[-2] != math.prod(shape):
-            raise ValueError(
-                f'Rotary position embeddings of {tuple(rope.shape)} are not those of a map of {shape[0]} x {shape[1]} '
-                'cells: give the model images of the size that it was made for, or dynamic_img_size=True.'
-            )
         return tokens, shape, context if rope is None else dict(rope=rope)
 
     def encode(self, queries, tokens, shape, num_extra, lengths, routing, rope=None):

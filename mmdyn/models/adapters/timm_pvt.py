@@ -12,6 +12,7 @@ class TimmPVT(Adapter):
     """timm's ``pvt_v2.Block``."""
 
     block_types = ('timm.models.pvt_v2.Block',)
+    part_types = dict(attn=('timm.models.pvt_v2.Attention',), mlp=('timm.models.pvt_v2.MlpWithDepthwiseConv',))
     uses_routing = True
 
     @classmethod

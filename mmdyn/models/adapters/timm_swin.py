@@ -11,6 +11,7 @@ class TimmSwin(WindowAdapter):
     """timm's ``SwinTransformerBlock``, on maps (B, H, W, C)."""
 
     block_types = ('timm.models.swin_transformer.SwinTransformerBlock',)
+    part_types = dict(attn=('timm.models.swin_transformer.WindowAttention',))
 
     @classmethod
     def stages(cls, model: nn.Module) -> list[AdaptedStage]:

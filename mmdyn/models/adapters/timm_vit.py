@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .adapter import AdaptedStage, Adapter, Stem, name_of
+from .adapter import AdaptedStage, Adapter, Stem
 from .parts import attend, drop, heads, project, weights
 
 
@@ -10,7 +10,7 @@ class TimmViT(Adapter):
     """timm's ``Block``."""
 
     block_types = ('timm.models.vision_transformer.Block',)
-    attention_types = ('timm.layers.attention.Attention', 'timm.models.vision_transformer.Attention')
+    part_types = dict(attn=('timm.layers.attention.Attention',))
 
     @classmethod
     def stages(cls, model: nn.Module) -> list[AdaptedStage]:
@@ -24,11 +24,6 @@ class TimmViT(Adapter):
     @classmethod
     def map_shape(cls, embedding: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int]:
         return tuple(embedding.dynamic_feat_size(x.shape[-2:]))
-
-    def why_unknown(self) -> str | None:
-        attention = name_of(type(getattr(self.block, 'attn', None)))
-        unknown = attention not in self.attention_types and f'the attention of a block is a {attention}'
-        return super().why_unknown() or unknown or None
 
     def encode(self, queries, tokens, shape, num_extra, lengths, routing):
         block = self.block

@@ -8,6 +8,8 @@ import mmdyn
 from mmdyn.models.adapters.apply import applied_to
 from mmdyn.models.cost import CostMeter
 
+from .conftest import FAMILIES
+
 
 def small_vit(**options):
     return timm.create_model(
@@ -162,7 +164,9 @@ def test_blocks_that_no_adapter_knows():
     with pytest.raises(ValueError, match='a block is a timm.*ParallelScalingBlock, not a timm.*Block: TimmViT'):
         mmdyn.apply_dge(small_vit(block_fn=other))
     model = small_vit(attn_layer='diff')
-    with pytest.raises(ValueError, match='the attention of a block is a timm.layers.*DiffAttention'):
+    with pytest.raises(
+        ValueError, match='attn of a block is a timm.layers.*DiffAttention, not a timm.layers'
+    ):
         mmdyn.apply_dge(model)
     assert not any('forward' in vars(module) for module in model.modules())
 
@@ -192,6 +196,27 @@ def test_granularities_that_do_not_divide_a_window():
         mmdyn.apply_dge(model, granularities=(1, 2, 4))
     mmdyn.apply_dge(model, granularities=((1, 7), (0, 1)))
     assert mmdyn.cost(run(model.eval(), torch.randn(1, 3, 56, 56))).query_ratio.tolist() == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_layers_of_users_that_encode_would_pass_by(name, make_model):
+    """Attention of another class is refused, before anything is changed."""
+    model, _ = make_model(name)
+    blocks = [module for module in model.modules() if isinstance(getattr(module, 'attn', None), nn.Module)]
+    blocks[0].attn.__class__ = type('Mine', (type(blocks[0].attn),), {})
+    before = [*model.state_dict()]
+    if name == 'mmdet-swin':  # whose attention is a part of that
+        blocks[0].attn.w_msa.__class__ = blocks[0].attn.__class__
+    with pytest.raises(ValueError, match=r'attn(\.w_msa)? of a block is a .*Mine, not a'):
+        mmdyn.apply_dge(model)
+    assert [*model.state_dict()] == before and not any('forward' in vars(module) for module in model.modules())
+
+
+def test_maps_smaller_than_a_window(make_model):
+    model, _ = make_model('mm-swin')
+    mmdyn.apply_dge(model, (1, 2))
+    with pytest.raises(ValueError, match='A map of 1 x 1 cells is smaller than a window of 2 x 2: use larger images'):
+        model(torch.randn(1, 3, 32, 32))
 
 
 def test_unknown_options():
