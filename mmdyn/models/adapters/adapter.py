@@ -119,8 +119,6 @@ class Adapter:
         if reason:
             raise ValueError(f'{reason}: {type(self).__name__} does not know how to run it on queries.')
 
-    # ---- what a family tells -----------------------------------------------------------------------------------------
-
     @classmethod
     def stages(cls, model: nn.Module) -> list[AdaptedStage]:
         """The stages of a model, in the order in which they run."""
@@ -191,8 +189,6 @@ class Adapter:
     def macs(self, shape: tuple[int, int], num_extra: int) -> tuple[int, int]:
         """Multiply-adds of one query (C^l of eq. 7), and those of an image that no query can save."""
         raise NotImplementedError
-
-    # ---- what is the same for all ------------------------------------------------------------------------------------
 
     @property
     def num_extra(self) -> int:
@@ -265,7 +261,7 @@ class Adapter:
         counts = [math.prod(grid(phi, shape)) for phi in phis]
         extra = queries.shape[1] - sum(counts)  # they come first, once
         for phi, part in zip(phis, queries.split([extra + counts[0], *counts[1:]], dim=1)):
-            choice = torch.full((len(tokens), *grid(phi, shape)), 0, device=tokens.device)
+            choice = torch.zeros(len(tokens), *grid(phi, shape), dtype=torch.long, device=tokens.device)
             routing = route(choice, shape, (phi,), phi, 0 if done else extra)
             packed, lengths = pack(part, None)
             done.append(self._encode(packed, tokens, shape, num_extra, lengths, routing, **context).view_as(part))

@@ -119,7 +119,7 @@ class WindowAdapter(Adapter):
         inside = Routing(routing.query.masked_fill(~same, len(cell)), routing.lengths)
         table = attn.relative_position_bias_table[attn.relative_position_index.flatten()]
         of_place = table.view(places, -1)  # (M, M * heads)
-        bias = inside.compress(of_place[place][None]).view(len(cell), places, -1).permute(0, 2, 1)
+        bias = inside.compress(of_place[place][None]).view(len(cell), places, attn.num_heads).permute(0, 2, 1)
         if any(layout.shift):
             apart = windows.areas[window[cell]] != (part[cell] % 9)[:, None]
             bias = bias - 100.0 * apart[:, None]

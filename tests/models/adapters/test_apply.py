@@ -164,9 +164,7 @@ def test_blocks_that_no_adapter_knows():
     with pytest.raises(ValueError, match='a block is a timm.*ParallelScalingBlock, not a timm.*Block: TimmViT'):
         mmdyn.apply_dge(small_vit(block_fn=other))
     model = small_vit(attn_layer='diff')
-    with pytest.raises(
-        ValueError, match='attn of a block is a timm.layers.*DiffAttention, not a timm.layers'
-    ):
+    with pytest.raises(ValueError, match='attn of a block is a timm.layers.*DiffAttention, not a timm.layers'):
         mmdyn.apply_dge(model)
     assert not any('forward' in vars(module) for module in model.modules())
 

@@ -39,10 +39,13 @@ def test_finest_granularity_is_the_dense_model(name, make_model, tensors):
     assert not any('forward' in vars(module) or module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize('name', MODELS_OF)
-def test_random_routing_equals_loops(name, apply_random, slow_adapters):
-    """Each block, on what it was given; images of one batch choose differently, sizes are odd."""
-    model, size = apply_random(name, granularities_of(name))
+@pytest.mark.parametrize(
+    'name, granularities',
+    [*((name, granularities_of(name)) for name in MODELS_OF), *((name, (0, 1, 2)) for name in FAMILIES)],
+)
+def test_random_routing_equals_loops(name, granularities, apply_random, slow_adapters):
+    """Each block, on what it was given; images of one batch choose differently, sizes are odd, regions are skipped."""
+    model, size = apply_random(name, granularities)
     model.double()
     (applied,), seen, encode = applied_to(model), {}, getattr(slow_adapters, MODELS_OF[name][0])
 
@@ -124,6 +127,34 @@ def test_copies_are_models_of_their_own(name, apply_random, tensors):
             assert mmdyn.cost(model).query_ratio.item() < 1
             mmdyn.remove_dge(copied)
             assert not applied_to(copied)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_nothing_but_extra_tokens(name, apply_random, tensors):
+    """Where all regions are skipped, cells stay what the embeddings made of them."""
+    model, size = apply_random(name, (0, 1))
+    for encoder in applied_to(model)[0].modules():
+        if hasattr(encoder, 'router'):
+            encoder.router.weight.data.zero_()  # so that the first option is chosen
+    with torch.no_grad():
+        assert all(tensor.isfinite().all() for tensor in tensors(model(torch.randn(2, 3, *size))))
+    extra = applied_to(model)[0].stages[0].num_extra
+    assert all(layer.queries.tolist() == [extra, extra] for layer in mmdyn.cost(model).layers)
+
+
+@pytest.mark.parametrize('name', ['mit', 'mmdet-swin'])
+def test_blocks_that_are_recomputed(name, make_model, tensors):
+    """By their option ``with_cp``: the same gradients."""
+    gradients = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model, size = make_model(name, with_cp=with_cp)
+        mmdyn.apply_dge(model, (1, 2)).train()
+        torch.manual_seed(1)
+        sum(tensor.square().mean() for tensor in tensors(model(torch.randn(2, 3, *size)))).backward()
+        gradients.append({key: weight.grad for key, weight in model.named_parameters() if weight.grad is not None})
+    assert len(gradients[0]) > 20
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
