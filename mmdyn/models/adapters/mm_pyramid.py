@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import AdaptedStage, Adapter, Stem
-from .parts import attend, convolve, drop, heads, maps, pointwise, weights
+from .parts import attend, convolution, convolve, drop, heads, maps, pointwise, weights
 
 
 class MMPyramid(Adapter):
@@ -52,7 +52,7 @@ class MMPyramid(Adapter):
         """Attention of normed queries (N, C) to normed tokens (B, H*W, C), whose map is reduced."""
         attn, inner, width = self.block.attn, self.block.attn.attn, self.block.attn.attn.embed_dim
         if attn.sr_ratio > 1:
-            tokens = attn.norm(attn.sr(maps(tokens, shape)).flatten(2).transpose(1, 2))
+            tokens = attn.norm(convolution(attn.sr, maps(tokens, shape)).flatten(2).transpose(1, 2))
         weight, bias = inner.in_proj_weight, inner.in_proj_bias
         of_query, of_keys = (None, None) if bias is None else (bias[:width], bias[width:])
         query = F.linear(queries, weight[:width], of_query).unflatten(-1, (inner.num_heads, -1))

@@ -65,6 +65,22 @@ def maps(tokens: Tensor, shape: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, shape)
 
 
+def convolution(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of :func:`maps`.
+
+    On a CPU, the weights are shown in the order of the maps' memory: with others, torch would reorder the maps, and
+    convolve each channel by itself many times slower.
+    """
+    if x.device.type != 'cpu' or not is_plain(conv):
+        return conv(x)
+    weight, (rows, columns) = conv.weight, conv.kernel_size
+    if weight.shape[1] > 1:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    elif weight.is_contiguous():  # no order is another one, but the strides tell
+        weight = weight.as_strided(weight.shape, (rows * columns, 1, columns, 1))
+    return conv._conv_forward(x, weight, conv.bias)
+
+
 def convolve(conv: nn.Module, x: Tensor, shape: tuple[int, int], routing: Routing) -> Tensor:
     """A convolution inside of a feed-forward network: of the map in which each query's value is at all of its cells.
 
@@ -80,4 +96,4 @@ def convolve(conv: nn.Module, x: Tensor, shape: tuple[int, int], routing: Routin
         (N, C) the means of the cells of each query.
     """
     cells = F.pad(x, (0, 0, 0, 1)).index_select(0, routing.query.flatten()).unflatten(0, (-1, math.prod(shape)))
-    return routing.compress(conv(maps(cells, shape)).flatten(2).transpose(1, 2))
+    return routing.compress(convolution(conv, maps(cells, shape)).flatten(2).transpose(1, 2))

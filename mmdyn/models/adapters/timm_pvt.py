@@ -5,7 +5,7 @@ import math
 from torch import Tensor, nn
 
 from .adapter import AdaptedStage, Adapter, Stem
-from .parts import attend, convolve, drop, heads, maps, weights
+from .parts import attend, convolution, convolve, drop, heads, maps, weights
 
 
 class TimmPVT(Adapter):
@@ -38,7 +38,8 @@ class TimmPVT(Adapter):
         """Attention of normed queries (N, C) to normed tokens (B, H*W, C), whose map is reduced."""
         attn = self.block.attn
         if attn.sr is not None:
-            reduced = attn.sr(maps(tokens, shape) if attn.pool is None else attn.pool(maps(tokens, shape)))
+            cells = maps(tokens, shape)
+            reduced = convolution(attn.sr, cells if attn.pool is None else attn.pool(cells))
             tokens = attn.norm(reduced.flatten(2).transpose(1, 2))
             tokens = tokens if attn.act is None else attn.act(tokens)
         query = attn.q(queries).unflatten(-1, (attn.num_heads, -1))
