@@ -15,6 +15,7 @@ allow_mmengine_checkpoints()
 
 from . import datasets, engine, evaluation, models  # noqa: E402
 from .models.adapters import (  # noqa: E402
+    WithDGE,
     apply_dge,
     budget_loss,
     cost,
@@ -29,6 +30,7 @@ if find_spec('mmdyn.kernels'):  # everything but speed is the same without them
     import_module('mmdyn.kernels')
 
 __all__ = [
+    'WithDGE',
     '__version__',
     'apply_dge',
     'budget_loss',

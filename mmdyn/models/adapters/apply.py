@@ -315,20 +315,23 @@ def budget_loss(model: nn.Module, budget: float) -> Tensor:
     return squared_distance(mean_over_processes(stages.cost.query_ratio), budget)
 
 
-@MODELS.register_module('WithDGE')
-def with_dge(backbone: dict, dge: dict | None = None, img_size: int | Sequence[int] | None = None) -> nn.Module:
-    """``mmdyn.WithDGE`` in a config: any backbone of a known family, with DGE.
-
-    It is the backbone itself, so that checkpoints of it load.
+@MODELS.register_module()
+class WithDGE:
+    """Any backbone of a known family, with DGE: what is made is the backbone itself, so that its checkpoints load.
 
     Args:
         backbone: its config.
-        dge: options as for mmdyn's backbones, or None for the dense model.
+        dge: options as for mmdyn's backbones, or None for the dense model, which tells what it spends.
         img_size: as for :func:`apply_dge`.
+
+    Raises:
+        ValueError: as :func:`apply_dge`, or for something else than a config.
     """
-    if not isinstance(backbone, dict) or 'type' not in backbone:
-        raise ValueError(
-            f"WithDGE: backbone={backbone!r}: give the config of a backbone, e.g. dict(type='mmdet.PyramidVision"
-            "TransformerV2', ...)."
-        )
-    return attach_dge(MMENGINE_MODELS.build(backbone), dge, img_size)
+
+    def __new__(cls, backbone: dict, dge: dict | None = None, img_size: int | Sequence[int] | None = None) -> nn.Module:
+        if not isinstance(backbone, dict) or 'type' not in backbone:
+            raise ValueError(
+                f'WithDGE: backbone={backbone!r}: give the config of a backbone, e.g. '
+                "dict(type='mmdet.PyramidVisionTransformerV2', ...)."
+            )
+        return attach_dge(MMENGINE_MODELS.build(backbone), dge, img_size)
