@@ -142,6 +142,23 @@ def test_nothing_but_extra_tokens(name, apply_random, tensors):
     assert all(layer.queries.tolist() == [extra, extra] for layer in mmdyn.cost(model).layers)
 
 
+@pytest.mark.parametrize('name', ['vit', 'dinov3', 'timm-pvtv2', 'timm-swin'])
+def test_dropout_and_autocast(name, make_model, tensors):
+    """Of attention, of layers and of branches, in bfloat16."""
+    model, size = make_model(name, attn_drop_rate=0.2, proj_drop_rate=0.2, drop_path_rate=0.2)
+    mmdyn.apply_dge(model, (1, 2)).train()
+    images = torch.randn(2, 3, *size)
+    with torch.autocast('cpu', torch.bfloat16):
+        first, second = (tensors(model(images)) for _ in range(2))
+    assert not any(torch.equal(*pair) for pair in zip(first, second))
+    sum(tensor.square().mean() for tensor in first).backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+    with torch.no_grad():
+        for model_in in (model.eval(), model.bfloat16()):
+            outputs = tensors(model_in(images.to(next(model_in.parameters()).dtype)))
+            assert all(tensor.isfinite().all() for tensor in outputs)
+
+
 @pytest.mark.parametrize('name', ['mit', 'mmdet-swin'])
 def test_blocks_that_are_recomputed(name, make_model, tensors):
     """By their option ``with_cp``: the same gradients."""
