@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...registry import MODELS
-from ..backbones.base import DynamicBackbone, DynamicStages, find_backbones
+from ..backbones.base import DynamicBackbone, DynamicStages, find_backbones, make_encoders
 from ..backbones.options import budget_of, dge_of_stages
 from ..cost import BackboneCost
-from ..dge import DynamicGrainedEncoder, check_granularities
+from ..dge import check_granularities
 from ..dge.budget import budget_loss as squared_distance
 from ..dge.budget import mean_over_processes
 from ..thread_local import ThreadLocal
-from .adapter import ADAPTERS, AdaptedStage, Adapter, name_of
+from .adapter import ADAPTERS, Adapter, name_of
 
 # The name of the module that holds the routers. A model that does not know it names it, when it is given a checkpoint
 # with them, and so says what is missing.
@@ -54,27 +54,17 @@ class AppliedDGE(DynamicStages):
                     if index not in of_stage['dense_layers']:
                         block.check_granularities(phis, prefix.removesuffix('.') or 'the model')
                 stage.blocks.append(block)
-            self._add_encoders(stage, of_stage)
+            stage.dge = make_encoders(len(stage.modules), stage.dim, of_stage)
             self.add_module(str(place), stage.dge)
         self._register_load_state_dict_pre_hook(fit_routers, with_module=True)
         parameter = next(model.parameters())
         self.to(parameter.device).train(model.training)
-        self._handles = self.show_images()
         self.set_budget(**budget_of(dge))
+        self._handles = self.show_images()
         embedding = adapter.embedding(model)
         if embedding is not None:
             self._handles.append(embedding.register_forward_hook(self._note_shape))
         self._map_shape = adapter.map_shape
-
-    @staticmethod
-    def _add_encoders(stage: AdaptedStage, options: dict | None) -> None:
-        if options is None:
-            return
-        dense, options = options['dense_layers'], {k: v for k, v in options.items() if k != 'dense_layers'}
-        for index in range(len(stage.modules)):
-            # A module may be None, which then has a number, but no weights.
-            encoder = None if index in dense else DynamicGrainedEncoder(stage.dim, **options)
-            stage.dge.add_module(str(index), encoder)
 
     @property
     def entry(self) -> nn.Module:

@@ -247,13 +247,17 @@ def find_backbones(model: nn.Module) -> list[DynamicStages]:
     return [module for module in model.modules() if isinstance(module, DynamicStages)]
 
 
-def make_blocks(owner: nn.Module, blocks: list[EncoderBlock], dim: int, dge: dict | None) -> None:
-    """Give a stage its blocks and, with ``dge``, a wrapper for each but the ``dense_layers``, which are indices."""
-    owner.blocks, owner.dge = nn.ModuleList(blocks), nn.ModuleList()
-    if dge is None:
-        return
-    options = {name: value for name, value in dge.items() if name != 'dense_layers'}
-    for index in range(len(blocks)):
+def make_encoders(num: int, dim: int, dge: dict | None) -> nn.ModuleList:
+    """A wrapper for each of ``num`` blocks but the ``dense_layers``, which are indices; none without ``dge``."""
+    encoders = nn.ModuleList()
+    options = {name: value for name, value in (dge or {}).items() if name != 'dense_layers'}
+    for index in range(num if dge is not None else 0):
         is_dense = index in dge.get('dense_layers', ())
         # A module may be None, which then has a number, but no weights.
-        owner.dge.add_module(str(index), None if is_dense else DynamicGrainedEncoder(dim, **options))
+        encoders.add_module(str(index), None if is_dense else DynamicGrainedEncoder(dim, **options))
+    return encoders
+
+
+def make_blocks(owner: nn.Module, blocks: list[EncoderBlock], dim: int, dge: dict | None) -> None:
+    """Give a stage its blocks and, with ``dge``, their wrappers."""
+    owner.blocks, owner.dge = nn.ModuleList(blocks), make_encoders(len(blocks), dim, dge)

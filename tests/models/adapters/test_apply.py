@@ -217,6 +217,17 @@ def test_maps_smaller_than_a_window(make_model):
         model(torch.randn(1, 3, 32, 32))
 
 
+def test_a_model_is_left_alone_if_it_is_refused():
+    """Also by what is found out last."""
+    model = small_vit()
+    with pytest.raises(ValueError, match='budget=0.001 cannot be reached'):
+        mmdyn.apply_dge(model, router='entropy', test_budget=0.001)
+    assert not any(
+        'forward' in vars(module) or module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )
+    assert not applied_to(mmdyn.remove_dge(mmdyn.apply_dge(model)))
+
+
 def test_unknown_options():
     with pytest.raises(ValueError, match=r"dge has no option \['budget'\]"):
         mmdyn.apply_dge(small_vit(), budget=0.5)
