@@ -147,6 +147,16 @@ def test_a_case_may_be_compared_with_another_than_the_first(monkeypatch):
     assert [row['macs_ratio'] for row in rows.values()] == [1, 0.5, 0.25]
 
 
+@pytest.mark.parametrize('arch, side', [('timm ViT-tiny', 128), ('mmseg MiT-b0', 64)])
+def test_models_of_other_libraries(arch, side):
+    rows = measure('any', arch, (side, side), 1, ONCE._replace(patterns=('clustered',)))['rows']
+    assert list(rows) == ['dense', 'DGE clustered', 'DGE finest']
+    assert rows['DGE clustered']['query_ratio'] == pytest.approx(0.5, abs=0.15)  # of few regions
+    assert 0.4 < rows['DGE clustered']['macs_ratio'] < 0.8
+    assert rows['DGE finest']['max_difference'] < 1e-4
+    assert 1 < rows['DGE finest']['macs_ratio'] < 1.01
+
+
 def test_coarse_to_fine():
     rows = measure('cfvit', 'DeiT-small', (224, 224), 4, ONCE)['rows']
     assert list(rows) == ['timm', 'CF-ViT, 0% stop', 'CF-ViT, 50% stop', 'CF-ViT, 100% stop']

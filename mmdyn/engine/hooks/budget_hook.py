@@ -88,8 +88,9 @@ class BudgetHook(LossHook):
                 if not least - ROUNDING <= target <= most + ROUNDING:
                     raise ValueError(
                         f'BudgetHook: {name}={target} cannot be reached: on images of img_size the granularities of '
-                        f'the {type(backbone).__name__} allow query ratios from {least:.4f} to {most:.4f}. Choose a '
-                        f'{name} between them, or {"a coarser largest" if target < least else "a finer"} granularity.'
+                        f'the {type(backbone.entry).__name__} allow query ratios from {least:.4f} to {most:.4f}. '
+                        f'Choose a {name} between them, or {"a coarser largest" if target < least else "a finer"} '
+                        'granularity.'
                     )
         if self.schedule != 'constant' and self.target(runner.max_iters - 1) != self.budget:
             raise ValueError(

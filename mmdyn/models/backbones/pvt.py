@@ -211,6 +211,7 @@ class PVT(DynamicBackbone):
         if out_type != 'featmap':
             self.norm = nn.LayerNorm(dims[-1], norm_eps)
         self.freeze()
+        self.show_images()
         self.set_budget(**budget_of(dge))
 
     def make_attention(self, stage: dict, norm_eps: float) -> nn.Module:

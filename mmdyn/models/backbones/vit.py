@@ -109,6 +109,7 @@ class PlainViT(DynamicBackbone):
         make_blocks(self, blocks, dim, dge_of_stages(dge, {'': depth})[0])
         self.norm = nn.LayerNorm(dim, norm_eps)
         self.freeze()
+        self.show_images()
         self.set_budget(**budget_of(dge))
 
     @property

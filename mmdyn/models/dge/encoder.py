@@ -13,7 +13,7 @@ from ...values import MOST, check_integer, check_number, is_integer
 from ..thread_local import ThreadLocal
 from ..tracing import is_exported, refuse_onnx_by_torchscript
 from .budget import queries_within
-from .router import Router, choose, straight_through_gates
+from .router import ROUTERS, choose, straight_through_gates
 from .routing import centres, count_patches, grid, pool, route, unpool
 
 
@@ -63,7 +63,8 @@ class DynamicGrainedEncoder(nn.Module):
 
     The block is an argument of the forward pass, not a submodule: its weights' names are those of the dense model.
     It is called as ``block(queries, tokens, shape, num_extra, lengths, points)``, see
-    :class:`~mmdyn.models.layers.EncoderBlock`, and returns its queries' new values.
+    :class:`~mmdyn.models.layers.EncoderBlock`, and returns its queries' new values. With ``uses_routing`` it is told
+    the :class:`Routing` of packed queries too.
 
     Args:
         dim: channels of the tokens.
@@ -73,6 +74,9 @@ class DynamicGrainedEncoder(nn.Module):
         train_mode: ``'sparse'`` runs the chosen granularities (eq. 6), ``'dense'`` runs all of them and lets the gates
             select afterwards, so that each logit gets a gradient.
         tau: temperature of eq. 5.
+        router: ``'linear'``, the paper's; or one that is not trained and chooses the finest granularity until a budget
+            is set: ``'random'``, ``'entropy'`` of the image's pixels, or ``'correlation'`` of tokens with the means of
+            their patches, see :mod:`~mmdyn.models.dge.untrained`.
 
     Attributes:
         decision: the :class:`Decision` of the thread's last forward pass.
@@ -89,6 +93,7 @@ class DynamicGrainedEncoder(nn.Module):
         routing: str = 'region',
         train_mode: str = 'sparse',
         tau: float = 1.0,
+        router: str = 'linear',
     ):
         super().__init__()
         check_integer('dim', dim, 1, MOST, 'the channels')
@@ -97,12 +102,13 @@ class DynamicGrainedEncoder(nn.Module):
         for name, value, allowed in (
             ('routing', routing, ('region', 'layer')),
             ('train_mode', train_mode, ('sparse', 'dense')),
+            ('router', router, tuple(ROUTERS)),
         ):
             if value not in allowed:
                 raise ValueError(f'dge {name}={value!r}: choose from {allowed}.')
         check_number('dge tau', tau, '(0, inf)', 'the temperature of the softmax')
         self.routing, self.train_mode, self.tau = routing, train_mode, tau
-        self.router = Router(dim, self.granularities)
+        self.router = ROUTERS[router](dim, self.granularities)
         self.forced: Tensor | None = None
 
     def extra_repr(self) -> str:
@@ -119,7 +125,7 @@ class DynamicGrainedEncoder(nn.Module):
 
     def macs(self, shape: tuple[int, int]) -> int:
         """Multiply-adds of the router on an image with a map of ``shape``."""
-        return math.prod(grid(self.decision_side(shape), shape)) * self.router.weight.numel()
+        return self.router.macs(shape, self.decision_side(shape))
 
     def forward(self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int = 0) -> Tensor:
         """Run ``block`` on as many queries as the router grants.
@@ -142,8 +148,9 @@ class DynamicGrainedEncoder(nn.Module):
         points = None
         if getattr(block, 'uses_points', False):
             points = routing.compress(F.pad(centres(shape, tokens.device), (0, 0, num_extra, 0)))
+        options = dict(routing=routing) if getattr(block, 'uses_routing', False) else {}
         queries = routing.compress(tokens)
-        residual = block(queries, tokens, shape, num_extra, routing.lengths, points) - queries
+        residual = block(queries, tokens, shape, num_extra, routing.lengths, points, **options) - queries
         if gates is not None:
             gates = gates * F.one_hot(choice, len(self.granularities))
             self.decision = Decision(choice, self._count(gates, shape, num_extra))
@@ -160,10 +167,10 @@ class DynamicGrainedEncoder(nn.Module):
         """The gates of all regions in training, (B, rows, columns, K), and the choice."""
         side, regions = self.decision_side(shape), grid(self.region, shape)
         forced = None if self.forced is None else self.forced.expand(tokens.shape[0], -1, -1)
-        if not self.training:
+        if not (self.training and self.router.is_trained):
             choice = choose(self.router, tokens, shape, side, num_extra)
             return None, choice.expand(-1, *regions) if forced is None else forced
-        logits = self.router(pool(tokens, shape, side, num_extra))
+        logits = self.router.logits(tokens, shape, side, num_extra)
         gates, choice = straight_through_gates(logits, self.tau, forced)
         return gates.expand(-1, *regions, -1), choice.expand(-1, *regions)
 
