@@ -1,6 +1,7 @@
 """The cases of tools/analysis_tools/benchmark.py, which says what each of them is, and how they are measured."""
 
 import copy
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,11 +13,14 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
+from ..models.adapters import apply_dge
+from ..models.adapters import cost as spent
 from ..models.layers import DeformableAttention, deformable_sampling
 from .conversion import translate
 from .flops import build_model, dynamic_backbone, image_files, run_on_images
 from .latency import interleaved_times, largest_difference, peak_memory, ratio, supports_bfloat16
-from .passes import AUTOCAST, build, family_and_size, inference, round_products, training_step
+from .others import OTHERS, build_other
+from .passes import AUTOCAST, build, family_and_size, inference, precision, round_products, training_step
 from .synthetic import PATTERNS, Recording, force_routing, record_routing, recorded_granularities, replay_routing
 
 ATTENTION = ' attention'  # behind the name of an arch: its attention layers alone
@@ -29,6 +33,27 @@ SUITES = dict(
     seg=dict(archs=PYRAMIDS, shapes=((512, 2048),), batches=(1,), on_cuda=(1, 2)),
     cfvit=dict(archs=('DeiT-small',), shapes=((224, 224),), batches=(64,)),
     train=dict(archs=('PVT-small',), shapes=((256, 256),), batches=(32,)),
+    any=dict(
+        archs=(
+            'timm ViT-small',
+            'timm DINOv3-small',
+            'mmpretrain DeiT-small',
+            'timm PVTv2-b1',
+            'mmdet PVTv2-b1',
+            'mmseg MiT-b1',
+            'timm Swin-tiny',
+            'mmdet Swin-tiny',
+        ),
+        shapes=((224, 224),),
+        batches=(1, 16),
+        # Beside those, one image of dense prediction.
+        large={
+            'timm PVTv2-b1': (800, 1280),
+            'mmdet PVTv2-b1': (800, 1280),
+            'mmseg MiT-b1': (512, 2048),
+            'mmdet Swin-tiny': (800, 1280),
+        },
+    ),
 )
 
 
@@ -60,21 +85,23 @@ class Case(NamedTuple):
         macs: multiply-adds of an image in the last pass.
         query_ratio: share of the queries in the last pass, where the model has any to choose.
         exact: whether the outputs are to be those of the first case.
+        reference: the case that it is compared with, the first one if it names none.
     """
 
     run: Callable[[], object]
     macs: Callable[[], float]
     query_ratio: Callable[[], float] | None = None
     exact: bool = False
+    reference: str = ''
 
 
 def sample_by_mmcv_fallback(
-    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int] | None = None
 ) -> Tensor:
     """``deformable_sampling`` by mmcv's function for the CPU, which takes as many queries of each image."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    sides, batch = torch.tensor([shape], device=value.device), len(lengths)
+    sides, batch = torch.tensor([shape], device=value.device), len(value)
     where, weights = (x.unflatten(0, (batch, -1))[:, :, :, None] for x in ((points + 0.5) / sides.flip(1), weights))
     return multi_scale_deformable_attn_pytorch(value, sides, where, weights).flatten(0, 1)
 
@@ -175,6 +202,25 @@ def backbone_cases(suite: str, arch: str, images: Tensor, options: Options) -> d
     if options.dtype == 'float32' and supports_bfloat16(images.device):
         cases['dense bfloat16'] = backbone_case(dense, images, torch.bfloat16, exact=True)
         cases['DGE bfloat16'] = backbone_case(models[options.patterns[0]], images, torch.bfloat16)
+    if suite == 'cls' and images.is_cuda:
+        cases |= graphed_cases(dense, dynamic('clustered'), images, options)
+    return cases
+
+
+def graphed_cases(dense: nn.Module, dynamic: nn.Module, images: Tensor, options: Options) -> dict[str, Case]:
+    """The dense model, and the dynamic one with an exact budget: recorded once and replayed, and as they are."""
+    from ..kernels.graphs import graphed
+
+    autocast, cases = AUTOCAST[options.dtype], {}
+    for encoder in filter(None, (encoder for stage, _ in dynamic.named_stages() for encoder in stage.dge)):
+        encoder.forced = None
+    dynamic.set_budget(options.query_ratio)
+    cases['DGE exact'] = backbone_case(dynamic, images, autocast)
+    with precision(images, autocast):
+        for name, model in (('dense', dense.to(images.device)), ('DGE exact', dynamic)):
+            run = functools.partial(graphed(model, images), images)
+            cases[f'{name} graphed'] = backbone_case(model, images, autocast)._replace(run=run)
+    cases['DGE exact graphed'] = cases['DGE exact graphed']._replace(reference='dense graphed')
     return cases
 
 
@@ -239,8 +285,38 @@ def coarse_to_fine_case(arch: str, channels: int, exits: float, images: Tensor, 
     return Case(run, lambda: statistics.mean(spent))
 
 
+def other_cases(arch: str, images: Tensor, options: Options) -> dict[str, Case]:
+    """A model of another library as it is, and with DGE."""
+    (family, size), shape = family_and_size(arch, OTHERS), tuple(images.shape[-2:])
+    autocast, granularities = AUTOCAST[options.dtype], OTHERS[family][1]
+
+    def dynamic(pattern: str, query_ratio: float = options.query_ratio) -> nn.Module:
+        model = apply_dge(build_other(family, size, shape), granularities, img_size=shape).to(images.device)
+        force_routing(dynamic_backbone(model), shape, query_ratio, pattern)
+        return model
+
+    models = {f'DGE {pattern}': dynamic(pattern) for pattern in options.patterns if pattern != 'trained'}
+    models['DGE finest'] = dynamic('clustered', 1.0)
+    dense = build_other(family, size, shape).to(images.device)
+    cases = {
+        'dense': Case(
+            inference(dense, images, autocast), lambda: spent(models['DGE finest']).dense, lambda: 1.0, exact=True
+        )
+    }
+    for name, model in models.items():
+        cases[name] = Case(
+            inference(model, images, autocast),
+            lambda model=model: spent(model).spent.mean().item(),
+            lambda model=model: spent(model).query_ratio.mean().item(),
+            exact=name == 'DGE finest',
+        )
+    return cases
+
+
 def cases_of(suite: str, arch: str, images: Tensor, options: Options) -> dict[str, Case]:
     """The cases of one architecture by their names; the first is what the others are compared with."""
+    if suite == 'any':
+        return other_cases(arch, images, options)
     if suite == 'cfvit':
         return coarse_to_fine_cases(arch, images, options)
     if arch.endswith(ATTENTION):
@@ -253,7 +329,8 @@ def measure(suite: str, arch: str, shape: Sequence[int], batch: int, options: Op
 
     Args:
         suite: a key of :data:`SUITES`.
-        arch: FAMILY-SIZE, of DPVT also with :data:`ATTENTION` behind it.
+        arch: FAMILY-SIZE, of DPVT also with :data:`ATTENTION` behind it; in ``any``, a family of
+            :data:`~mmdyn.analysis.others.OTHERS`.
         shape: (height, width) of the images in pixels.
         batch: their number.
         options: how.
@@ -272,9 +349,10 @@ def measure(suite: str, arch: str, shape: Sequence[int], batch: int, options: Op
         warmup=3 if options.device == 'cuda' else 1,
         device=options.device,
     )
-    reference, rows = next(iter(cases)), {}
-    expected = cases[reference].run() if any(case.exact for case in cases.values()) else None
+    first, rows = next(iter(cases)), {}
+    expected = cases[first].run() if any(case.exact for case in cases.values()) else None
     for name, case in cases.items():
+        reference = case.reference or first
         row = rows[name] = dict(
             seconds=statistics.median(times[name]),
             spread=max(times[name]) - min(times[name]),
@@ -305,6 +383,8 @@ def groups_of(
         for sides in [shape] if shape else suite['shapes']:
             for number in [batch] if batch else batches:
                 yield arch, sides, number
+        if arch in suite.get('large', {}) and not (shape or batch):
+            yield arch, suite['large'][arch], 1
 
 
 def record(config: str, checkpoint: str, images: str, num: int = 16) -> Recording:

@@ -10,9 +10,10 @@ import torch
 from mmengine.evaluator import Evaluator
 from torch import nn
 
-from ..models.backbones.base import DynamicBackbone, find_backbones
+from ..models.backbones.base import DynamicStages, find_backbones
 from ..models.cost import CostMeter
 from ..models.dge.prices import Prices
+from ..values import check_integer, check_number
 from .latency import synchronise
 
 # The first price that is tried, the factor to the next, and the last.
@@ -37,7 +38,7 @@ class Spent(NamedTuple):
     macs: float
 
 
-def dynamic_backbone(model: nn.Module) -> DynamicBackbone:
+def dynamic_backbone(model: nn.Module) -> DynamicStages:
     """The backbone with DGE of a model.
 
     Raises:
@@ -69,12 +70,15 @@ def average(meter: CostMeter, images: int) -> Spent:
 
 def spend(model: nn.Module, batches: Iterable[Any], most: int) -> Spent:
     """What a model spends on the first images, at least ``most`` of them if there are so many."""
+    check_integer('most', most, 1, what='a number of images')
     meter, images = CostMeter(training=False, backbones=[dynamic_backbone(model)]), 0
     for batch in batches:
         with torch.inference_mode():
             images += len(model.test_step(batch))
         if images >= most:
             break
+    if not images:
+        raise ValueError('There are no images to measure what the model spends: give a test set that has some.')
     return average(meter, images)
 
 
@@ -93,6 +97,12 @@ def calibrate(
     Returns:
         All that was measured.
     """
+    if not isinstance(budgets, (list, tuple)) or not budgets:
+        raise ValueError(f'budgets={budgets!r}: give a list of query ratios, e.g. [0.3, 0.5].')
+    for budget in budgets:
+        check_number('budgets', budget, '[0, 1]', 'a query ratio')
+    check_number('tolerance', tolerance, '(0, inf)', 'of the query ratio')
+    check_integer('tries', tries, 0, 1000)
     found: dict[float, Spent] = {}
 
     def ratio(price: float) -> float:
@@ -123,13 +133,13 @@ def calibrate(
     )
 
 
-def budgets_of(backbone: DynamicBackbone, given: Sequence[float] | None) -> list[float]:
+def budgets_of(backbone: DynamicStages, given: Sequence[float] | None) -> list[float]:
     """The budgets that were asked, or those of :data:`BUDGETS` that the granularities reach, ascending."""
     least, most = backbone.ratio_bounds()
     return sorted(given or [budget for budget in BUDGETS if least <= budget <= most + 1e-6])
 
 
-def modes_of(backbone: DynamicBackbone, given: Sequence[str] | None) -> list[str]:
+def modes_of(backbone: DynamicStages, given: Sequence[str] | None) -> list[str]:
     """The modes that were asked, or those of :data:`MODES` that the model has."""
     by_layer = any(getattr(module, 'routing', 'region') == 'layer' for module in backbone.modules())
     return list(given or [mode for mode in MODES if mode == 'average' or not by_layer])
@@ -146,7 +156,7 @@ def measure_prices(model: nn.Module, batches: Iterable[Any], budgets: Sequence[f
     return calibrate(at_price, budgets)
 
 
-def set_mode(backbone: DynamicBackbone, mode: str, budget: float | None, prices: Prices) -> None:
+def set_mode(backbone: DynamicStages, mode: str, budget: float | None, prices: Prices) -> None:
     """Set a budget in one of :data:`MODES`; ``'router'`` lets the routers decide."""
     settings = {
         'average': partial(backbone.set_budget, mode='average', prices=prices),
@@ -175,7 +185,7 @@ def sweep(
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Any], evaluator: Evaluator, backbone: DynamicBackbone | None = None
+    model: nn.Module, batches: Iterable[Any], evaluator: Evaluator, backbone: DynamicStages | None = None
 ) -> dict[str, Any]:
     """Accuracy and cost of a model.
 

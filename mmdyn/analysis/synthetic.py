@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.backbones.base import DynamicBackbone
+from ..models.backbones.base import DynamicStages
+from ..models.dge import check_granularities
 from ..models.dge.routing import grid
+from ..values import check_choice, check_integer, check_number, sides
 
 PATTERNS = ('clustered', 'random')
 
@@ -31,8 +33,11 @@ def synthetic_choice(
     Returns:
         (rows, columns) indices into ``granularities``.
     """
-    if pattern not in PATTERNS:
-        raise ValueError(f'pattern={pattern!r}: choose from {PATTERNS}.')
+    regions = sides('regions', regions, unit='regions')
+    check_choice('pattern', pattern, PATTERNS)
+    check_number('query_ratio', query_ratio, '[0, 1]')
+    check_integer('seed', seed, 0, 2**63 - 1)
+    check_granularities(granularities)
     shares = [1 / phi**2 if phi else 0.0 for phi in granularities]
     order = sorted(range(len(shares)), key=lambda k: -shares[k])
     others = [shares[k] for k in order[1:]]
@@ -70,7 +75,7 @@ Recording = list[list[LayerChoice]]
 """The layers with DGE of each stage that has any."""
 
 
-def record_routing(backbone: DynamicBackbone, image: int = 0) -> Recording:
+def record_routing(backbone: DynamicStages, image: int = 0) -> Recording:
     """What the DGE layers chose for an image of the last forward pass."""
     dynamic = [[encoder for encoder in stage.dge if encoder is not None] for stage, _ in backbone.named_stages()]
     return [
@@ -95,17 +100,17 @@ def replay_choice(choice: Tensor, regions: tuple[int, int]) -> Tensor:
     return F.interpolate(choice[None, None].double(), regions, mode='nearest-exact')[0, 0].long()
 
 
-def force_routing(backbone: DynamicBackbone, size: tuple[int, int], query_ratio: float, pattern: str) -> None:
+def force_routing(backbone: DynamicStages, size: tuple[int, int], query_ratio: float, pattern: str) -> None:
     """Make every DGE layer of a backbone decide by :func:`synthetic_choice` on images of ``size`` (H, W) pixels.
 
     The routers decide as well, so that their time is spent.
     """
     for stage, _, encoder, regions in _dge_layers(backbone, size):
         choice = synthetic_choice(regions, encoder.granularities, query_ratio, pattern, seed=stage)
-        encoder.forced = choice.to(encoder.router.weight.device)
+        encoder.forced = choice.to(next(backbone.entry.parameters()).device)
 
 
-def replay_routing(backbone: DynamicBackbone, size: tuple[int, int], recording: Recording) -> None:
+def replay_routing(backbone: DynamicStages, size: tuple[int, int], recording: Recording) -> None:
     """Make every DGE layer decide on images of ``size`` as another model did.
 
     A layer takes the choice of the one that lies as far along the recorded stages, and along the layers of its stage.
@@ -122,10 +127,10 @@ def replay_routing(backbone: DynamicBackbone, size: tuple[int, int], recording: 
                 f'Layer {j} of stage {i} has granularities {encoder.granularities}, but the recorded one '
                 f'{recorded.granularities}: build the backbone with dge=dict(granularities={needed}).'
             )
-        encoder.forced = replay_choice(recorded.choice, regions).to(encoder.router.weight.device)
+        encoder.forced = replay_choice(recorded.choice, regions).to(next(backbone.entry.parameters()).device)
 
 
-def _dge_layers(backbone: DynamicBackbone, size: tuple[int, int]) -> Iterator[tuple]:
+def _dge_layers(backbone: DynamicStages, size: tuple[int, int]) -> Iterator[tuple]:
     """Stage, index, encoder, and rows and columns of regions of each DGE layer on images of ``size`` pixels."""
     stride = 1
     for i, (stage, _) in enumerate(backbone.named_stages()):

@@ -6,7 +6,7 @@ import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
-from ..models.backbones.base import DynamicBackbone
+from ..models.backbones.base import DynamicStages
 from ..models.dge import DynamicGrainedEncoder
 
 # Routers start with the finest granularity at a probability of 0.95.
@@ -30,7 +30,7 @@ def count_choices(choice: Tensor, num: int) -> Tensor:
     return (choice.flatten()[:, None] == torch.arange(num, device=choice.device)).sum(0)
 
 
-def look(backbones: list[DynamicBackbone]) -> dict[str, tuple[float, dict[int, float]]]:
+def look(backbones: list[DynamicStages]) -> dict[str, tuple[float, dict[int, float]]]:
     """What each layer decided in the last forward pass, over the images of all processes.
 
     Returns:

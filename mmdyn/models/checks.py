@@ -6,8 +6,7 @@ import re
 from mmengine.logging import print_log
 from torch import nn
 
-from .backbones.base import DynamicBackbone, find_backbones
-from .layers import ConvStem
+from .backbones.base import find_backbones
 
 
 def check_channels(model: nn.Module) -> None:
@@ -21,8 +20,10 @@ def check_channels(model: nn.Module) -> None:
     if not isinstance(taken, (list, tuple)):
         return
     for backbone in find_backbones(model):
+        if backbone is not model.backbone:
+            continue
         given = backbone.out_channels
-        if backbone is model.backbone and list(taken) != given:
+        if list(taken) != given:
             raise ValueError(
                 f'The neck {type(neck).__name__} takes in_channels={list(taken)}, but the backbone '
                 f'{type(backbone).__name__} returns maps of {given} channels: write '
@@ -81,34 +82,3 @@ def has_backbone(model: nn.Module, who: str) -> bool:
             level=logging.WARNING,
         )
     return found
-
-
-def least_side(backbone: DynamicBackbone) -> int:
-    """Pixels of the shorter side that an image needs, so that each stage has a patch, and what its keys are made of."""
-    least, stride = 1, 1
-    for stage, _ in backbone.named_stages():
-        halved = 2 if isinstance(stage.patch_embed, ConvStem) else 1
-        stride *= halved * stage.patch_embed.proj.kernel_size[0]
-        least = max(least, stride * max([getattr(block.attn, 'sr_ratio', 1) for block in stage.blocks], default=1))
-    return least
-
-
-def check_sides(backbone: DynamicBackbone, shape: tuple, images: list[str]) -> None:
-    """Compare the sides of a batch with what the backbone needs.
-
-    Args:
-        backbone: that gets it.
-        shape: (B, C, H, W) of the batch.
-        images: files of the batch.
-
-    Raises:
-        ValueError: if they are too small; it names the files.
-    """
-    least = least_side(backbone)
-    if min(shape[-2:]) < least:
-        raise ValueError(
-            f'Images of {shape[-2]} x {shape[-1]} pixels are too small for the {type(backbone).__name__}, '
-            f'which needs {least} x {least}: resize or pad them in the pipeline, e.g. with '
-            f'data_preprocessor=dict(pad_size_divisor={least}), or leave them out.'
-            + (f' Images: {", ".join(images)}' if images else '')
-        )

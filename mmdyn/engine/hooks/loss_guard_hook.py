@@ -5,9 +5,10 @@ import torch
 from mmengine.runner import Runner
 from torch.utils.hooks import RemovableHandle
 
-from ...models.backbones.base import DynamicBackbone, find_backbones
-from ...models.checks import check_classes, check_sides
+from ...models.backbones.base import DynamicStages, check_sides, find_backbones
+from ...models.checks import check_classes
 from ...registry import HOOKS
+from ...values import check_integer
 from .loss_hook import LossHook, unwrapped
 
 
@@ -16,7 +17,7 @@ def image_files(samples: Any) -> list[str]:
     return [path for path in (getattr(sample, 'img_path', None) for sample in samples or []) if path]
 
 
-def check_inputs(images: list[str], backbone: DynamicBackbone, inputs: tuple[Any, ...]) -> None:
+def check_inputs(images: list[str], backbone: DynamicStages, inputs: tuple[Any, ...]) -> None:
     """A forward pre-hook of a backbone."""
     check_sides(backbone, inputs[0].shape, images)
 
@@ -33,6 +34,7 @@ class LossGuardHook(LossHook):
     """
 
     def __init__(self, interval: int = 1) -> None:
+        check_integer('LossGuardHook: interval', interval, 1, what='a number of iterations')
         self.interval = interval
         self._images: list[str] = []
         self._handles: list[RemovableHandle] = []

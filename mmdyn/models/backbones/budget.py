@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ...values import is_number
 from ..cost import LayerCost
 from ..dge import DynamicGrainedEncoder
 from ..dge.budget import queries_of_region, share_budget
 from ..dge.prices import Prices
 
 if TYPE_CHECKING:
-    from .base import DynamicBackbone
+    from .base import DynamicStages
 
 
 class DynamicLayer(NamedTuple):
@@ -21,13 +22,13 @@ class DynamicLayer(NamedTuple):
     bounds: tuple[int, int]
 
 
-def encoders_of(backbone: 'DynamicBackbone') -> list[DynamicGrainedEncoder]:
+def encoders_of(backbone: 'DynamicStages') -> list[DynamicGrainedEncoder]:
     """The encoders, in the order of their layers."""
     modules = [module for stage, _ in backbone.named_stages() for module in stage.dge]
     return [module for module in modules if isinstance(module, DynamicGrainedEncoder)]
 
 
-def dynamic_layers(backbone: 'DynamicBackbone') -> list[DynamicLayer]:
+def dynamic_layers(backbone: 'DynamicStages') -> list[DynamicLayer]:
     """The layers with DGE, in their order."""
     found = []
 
@@ -39,17 +40,15 @@ def dynamic_layers(backbone: 'DynamicBackbone') -> list[DynamicLayer]:
     return [DynamicLayer(cost, bounds) for cost, bounds in zip(layers, found, strict=True) if cost.dynamic]
 
 
-def check_budget(backbone: 'DynamicBackbone', budget: float, mode: str) -> None:
+def check_budget(backbone: 'DynamicStages', budget: float, mode: str) -> None:
     """Raise ValueError for a budget that the backbone cannot keep."""
-    name = type(backbone).__name__
+    name = type(backbone.entry).__name__
     if not backbone.has_dge:
         raise ValueError(
             f'budget={budget}: the {name} has no DGE: give it dge=dict(granularities=(1, 2, 4)), or leave '
             'the budget out.'
         )
-    if mode not in ('exact', 'average'):
-        raise ValueError(f"budget mode={mode!r}: choose 'exact' or 'average'.")
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+    if not is_number(budget, '[0, inf)'):
         raise ValueError(f'budget={budget!r}: give a query ratio, a number such as 0.4, or None.')
     least, most = backbone.ratio_bounds()
     if not least - 1e-6 <= budget <= most + 1e-6:
@@ -65,28 +64,28 @@ def check_budget(backbone: 'DynamicBackbone', budget: float, mode: str) -> None:
         )
 
 
-def check_layers(backbone: 'DynamicBackbone', prices: Prices) -> None:
+def check_layers(backbone: 'DynamicStages', prices: Prices) -> None:
     """Raise ValueError for prices that were measured on a model of other layers."""
     names = {layer.cost.name for layer in dynamic_layers(backbone)}
     if prices.layers.keys() != names:
         raise ValueError(
             f'The prices are of the layers {sorted(prices.layers)}, but those of the '
-            f'{type(backbone).__name__} with DGE are {sorted(names)}: measure them for this model.'
+            f'{type(backbone.entry).__name__} with DGE are {sorted(names)}: measure them for this model.'
         )
 
 
-def prices_of_layers(backbone: 'DynamicBackbone', price: float) -> list[float]:
+def prices_of_layers(backbone: 'DynamicStages', price: float) -> list[float]:
     """The price of a query of each layer, in proportion to its complexity C^l, from that of the layers' mean."""
     if not backbone.has_dge:
         raise ValueError(
-            f'price={price}: the {type(backbone).__name__} has no DGE: give it '
+            f'price={price}: the {type(backbone.entry).__name__} has no DGE: give it '
             'dge=dict(granularities=(1, 2, 4)), or leave the price out.'
         )
     costs = [layer.cost.per_query for layer in dynamic_layers(backbone)]
     return [price * cost * len(costs) / sum(costs) for cost in costs]
 
 
-def shares_of_layers(backbone: 'DynamicBackbone', budget: float, prices: Prices | None) -> list[float]:
+def shares_of_layers(backbone: 'DynamicStages', budget: float, prices: Prices | None) -> list[float]:
     """The query ratio of each layer: what it spent on average at this budget, or without prices the same for all."""
     layers, wanted = dynamic_layers(backbone), {}
     if prices is not None:
@@ -103,12 +102,15 @@ def shares_of_layers(backbone: 'DynamicBackbone', budget: float, prices: Prices 
 
 
 def decide_by(
-    backbone: 'DynamicBackbone', prices: Sequence[float] | None = None, shares: Sequence[float] | None = None
+    backbone: 'DynamicStages', prices: Sequence[float] | None = None, shares: Sequence[float] | None = None
 ) -> None:
     """Set the price of a query, or the share of the dense queries, of each layer; neither lets the routers decide."""
+    device = next(backbone.entry.parameters()).device
     for index, encoder in enumerate(encoders_of(backbone)):
         router, queries = encoder.router, queries_of_region(encoder.granularities, encoder.region)
         router.share = None if shares is None else shares[index]
         router.price = None
         if prices is not None:
-            router.price = router.bias.new_tensor([prices[index] * count for count in queries], dtype=torch.float32)
+            router.price = torch.tensor(
+                [prices[index] * count for count in queries], dtype=torch.float32, device=device
+            )

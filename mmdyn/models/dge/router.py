@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..replaceable import replaceable
 from .budget import choose_within, queries_within
-from .routing import count_patches, pool
+from .routing import count_patches, grid, pool
+from .untrained import CorrelationRouter, EntropyRouter, RandomRouter, UntrainedRouter
 
 
 class Router(nn.Module):
@@ -28,6 +29,8 @@ class Router(nn.Module):
     """
 
     price: Tensor | None
+    is_trained = True
+    images = None
 
     def __init__(self, dim: int, granularities: Sequence[int]):
         super().__init__()
@@ -46,14 +49,36 @@ class Router(nn.Module):
         with torch.autocast(regions.device.type, enabled=False):
             return F.linear(regions.float(), self.weight.float(), self.bias.float())
 
+    def logits(self, tokens: Tensor, shape: tuple[int, int], region: int, num_extra: int) -> Tensor:
+        """(B, E + H*W, C) tokens -> (B, rows, columns, K)."""
+        means: Tensor = self(pool(tokens, shape, region, num_extra))
+        return means
+
+    def macs(self, shape: tuple[int, int], region: int) -> int:
+        """Multiply-adds of an image with a map of ``shape``."""
+        return math.prod(grid(region, shape)) * self.weight.numel()
+
+
+ROUTERS: dict[str, type[Router] | type[UntrainedRouter]] = dict(
+    linear=Router, random=RandomRouter, entropy=EntropyRouter, correlation=CorrelationRouter
+)
+
 
 @replaceable
-def choose(router: Router, tokens: Tensor, shape: tuple[int, int], region: int, num_extra: int) -> Tensor:
+def choose(
+    router: Router | UntrainedRouter, tokens: Tensor, shape: tuple[int, int], region: int, num_extra: int
+) -> Tensor:
     """The granularity of the greatest logit of each region: (B, E + H*W, C) -> (B, rows, columns) indices.
 
     The router's price lowers the logits. Its share decides for all regions of an image together.
     """
-    logits = router(pool(tokens, shape, region, num_extra))
+    return choose_greatest(router, router.logits(tokens, shape, region, num_extra), shape, region, num_extra)
+
+
+def choose_greatest(
+    router: Router | UntrainedRouter, logits: Tensor, shape: tuple[int, int], region: int, num_extra: int
+) -> Tensor:
+    """The choice of a router's (B, rows, columns, K) logits: (B, rows, columns) indices."""
     if router.share is None:
         return (logits if router.price is None else logits - router.price).argmax(-1)
     patches = count_patches(shape, router.granularities, region, logits.device)
