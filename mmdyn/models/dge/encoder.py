@@ -49,10 +49,12 @@ class Decision(NamedTuple):
         choice: (B, rows, columns) index of each region's granularity.
         queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7,
             otherwise on the CPU, where the lengths are.
+        logits: (B, rows, columns, K) what the gates were drawn from in training, (B, 1, 1, K) if routing is by layer.
     """
 
     choice: Tensor
     queries: Tensor
+    logits: Tensor | None = None
 
 
 class DynamicGrainedEncoder(nn.Module):
@@ -67,8 +69,8 @@ class DynamicGrainedEncoder(nn.Module):
         granularities: sides of the candidate patches in cells, ascending; 0 skips the region.
         region_size: side of a region in cells. Defaults to the largest granularity.
         routing: ``'region'``, or ``'layer'`` for one decision per image.
-        train_mode: ``'sparse'`` runs the chosen granularities (eq. 6), ``'dense'`` runs all of them and lets the gates
-            select afterwards, so that each logit gets a gradient.
+        train_mode: ``'dense'`` also runs the granularities that were not chosen, without their gradients, so that each
+            logit learns from all; ``'sparse'`` runs the chosen ones alone (eq. 6), which is cheaper and compares none.
         tau: temperature of eq. 5.
 
     Attributes:
@@ -130,10 +132,11 @@ class DynamicGrainedEncoder(nn.Module):
         Returns:
             (B, E + H*W, C), but for rounding the block's own output where the granularity is 1.
         """
-        gates, choice = self._decide(tokens, shape, num_extra)
-        if gates is not None and self.train_mode == 'dense':
-            return self._all_branches(block, tokens, shape, num_extra, gates, choice)
+        gates, choice, logits = self._decide(tokens, shape, num_extra)
         routing = route(choice, shape, self.granularities, self.region, num_extra)
+        changes = None
+        if gates is not None and self.train_mode == 'dense' and torch.is_grad_enabled():
+            changes = self._changes_of_all(block, tokens, shape, num_extra)
         points = None
         if getattr(block, 'uses_points', False):
             points = routing.compress(F.pad(centres(shape, tokens.device), (0, 0, num_extra, 0)))
@@ -141,47 +144,61 @@ class DynamicGrainedEncoder(nn.Module):
         residual = block(queries, tokens, shape, num_extra, routing.lengths, points) - queries
         if gates is None:
             self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
-        else:
-            gates = gates * F.one_hot(choice, len(self.granularities))
-            self.decision = Decision(choice, self._count(gates, shape, num_extra))
-            of_cells = unpool(gates.sum(-1, keepdim=True), self.region, shape).flatten(1, 2)
-            residual = residual * routing.compress(F.pad(of_cells, (0, 0, num_extra, 0), value=1.0)).type_as(residual)
+            return routing.decompress(residual, tokens)
+        if changes is not None:
+            self.decision = Decision(choice, self._count(gates, shape, num_extra), logits)
+            change = self._select(gates - gates.detach(), changes, shape)
+            return routing.decompress(residual, tokens) + F.pad(change, (0, 0, num_extra, 0))
+        gates = gates * F.one_hot(choice, len(self.granularities))
+        self.decision = Decision(choice, self._count(gates, shape, num_extra), logits)
+        of_cells = unpool(gates.sum(-1, keepdim=True), self.region, shape).flatten(1, 2)
+        residual = residual * routing.compress(F.pad(of_cells, (0, 0, num_extra, 0), value=1.0)).type_as(residual)
         return routing.decompress(residual, tokens)
 
-    def _decide(self, tokens: Tensor, shape: tuple[int, int], num_extra: int) -> tuple[Tensor | None, Tensor]:
-        """The gates of all regions in training, (B, rows, columns, K), and the choice."""
+    def _decide(
+        self, tokens: Tensor, shape: tuple[int, int], num_extra: int
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The gates of all regions in training, (B, rows, columns, K), the choice, and in training the logits."""
         side, regions = self.decision_side(shape), grid(self.region, shape)
         forced = None if self.forced is None else self.forced.expand(len(tokens), -1, -1)
         if not self.training:
             choice = choose(self.router, tokens, shape, side, num_extra)
-            return None, choice.expand(-1, *regions) if forced is None else forced
+            return None, choice.expand(-1, *regions) if forced is None else forced, None
         logits = self.router(pool(tokens, shape, side, num_extra))
+        if self.router.training_price is not None:
+            logits = logits - self.router.training_price
         gates, choice = straight_through_gates(logits, self.tau, forced)
-        return gates.expand(-1, *regions, -1), choice.expand(-1, *regions)
+        return gates.expand(-1, *regions, -1), choice.expand(-1, *regions), logits
 
     def _count(self, gates: Tensor, shape: tuple[int, int], num_extra: int) -> Tensor:
         """(B) queries of the gates, the sum in the numerator of eq. 7 for one layer."""
         return num_extra + (gates * count_patches(shape, self.granularities, self.region, gates.device)).sum((1, 2, 3))
 
-    def _all_branches(
-        self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int, gates: Tensor, choice: Tensor
-    ) -> Tensor:
-        """Run the patches of all granularities, and let the gates select from their changes."""
+    @torch.no_grad()
+    def _changes_of_all(
+        self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int
+    ) -> dict[int, Tensor]:
+        """What the block would change if all regions chose a granularity: (B, rows, columns, C) of its patches.
+
+        A gate of 0 lets no gradient through to the block: the logits alone learn from these, so they have no graph.
+        """
         sides = [phi for phi in self.granularities if phi]
-        extra, of_side = tokens[:, :num_extra], [pool(tokens, shape, side, num_extra) for side in sides]
+        queries = torch.cat([pool(tokens, shape, side, num_extra).flatten(1, 2) for side in sides], dim=1)
         points = None
         if getattr(block, 'uses_points', False):
             places = [pool(centres(shape, tokens.device), shape, side).flatten(1, 2) for side in sides]
-            points = F.pad(torch.cat(places, 1), (0, 0, num_extra, 0))[0].repeat(len(tokens), 1)
-        candidates = torch.cat([extra, *(patches.flatten(1, 2) for patches in of_side)], dim=1)
-        residual = block(candidates, tokens, shape, num_extra, points=points) - candidates
-        self.decision = Decision(choice, self._count(gates, shape, num_extra))
+            points = torch.cat(places, 1)[0].repeat(len(tokens), 1)
+        # The same random numbers as in the pass of the chosen queries: what drops out, drops out of both.
+        with torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
+            changes = block(queries, tokens, shape, num_extra, points=points) - queries
+        parts = changes.split([math.prod(grid(side, shape)) for side in sides], dim=1)
+        return {side: part.unflatten(1, grid(side, shape)) for side, part in zip(sides, parts)}
 
-        of_extra, *parts = residual.split([num_extra, *(math.prod(grid(side, shape)) for side in sides)], dim=1)
-        changes = []
-        for side, part in zip(sides, parts):
-            rows_columns, k = grid(side, shape), self.granularities.index(side)
-            gate = unpool(gates[..., k : k + 1], self.region // side, rows_columns)
-            changes.append(unpool(part.unflatten(1, rows_columns) * gate.type_as(part), side, shape))
-        change = reduce(torch.add, changes).flatten(1, 2)
-        return tokens + (torch.cat([of_extra, change], dim=1) if num_extra else change)
+    def _select(self, gates: Tensor, changes: dict[int, Tensor], shape: tuple[int, int]) -> Tensor:
+        """(B, H*W, C) change of the cells: of each granularity's patches, times the gate of its region."""
+        of_cells = []
+        for side, change in changes.items():
+            k = self.granularities.index(side)
+            gate = unpool(gates[..., k : k + 1], self.region // side, grid(side, shape))
+            of_cells.append(unpool(change * gate.type_as(change), side, shape))
+        return reduce(torch.add, of_cells).flatten(1, 2)

@@ -273,7 +273,7 @@ def test_dense_model_compiles_as_one_graph(name, grad, make_backbone):
 def test_dynamic_model_compiles(make_backbone, encoders):
     """With breaks where the number of queries is read; in decisions, too."""
     model, images = make_backbone('deit', dge=DGE).eval(), torch.randn(2, 3, 32, 48)
-    expected, decisions = model(images), [tuple(encoder.decision) for encoder in encoders(model)]
+    expected, decisions = model(images), [encoder.decision[:2] for encoder in encoders(model)]
     torch.testing.assert_close(torch.compile(model, backend='eager')(images), expected, rtol=1e-5, atol=1e-5)
     assert all(
         torch.equal(*pair)

@@ -183,7 +183,7 @@ def test_a_hook_of_the_router_sees_the_means_and_decides(mode, grad):
 @pytest.mark.parametrize('grad', [False, True])
 @pytest.mark.parametrize('mode', MODES)
 def test_hooks_of_the_block_and_its_attention_see_the_queries(mode, grad):
-    """The packed ones, or all that dense training runs; what a hook of the block returns is the queries' new value."""
+    """The packed ones, and before them all that dense training compares; what a hook of the block returns counts."""
     encoder, block = make(mode, granularities=(1, 2, 4))
     tokens, seen = torch.randn(3, 2 + 35, DIM), []
     block.register_forward_pre_hook(lambda _, args: seen.append(args))
@@ -192,15 +192,18 @@ def test_hooks_of_the_block_and_its_attention_see_the_queries(mode, grad):
     stage = SimpleNamespace(blocks=[block], dge=[encoder], num_extra=2)
     with torch.set_grad_enabled(grad):
         output = run_blocks(stage, tokens.clone(), (5, 7))
-    of_block, of_attention = seen
     lengths = encoder.decision.queries.tolist()
-    shape = (3, 2 + 35 + 12 + 4, DIM) if mode == 'dense' else (sum(lengths), DIM)
-    for queries, keys, map_shape, num_extra, *rest in seen:
-        assert queries.shape == shape and keys.shape == tokens.shape and map_shape == (5, 7) and num_extra == 2
-        assert rest in ([], [None, None]) if mode == 'dense' else rest == [lengths, None]
-    assert torch.equal(of_block[1], tokens)
-    torch.testing.assert_close(of_attention[0], block.norm1(of_block[0]))
-    torch.testing.assert_close(of_attention[1], block.norm1(tokens))
+    passes = [((sum(lengths), DIM), [lengths, None])]
+    if mode == 'dense' and grad:
+        passes.insert(0, ((3, 35 + 12 + 4, DIM), [None, None]))
+    assert len(seen) == 2 * len(passes)
+    for (shape, wanted), of_block, of_attention in zip(passes, seen[::2], seen[1::2]):
+        for queries, keys, map_shape, num_extra, *rest in (of_block, of_attention):
+            assert queries.shape == shape and keys.shape == tokens.shape and map_shape == (5, 7) and num_extra == 2
+            assert (rest or [None, None]) == wanted
+        assert torch.equal(of_block[1], tokens)
+        torch.testing.assert_close(of_attention[0], block.norm1(of_block[0]))
+        torch.testing.assert_close(of_attention[1], block.norm1(tokens))
     torch.testing.assert_close(output, tokens + 1)
 
 
@@ -281,12 +284,14 @@ def test_points_are_the_places_of_the_queries(mode, num_extra):
     tokens[..., 2] = torch.arange(num_extra + 35) < num_extra
     for block in blocks:
         assert torch.equal(encoder(block, tokens, (5, 7), num_extra), tokens)
-    [(queries, points)], [(_, none)] = (block.calls for block in blocks)
-    assert none is None and set(encoder.decision.choice.flatten().tolist()) == {0, 1, 2}
-    queries = queries.flatten(0, -2)
-    cells = queries[:, 2] == 0
-    assert len(points) == len(queries) and (~cells).sum() == 8 * num_extra
-    torch.testing.assert_close(points[cells], queries[cells][:, :2], rtol=1e-6, atol=1e-6)
+    calls, without = (block.calls for block in blocks)
+    assert len(calls) == len(without) == 1 + (mode == 'dense') and all(none is None for _, none in without)
+    assert set(encoder.decision.choice.flatten().tolist()) == {0, 1, 2}
+    for (queries, points), extra in zip(calls[::-1], (num_extra, 0)):
+        queries = queries.flatten(0, -2)
+        cells = queries[:, 2] == 0
+        assert len(points) == len(queries) and (~cells).sum() == 8 * extra
+        torch.testing.assert_close(points[cells], queries[cells][:, :2], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('drop_path_rate', [0.0, 0.5])
@@ -307,6 +312,55 @@ def test_sparse_and_dense_training_have_the_same_output(drop_path_rate):
     torch.testing.assert_close(decision.queries, other_decision.queries, rtol=0, atol=0)
     assert torch.equal(one, run(sparse, 3)[0])
     assert not torch.equal(decision.choice, run(sparse, 4)[1].choice)
+
+
+def test_dense_training_keeps_little_more_than_sparse_training_for_the_backward_pass():
+    """The changes to compare, but none of the activations behind them."""
+    kept = {}
+    for mode in ('sparse', 'dense'):
+        torch.manual_seed(0)
+        encoder, block = make(mode)
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = encoder(block, torch.randn(2, 16 * 16, DIM, requires_grad=True), (16, 16))
+        kept[mode], queries = sum(storages.values()), encoder.decision.queries.sum().item()
+        del output
+    tokens = 2 * 16 * 16
+    # Each query leaves about 14 vectors of C numbers; each cell 1 + 1/4 + 1/16 changes and as many gates.
+    assert kept['dense'] - kept['sparse'] < 4 * DIM * tokens * 2 * (1 + 1 / 4 + 1 / 16)
+    assert 4 * DIM * (tokens * (1 + 1 / 4 + 1 / 16) - queries) * 14 > 2 * (kept['dense'] - kept['sparse'])
+
+
+def test_without_gradients_there_is_nothing_to_compare():
+    encoder, block = make('dense')
+    calls = []
+    block.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape))
+    with torch.no_grad():
+        encoder(block, torch.randn(2, 35, DIM), (5, 7))
+    assert calls == [(int(encoder.decision.queries.sum()), DIM)]
+
+
+@pytest.mark.parametrize('mode', ['sparse', 'dense'])
+def test_a_price_in_training_lowers_logits_before_the_gates_are_drawn(mode):
+    """Gumbel noise draws with the probabilities of a softmax: 3 : 1 becomes 1 : 1 at the price ln 3 of the first."""
+    encoder, block = make(mode, granularities=(1, 2))
+    nn.init.zeros_(encoder.router.weight)
+    encoder.router.bias.data = torch.tensor([math.log(3), 0.0])
+    tokens, shares = torch.randn(32, 16 * 16, DIM), []
+    for price in (None, torch.tensor([math.log(3), 0.0])):
+        encoder.router.training_price = price
+        encoder(block, tokens, (16, 16))
+        shares.append((encoder.decision.choice == 0).float().mean().item())
+        expected = encoder.router.bias.data - (0 if price is None else price)
+        torch.testing.assert_close(encoder.decision.logits, expected.expand(32, 8, 8, 2))
+    assert shares == pytest.approx([3 / 4, 1 / 2], abs=0.04)  # 2048 regions: four standard errors
+    encoder.eval()(block, tokens, (16, 16))
+    assert encoder.decision.logits is None and (encoder.decision.choice == 0).all()
 
 
 def test_evaluation_has_no_randomness():
@@ -359,8 +413,9 @@ def test_with_cp_recomputes_the_block_and_changes_nothing(mode):
         output.square().sum().backward()
         results.append([output, tokens.grad] + [p.grad for p in (*block.parameters(), *encoder.parameters())])
     torch.testing.assert_close(*results, rtol=0, atol=0)
-    # Tokens and queries have a call each.
-    assert calls == 2 * [False] + 4 * [True]
+    # Tokens and queries have a call each. What dense training compares has no graph, and so nothing to recompute.
+    others = 2 if mode == 'dense' else 0
+    assert calls == (2 + others) * [False] + (4 + others) * [True]
 
 
 @pytest.mark.parametrize('sr_ratio', [1, None])
