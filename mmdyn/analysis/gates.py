@@ -8,7 +8,7 @@ import numpy as np
 from mmengine.config import Config
 from torch import nn
 
-from ..models.backbones.base import DynamicBackbone
+from ..models.backbones.base import DynamicStages
 from ..models.dge import DynamicGrainedEncoder
 from .flops import ImageRun, run_on_images
 
@@ -56,7 +56,7 @@ def image_of(run: ImageRun) -> np.ndarray:
     return np.ascontiguousarray(run.view.numpy()[::-1].transpose(1, 2, 0))
 
 
-def layers_with_regions(backbone: DynamicBackbone) -> list[LayerGates]:
+def layers_with_regions(backbone: DynamicStages) -> list[LayerGates]:
     """The layers that had something to choose in the backbone's last forward pass."""
     return [
         LayerGates(f'{prefix}blocks.{i}', encoder, shape)
@@ -67,7 +67,7 @@ def layers_with_regions(backbone: DynamicBackbone) -> list[LayerGates]:
 
 
 def run_with_gates(
-    model: nn.Module, backbone: DynamicBackbone, cfg: Config, files: Iterable[Path]
+    model: nn.Module, backbone: DynamicStages, cfg: Config, files: Iterable[Path]
 ) -> Iterator[GatedRun]:
     """Run a model on each image, and tell what its layers decided.
 
@@ -75,7 +75,7 @@ def run_with_gates(
         ValueError: if the model looks at parts of an image.
     """
     sizes: list[tuple[int, int]] = []
-    handle = backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
+    handle = backbone.entry.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
     try:
         for run in run_on_images(model, cfg, files):
             if any(side < least for side, least in zip(sizes[-1], run.view.shape[-2:])):

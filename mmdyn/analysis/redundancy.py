@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.backbones.base import find_backbones
 from ..models.backbones.vit import PlainViT
+from ..models.dge import DynamicGrainedEncoder
 from ..models.dge.encoder import Decision
 from ..models.dge.routing import Routing, grid, pool, unpool
 from ..models.thread_local import ThreadLocal
@@ -36,25 +37,24 @@ def patch_correlation(tokens: Tensor, shape: tuple[int, int], num_extra: int = 0
     return F.cosine_similarity(first, second, dim=-1, eps=1e-12).float()
 
 
-class MergeRedundant(nn.Module):
-    """Stands in for a dynamic grained encoder: cells that are like the mean of their 2 x 2 patch share its query.
+class MergeRedundant(DynamicGrainedEncoder):
+    """An encoder without a router: cells that are like the mean of their 2 x 2 patch share its query.
 
     The mean is that of all four cells, whether or not they share it. As in DGE, keys and values stay dense, and a cell
     adds the residual of its query to itself.
 
     Args:
+        dim: channels of the tokens.
         threshold: a cell shares the query if its correlation with the mean is above it.
 
     Attributes:
-        decision: queries of each image in the thread's last forward pass.
-        correlation: (B, H*W) of it.
+        correlation: (B, H*W) of the thread's last forward pass.
     """
 
-    decision: ThreadLocal[Decision] = ThreadLocal()
     correlation: ThreadLocal[Tensor] = ThreadLocal()
 
-    def __init__(self, threshold: float = 1.0):
-        super().__init__()
+    def __init__(self, dim: int, threshold: float = 1.0):
+        super().__init__(dim, (1, SIDE))
         self.threshold = threshold
 
     def query_bounds(self, shape: tuple[int, int], num_extra: int = 0) -> tuple[int, int]:
@@ -63,7 +63,7 @@ class MergeRedundant(nn.Module):
         return num_extra + rows * columns, num_extra + shape[0] * shape[1]
 
     def macs(self, shape: tuple[int, int]) -> int:
-        """None: correlations are no part of a model that would be built on them."""
+        """None: correlations are no part of a model that would be built on them, and there is no router."""
         return 0
 
     def forward(self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int = 0) -> Tensor:
@@ -119,7 +119,7 @@ def plain_vit(model: nn.Module) -> PlainViT:
 def merging(backbone: PlainViT) -> Iterator[list[MergeRedundant]]:
     """Let all blocks of a dense plain ViT merge redundant queries, as long as the context lasts."""
     before = backbone.dge
-    backbone.dge = nn.ModuleList([MergeRedundant() for _ in backbone.blocks])
+    backbone.dge = nn.ModuleList([MergeRedundant(backbone.norm.weight.numel()) for _ in backbone.blocks])
     try:
         yield list(backbone.dge)
     finally:

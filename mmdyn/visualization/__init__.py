@@ -1,10 +1,11 @@
 from .attention import draw_attention
-from .gates import draw_gates, draw_outline, granularity_of_pixels
+from .gates import Selectivity, draw_gates, draw_outline, granularity_of_pixels
 from .page import data_uri, finite, report_page
 from .predictions import build_visualizer, describe_label, draw_prediction, prediction_panel
 from .regions import describe_stages, draw_regions, labelled, split_pixels, with_title
 
 __all__ = [
+    'Selectivity',
     'build_visualizer',
     'data_uri',
     'describe_label',

@@ -56,7 +56,7 @@ def test_block_is_that_of_a_loop(threshold, make_backbone):
     backbone = make_backbone('deit').double().eval()
     block, shape = backbone.blocks[1], (3, 5)
     tokens = torch.randn(2, 1 + 15, 16, dtype=torch.double)
-    layer = MergeRedundant(threshold)
+    layer = MergeRedundant(16, threshold)
     found = layer(block, tokens, shape, 1)
     for image in range(2):
         x, queries, place = tokens[image], {0: tokens[image, 0]}, {0: 0}
