@@ -80,11 +80,11 @@ class BudgetHook(LossHook):
             f'BudgetHook: budget={budget}: give one, or the least and the greatest to draw from, e.g. (0.25, 1.0).'
         )
         if len(pair) != 2:
-            raise ValueError(choose_one)
+            raise ValueError(f'BudgetHook: budget={budget}: {allowed}')
         for name, value in (('budget', pair[0]), ('budget', pair[1]), ('start', start)):
             check_number(f'BudgetHook: {name}', value, '(0, 1]', 'the share of the cost without DGE')
         if self.draws and not pair[0] < pair[1]:
-            raise ValueError(choose_one)
+            raise ValueError(f'BudgetHook: budget={budget}: {allowed}')
         self.budget, self.range = budget, (pair[0], pair[1])
         check_number('BudgetHook: weight', weight, '[0, inf)')
         for name, value in (('log_interval', log_interval), ('patience', patience)):
