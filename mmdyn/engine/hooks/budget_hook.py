@@ -76,9 +76,7 @@ class BudgetHook(LossHook):
     ) -> None:
         self.draws = isinstance(budget, (tuple, list))
         pair: Sequence[float] = budget if isinstance(budget, (tuple, list)) else (budget, budget)
-        choose_one = (
-            f'BudgetHook: budget={budget}: give one, or the least and the greatest to draw from, e.g. (0.25, 1.0).'
-        )
+        allowed = 'give one, or the least and the greatest to draw from, e.g. (0.25, 1.0).'
         if len(pair) != 2:
             raise ValueError(f'BudgetHook: budget={budget}: {allowed}')
         for name, value in (('budget', pair[0]), ('budget', pair[1]), ('start', start)):
