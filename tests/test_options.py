@@ -3,6 +3,7 @@
 import inspect
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def measure(price):
     return budget.Spent(1 / (1 + np.exp(price)), {'a': 0.5}, 1.0)
 
 
-CURVE = threshold.Curve(*(torch.linspace(0, 1, 3).double() for _ in range(4)))
+CURVE = threshold.Curve(*(torch.linspace(0, 1, 3).double() for _ in threshold.Curve._fields))
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 MODEL = models.DeiT(PLAIN, 32, patch_size=4)
 MODEL.forward = lambda images, mode: models.DeiT.forward(MODEL, images)
@@ -153,6 +154,7 @@ TARGETS = {
     'RandomStateHook': known(engine.RandomStateHook),
     'CoarseToFineMetric': known(evaluation.CoarseToFineMetric),
     'DynamicFLOPs': known(evaluation.DynamicFLOPs),
+    'GateQuality': known(evaluation.GateQuality, masks=str(Path(__file__).parent)),
     'LoadImageFromFile': known(datasets.LoadImageFromFile),
     'LoadTokenLabels': known(datasets.LoadTokenLabels, root='maps'),
     'TokenLabelCrop': known(datasets.TokenLabelCrop, scale=32),

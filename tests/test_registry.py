@@ -53,7 +53,7 @@ PUBLIC = {
         'PVT',
     ],
     'engine': ['BudgetHook', 'FineSelectionHook', 'LossGuardHook', 'DenseTeacherHook', 'RandomStateHook'],
-    'evaluation': ['CoarseToFineMetric', 'DynamicFLOPs'],
+    'evaluation': ['CoarseToFineMetric', 'DynamicFLOPs', 'GateQuality'],
     'datasets': [
         'ADE20KDataset',
         'BaseSegDataset',

@@ -21,6 +21,7 @@ from ..models.backbones.base import DynamicStages
 from ..models.dge import DynamicGrainedEncoder
 from ..models.dge.routing import grid, pool
 from ..registry import METRICS
+from ..values import check_integer, check_type
 
 IGNORED = 255
 
@@ -99,7 +100,12 @@ class ForegroundMasks:
     """
 
     def __init__(self, source: str | Path, background: int | Sequence[int] = 0, ignore: int | None = None):
-        self.source, self.background, self.ignore = Path(source), np.atleast_1d(background), ignore
+        check_type('masks', source, (str, Path), "a folder of masks, or a JSON file in COCO's layout")
+        classes = background if isinstance(background, (list, tuple)) else [background]
+        for name, values in (('background', classes), ('ignore', [] if ignore is None else [ignore])):
+            for value in values:
+                check_integer(name, value, 0, IGNORED, 'a class of the masks')
+        self.source, self.background, self.ignore = Path(source), list(classes), ignore
         if not self.source.exists():
             raise ValueError(
                 f'There are no masks {source}: give a folder of PNG files of the same names as the images, or a JSON '
@@ -220,6 +226,9 @@ class GateQuality(BaseMetric):
         prefix: str | None = None,
     ) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
+        check_integer('seed', seed, 0, what='of the random scores')
+        if layers is not None:
+            check_type('layers', layers, (list, tuple), 'a sequence of names of layers, or None')
         self.masks, self.layers, self.seed = ForegroundMasks(masks, background, ignore), layers, seed
         self._passes: list[_Pass] = []
         self._seen = 0

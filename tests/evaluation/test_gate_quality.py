@@ -235,6 +235,32 @@ def test_passes_that_are_no_batch(example, backbone_config):
         metric.process(batch, samples)
 
 
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(seed=-1), 'seed=-1: give an integer >= 0, of the random scores'),
+        (dict(background='sky'), "background='sky': give an integer >= 0 and <= 255, a class of the masks"),
+        (dict(background=[0, 999]), 'background=999: give an integer >= 0 and <= 255, a class of the masks'),
+        (dict(ignore=1.5), 'ignore=1.5: give an integer >= 0 and <= 255, a class of the masks'),
+    ],
+)
+def test_options(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        GateQuality(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(masks=3), 'masks=3: give a folder of masks'),
+        (dict(layers='blocks.0'), "layers='blocks.0': give a sequence of names"),
+    ],
+)
+def test_types(options, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        GateQuality(**{'masks': tmp_path, **options})
+
+
 def test_nothing_is_left_behind(tmp_path):
     before = len(torch_module._global_forward_pre_hooks)
     metric = GateQuality(str(tmp_path))
