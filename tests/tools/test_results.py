@@ -31,7 +31,8 @@ def run(tmp_path, monkeypatch):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'c.py').write_text(
         f"model = dict(backbone=dict(type='mmdyn.PVT'))\ndata_source = 'unpack it'\n"
-        f'train_dataloader = dict(dataset=dict(data_root={str(tmp_path / "data")!r}))\ntest_dataloader = train_dataloader'
+        f'train_dataloader = dict(dataset=dict(data_root={str(tmp_path / "data")!r}))\n'
+        'test_dataloader = train_dataloader'
     )
 
     def execute_apart(results, run_):
