@@ -23,7 +23,7 @@ MMCV := $(shell grep -oE '^(onedl-)?mmcv==[^ ;]+' $(REQUIREMENTS))
 MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(MMCV))
 SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat $(REQUIREMENTS) pyproject.toml setup.py $$(find mmdyn -name '*.[ch]' | LC_ALL=C sort) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup lint test test-forks test-oldest run-tests docs sanitize demo demo-det demo-seg demo-cls-cf bench gpu-kit clean
+.PHONY: help setup lint test test-forks test-oldest run-tests docs sanitize demo demo-det demo-seg demo-cls-cf bench results results-time gpu-kit clean
 help:
 	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (10 to 20 minutes, once)'
 	echo 'make lint       set up, then check style, format and types of the Python files, and the format of the C files'
@@ -37,6 +37,8 @@ help:
 	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
 	echo 'make demo-cls-cf  set up, then train DeiT and CF-ViT, sweep the threshold and draw the regions'
 	echo 'make bench      time dense and dynamic models beside mmdet, timm and mmcv, and write docs/benchmark.md'
+	echo 'make results    train and test what docs/results.md shows on real images, for 12 hours or more, and write it: see docs/data.md'
+	echo 'make results-time  time what is trained; on a machine that does nothing else'
 	echo 'make gpu-kit    collect the wheels that tools/gpu_check.sh needs on a machine with a GPU and no package index'
 	echo 'make clean      remove .venv, .venv-docs, the demo data and work_dirs/demo'
 
@@ -168,6 +170,14 @@ $(TRAINED): | setup
 
 bench: setup $(TRAINED)
 	@$(BIN)/python tools/analysis_tools/benchmark.py --suite all --out docs
+
+# One thread each, whatever else runs; see docs/data.md.
+results results-time: export OMP_NUM_THREADS := 1
+results: setup
+	@$(BIN)/python tools/analysis_tools/results.py
+
+results-time: setup
+	@$(BIN)/python tools/analysis_tools/results.py --time
 
 # For CPython 3.12 on Linux x86-64 (docs/gpu.md). mmcv-lite is mmcv without compiled operators, but with their sources.
 GPU_KIT := .gpu-kit

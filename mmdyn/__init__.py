@@ -16,6 +16,15 @@ find_configs_of_forks()
 
 from . import datasets, engine, evaluation, models  # noqa: E402
 from .apis import get_config, get_model, list_models, tell_mmpretrain  # noqa: E402
+from .models.adapters import (  # noqa: E402
+    WithDGE,
+    apply_dge,
+    budget_loss,
+    cost,
+    register_adapter,
+    remove_dge,
+    set_budget,
+)
 from .registry import expose_bare_names  # noqa: E402
 
 expose_bare_names()
@@ -24,7 +33,11 @@ if find_spec('mmdyn.kernels'):  # everything but speed is the same without them
     import_module('mmdyn.kernels')
 
 __all__ = [
+    'WithDGE',
     '__version__',
+    'apply_dge',
+    'budget_loss',
+    'cost',
     'datasets',
     'engine',
     'evaluation',
@@ -32,4 +45,7 @@ __all__ = [
     'get_model',
     'list_models',
     'models',
+    'register_adapter',
+    'remove_dge',
+    'set_budget',
 ]

@@ -13,7 +13,7 @@ from torch import nn
 from mmdyn.models.dge import DynamicGrainedEncoder
 
 sys.path.append(str(Path(__file__).parent))
-from oracles import cfvit, dge, layers, vit
+from oracles import adapters, cfvit, dge, layers, vit
 
 # The tensors are small: threads that wait for each other would take longer than one.
 torch.set_num_threads(1)
@@ -142,6 +142,12 @@ def slow_areas():
 def slow_dge():
     """A dynamic grained encoder in the loops of the paper."""
     return dge.slow_dge
+
+
+@pytest.fixture
+def slow_adapters():
+    """Blocks of other libraries on queries in loops."""
+    return adapters
 
 
 @pytest.fixture

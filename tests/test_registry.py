@@ -49,6 +49,7 @@ PUBLIC = {
         'LVViTHead',
         'MaskTTAModel',
         'MixTokenPreprocessor',
+        'WithDGE',
         'PVT',
     ],
     'engine': ['BudgetHook', 'FineSelectionHook', 'LossGuardHook', 'DenseTeacherHook', 'RandomStateHook'],

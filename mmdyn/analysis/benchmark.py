@@ -13,10 +13,13 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
+from ..models.adapters import apply_dge
+from ..models.adapters import cost as spent
 from ..models.layers import DeformableAttention, deformable_sampling
 from .conversion import translate
 from .flops import build_model, dynamic_backbone, image_files, run_on_images
 from .latency import interleaved_times, largest_difference, peak_memory, ratio, supports_bfloat16
+from .others import OTHERS, build_other
 from .passes import AUTOCAST, build, family_and_size, inference, precision, round_products, training_step
 from .synthetic import PATTERNS, Recording, force_routing, record_routing, recorded_granularities, replay_routing
 
@@ -30,6 +33,27 @@ SUITES = dict(
     seg=dict(archs=PYRAMIDS, shapes=((512, 2048),), batches=(1,), on_cuda=(1, 2)),
     cfvit=dict(archs=('DeiT-small',), shapes=((224, 224),), batches=(64,)),
     train=dict(archs=('PVT-small',), shapes=((256, 256),), batches=(32,)),
+    any=dict(
+        archs=(
+            'timm ViT-small',
+            'timm DINOv3-small',
+            'mmpretrain DeiT-small',
+            'timm PVTv2-b1',
+            'mmdet PVTv2-b1',
+            'mmseg MiT-b1',
+            'timm Swin-tiny',
+            'mmdet Swin-tiny',
+        ),
+        shapes=((224, 224),),
+        batches=(1, 16),
+        # Beside those, one image of dense prediction.
+        large={
+            'timm PVTv2-b1': (800, 1280),
+            'mmdet PVTv2-b1': (800, 1280),
+            'mmseg MiT-b1': (512, 2048),
+            'mmdet Swin-tiny': (800, 1280),
+        },
+    ),
 )
 
 
@@ -72,12 +96,12 @@ class Case(NamedTuple):
 
 
 def sample_by_mmcv_fallback(
-    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int] | None = None
 ) -> Tensor:
     """``deformable_sampling`` by mmcv's function for the CPU, which takes as many queries of each image."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    sides, batch = torch.tensor([shape], device=value.device), len(lengths)
+    sides, batch = torch.tensor([shape], device=value.device), len(value)
     where, weights = (x.unflatten(0, (batch, -1))[:, :, :, None] for x in ((points + 0.5) / sides.flip(1), weights))
     return multi_scale_deformable_attn_pytorch(value, sides, where, weights).flatten(0, 1)
 
@@ -164,7 +188,7 @@ def backbone_cases(suite: str, arch: str, images: Tensor, options: Options) -> d
     dense = build(arch, img_size)
     dynamic = dynamic_like(dense, arch, img_size, shape, options)
     if suite == 'train':
-        models = {f'DGE {mode}': dynamic(options.patterns[0], train_mode=mode) for mode in ('sparse', 'dense')}
+        models = {f'DGE {mode}': dynamic(options.patterns[0], train_mode=mode) for mode in ('sparse', 'pair', 'dense')}
         return {
             name: backbone_case(model, images, autocast, step=training_step)
             for name, model in {'dense': dense, **models}.items()
@@ -261,8 +285,38 @@ def coarse_to_fine_case(arch: str, channels: int, exits: float, images: Tensor, 
     return Case(run, lambda: statistics.mean(spent))
 
 
+def other_cases(arch: str, images: Tensor, options: Options) -> dict[str, Case]:
+    """A model of another library as it is, and with DGE."""
+    (family, size), shape = family_and_size(arch, OTHERS), tuple(images.shape[-2:])
+    autocast, granularities = AUTOCAST[options.dtype], OTHERS[family][1]
+
+    def dynamic(pattern: str, query_ratio: float = options.query_ratio) -> nn.Module:
+        model = apply_dge(build_other(family, size, shape), granularities, img_size=shape).to(images.device)
+        force_routing(dynamic_backbone(model), shape, query_ratio, pattern)
+        return model
+
+    models = {f'DGE {pattern}': dynamic(pattern) for pattern in options.patterns if pattern != 'trained'}
+    models['DGE finest'] = dynamic('clustered', 1.0)
+    dense = build_other(family, size, shape).to(images.device)
+    cases = {
+        'dense': Case(
+            inference(dense, images, autocast), lambda: spent(models['DGE finest']).dense, lambda: 1.0, exact=True
+        )
+    }
+    for name, model in models.items():
+        cases[name] = Case(
+            inference(model, images, autocast),
+            lambda model=model: spent(model).spent.mean().item(),
+            lambda model=model: spent(model).query_ratio.mean().item(),
+            exact=name == 'DGE finest',
+        )
+    return cases
+
+
 def cases_of(suite: str, arch: str, images: Tensor, options: Options) -> dict[str, Case]:
     """The cases of one architecture by their names; the first is what the others are compared with."""
+    if suite == 'any':
+        return other_cases(arch, images, options)
     if suite == 'cfvit':
         return coarse_to_fine_cases(arch, images, options)
     if arch.endswith(ATTENTION):
@@ -275,7 +329,8 @@ def measure(suite: str, arch: str, shape: Sequence[int], batch: int, options: Op
 
     Args:
         suite: a key of :data:`SUITES`.
-        arch: FAMILY-SIZE, of DPVT also with :data:`ATTENTION` behind it.
+        arch: FAMILY-SIZE, of DPVT also with :data:`ATTENTION` behind it; in ``any``, a family of
+            :data:`~mmdyn.analysis.others.OTHERS`.
         shape: (height, width) of the images in pixels.
         batch: their number.
         options: how.
@@ -328,6 +383,8 @@ def groups_of(
         for sides in [shape] if shape else suite['shapes']:
             for number in [batch] if batch else batches:
                 yield arch, sides, number
+        if arch in suite.get('large', {}) and not (shape or batch):
+            yield arch, suite['large'][arch], 1
 
 
 def record(config: str, checkpoint: str, images: str, num: int = 16) -> Recording:

@@ -9,7 +9,7 @@ import torch
 from mmengine.evaluator import Evaluator
 from torch import nn
 
-from ..models.backbones.base import DynamicBackbone, find_backbones
+from ..models.backbones.base import DynamicStages, find_backbones
 from ..models.cost import CostMeter
 from ..models.dge.prices import Prices
 from ..values import check_integer, check_number
@@ -33,7 +33,7 @@ class Spent(NamedTuple):
     macs: float
 
 
-def dynamic_backbone(model: nn.Module) -> DynamicBackbone:
+def dynamic_backbone(model: nn.Module) -> DynamicStages:
     """The backbone with DGE of a model.
 
     Raises:

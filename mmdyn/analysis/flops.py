@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.command import load_weights
-from ..models.backbones.base import DynamicBackbone, check_sides, find_backbones
+from ..models.backbones.base import DynamicStages, check_sides, find_backbones
 from ..models.checks import check_channels
 from ..models.cost import BackboneCost, CostMeter
 from ..values import check_integer, check_number, sides
@@ -29,7 +29,8 @@ def build_model(cfg: Config, dense: bool = False) -> nn.Module:
     model = copy.deepcopy(cfg.model)
     if 'data_preprocessor' in cfg:
         model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as mmengine's Runner does
-    model.backbone.pop('init_cfg', None)
+    for backbone in (model.backbone, model.backbone.get('backbone', {})):  # what mmdyn.WithDGE wraps
+        backbone.pop('init_cfg', None)
     if dense:
         model.backbone.pop('dge', None)
     model = MODELS.build(model).eval()
@@ -37,8 +38,8 @@ def build_model(cfg: Config, dense: bool = False) -> nn.Module:
     return model
 
 
-def dynamic_backbone(model: nn.Module) -> DynamicBackbone | None:
-    """The model's backbone if it is one of mmdyn's."""
+def dynamic_backbone(model: nn.Module) -> DynamicStages | None:
+    """The part of the model that tells what it spends, if there is one."""
     return next(iter(find_backbones(model)), None)
 
 

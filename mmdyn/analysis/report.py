@@ -27,6 +27,7 @@ SUITES = dict(
     seg='backbones on images for segmentation',
     cfvit='classification by CF-ViT, when a share of the images stops at the coarse stage',
     train='one training iteration, forward and backward',
+    any='models of other libraries, as they are and with DGE',
 )
 LEGEND = """\
 A model's name is followed by the shape of its images, batch x height x width. The first case of a model is what the

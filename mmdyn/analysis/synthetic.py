@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.backbones.base import DynamicBackbone
+from ..models.backbones.base import DynamicStages
 from ..models.dge import check_granularities
 from ..models.dge.routing import grid
 from ..values import check_choice, check_integer, check_number, sides
@@ -75,7 +75,7 @@ Recording = list[list[LayerChoice]]
 """The layers with DGE of each stage that has any."""
 
 
-def record_routing(backbone: DynamicBackbone, image: int = 0) -> Recording:
+def record_routing(backbone: DynamicStages, image: int = 0) -> Recording:
     """What the DGE layers chose for an image of the last forward pass."""
     dynamic = [[encoder for encoder in stage.dge if encoder is not None] for stage, _ in backbone.named_stages()]
     return [
@@ -100,17 +100,17 @@ def replay_choice(choice: Tensor, regions: tuple[int, int]) -> Tensor:
     return F.interpolate(choice[None, None].double(), regions, mode='nearest-exact')[0, 0].long()
 
 
-def force_routing(backbone: DynamicBackbone, size: tuple[int, int], query_ratio: float, pattern: str) -> None:
+def force_routing(backbone: DynamicStages, size: tuple[int, int], query_ratio: float, pattern: str) -> None:
     """Make every DGE layer of a backbone decide by :func:`synthetic_choice` on images of ``size`` (H, W) pixels.
 
     The routers decide as well, so that their time is spent.
     """
     for stage, _, encoder, regions in _dge_layers(backbone, size):
         choice = synthetic_choice(regions, encoder.granularities, query_ratio, pattern, seed=stage)
-        encoder.forced = choice.to(encoder.router.weight.device)
+        encoder.forced = choice.to(next(backbone.entry.parameters()).device)
 
 
-def replay_routing(backbone: DynamicBackbone, size: tuple[int, int], recording: Recording) -> None:
+def replay_routing(backbone: DynamicStages, size: tuple[int, int], recording: Recording) -> None:
     """Make every DGE layer decide on images of ``size`` as another model did.
 
     A layer takes the choice of the one that lies as far along the recorded stages, and along the layers of its stage.
@@ -127,10 +127,10 @@ def replay_routing(backbone: DynamicBackbone, size: tuple[int, int], recording: 
                 f'Layer {j} of stage {i} has granularities {encoder.granularities}, but the recorded one '
                 f'{recorded.granularities}: build the backbone with dge=dict(granularities={needed}).'
             )
-        encoder.forced = replay_choice(recorded.choice, regions).to(encoder.router.weight.device)
+        encoder.forced = replay_choice(recorded.choice, regions).to(next(backbone.entry.parameters()).device)
 
 
-def _dge_layers(backbone: DynamicBackbone, size: tuple[int, int]) -> Iterator[tuple]:
+def _dge_layers(backbone: DynamicStages, size: tuple[int, int]) -> Iterator[tuple]:
     """Stage, index, encoder, and rows and columns of regions of each DGE layer on images of ``size`` pixels."""
     stride = 1
     for i, (stage, _) in enumerate(backbone.named_stages()):

@@ -55,6 +55,9 @@ def run_in_pieces(
         layers = layers_of(stage, tokens, shape, start, stop, class_rows is not None)
     except Refusal as refusal:
         return Refused(str(refusal))
+    for block, _, _ in layers:
+        if type(block) is not EncoderBlock:
+            return Refused(f'a block is a {type(block).__name__}, not an EncoderBlock')
     for block, encoder, _ in layers:
         tokens = encode(block, encoder, tokens, shape, stage.num_extra, class_rows)
     return tokens

@@ -147,10 +147,14 @@ class PreparedBlock(Prepared):
         self.struct.num_options, self.struct.granularities = len(granularities), ctypes.addressof(self.granularities)
 
 
+# What finds out about blocks of other types.
+PREPARED: dict[type, type[PreparedBlock]] = {}
+
+
 class Layer(NamedTuple):
     """An encoder block of a stage, its encoder or None, and what is known of both."""
 
-    block: EncoderBlock
+    block: nn.Module
     encoder: DynamicGrainedEncoder | None
     prepared: PreparedBlock
 
@@ -169,7 +173,8 @@ def layers_of(
     layers = []
     for index in range(len(stage.blocks))[start:stop]:
         block, encoder = stage.blocks[index], stage.dge[index] if len(stage.dge) else None
-        prepared = _cache.get(block, (encoder, index), partial(PreparedBlock, block, encoder, index))
+        prepare = PREPARED.get(type(block), PreparedBlock)
+        prepared = _cache.get(block, (encoder, index), partial(prepare, block, encoder, index))
         struct = prepared.struct
         if struct.dim != tokens.shape[2]:
             raise Refusal(f'the tokens have {tokens.shape[2]} channels, not {struct.dim}')

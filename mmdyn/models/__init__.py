@@ -1,9 +1,10 @@
 from importlib import import_module
 
 from ..registry import MODELS
+from .adapters import WithDGE
 from .backbones import DPVT, PVT, CFViT, DeiT, LVViT
 
-__all__ = ['CFViT', 'DPVT', 'DeiT', 'LVViT', 'PVT']
+__all__ = ['CFViT', 'DPVT', 'DeiT', 'LVViT', 'PVT', 'WithDGE']
 
 
 # Their modules import a framework, which need not be there.

@@ -20,8 +20,10 @@ def check_channels(model: nn.Module) -> None:
     if not isinstance(taken, (list, tuple)):
         return
     for backbone in find_backbones(model):
+        if backbone is not model.backbone:
+            continue
         given = backbone.out_channels
-        if backbone is model.backbone and list(taken) != given:
+        if list(taken) != given:
             raise ValueError(
                 f'The neck {type(neck).__name__} takes in_channels={list(taken)}, but the backbone '
                 f'{type(backbone).__name__} returns maps of {given} channels: write '

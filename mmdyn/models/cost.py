@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .stage import Stage
+from .tracing import is_exported
 
 
 @dataclass
@@ -28,6 +29,7 @@ class LayerCost:
         queries: (B,) queries of each image, extra tokens included.
         dense_queries: queries of an image without DGE.
         dynamic: whether the block has a router.
+        finest: (B,) share of each image's regions that ask for the finest granularity; None without a router.
     """
 
     name: str
@@ -37,6 +39,7 @@ class LayerCost:
     queries: Tensor
     dense_queries: int
     dynamic: bool
+    finest: Tensor | None = None
 
     @property
     def spent(self) -> Tensor:
@@ -140,8 +143,8 @@ class CostMeter:
 
     @classmethod
     def publish(cls, backbone) -> None:
-        """Called by a backbone at the end of its forward pass."""
-        for reference in tuple(cls._meters) if backbone.is_counted else ():
+        """Called by a backbone at the end of its forward pass, which is none in an export."""
+        for reference in tuple(cls._meters) if backbone.is_counted and not is_exported() else ():
             meter = reference()
             if meter is None or meter.training != backbone.training:
                 continue

@@ -116,8 +116,8 @@ def test_attention_alone():
 
 def test_training():
     rows = measure('train', 'PVT-tiny', (256, 320), 1, ONCE)['rows']
-    assert list(rows) == ['dense', 'DGE sparse', 'DGE dense']
-    for name in ('DGE sparse', 'DGE dense'):
+    assert list(rows) == ['dense', 'DGE sparse', 'DGE pair', 'DGE dense']
+    for name in ('DGE sparse', 'DGE pair', 'DGE dense'):
         assert 0.5 < rows[name]['macs_ratio'] < 0.7
     # Gradients of 12.7 million weights and more.
     assert all(row['peak_memory'] > 4 * 12.7e6 for row in rows.values())
@@ -145,6 +145,16 @@ def test_a_case_may_be_compared_with_another_than_the_first(monkeypatch):
     monkeypatch.setattr('mmdyn.analysis.benchmark.cases_of', lambda *_: cases)
     rows = measure('cls', 'PVT-tiny', (8, 8), 1, ONCE)['rows']
     assert [row['macs_ratio'] for row in rows.values()] == [1, 0.5, 0.25]
+
+
+@pytest.mark.parametrize('arch, side', [('timm ViT-tiny', 128), ('mmseg MiT-b0', 64)])
+def test_models_of_other_libraries(arch, side):
+    rows = measure('any', arch, (side, side), 1, ONCE._replace(patterns=('clustered',)))['rows']
+    assert list(rows) == ['dense', 'DGE clustered', 'DGE finest']
+    assert rows['DGE clustered']['query_ratio'] == pytest.approx(0.5, abs=0.15)  # of few regions
+    assert 0.4 < rows['DGE clustered']['macs_ratio'] < 0.8
+    assert rows['DGE finest']['max_difference'] < 1e-4
+    assert 1 < rows['DGE finest']['macs_ratio'] < 1.01
 
 
 def test_coarse_to_fine():

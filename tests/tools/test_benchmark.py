@@ -113,6 +113,20 @@ def measured(monkeypatch):
 def test_suites_are_complete(run, measured):
     run('--suite', 'all', '--trained-config', 'no_such_config.py')
     pyramids = ['PVT-small', 'PVT-medium', 'DPVT-small', 'DPVT-medium']
+    others = [
+        ('any', f'{family}-{size}', *side, batch)
+        for family, size, large in (
+            ('timm ViT', 'small', None),
+            ('timm DINOv3', 'small', None),
+            ('mmpretrain DeiT', 'small', None),
+            ('timm PVTv2', 'b1', (800, 1280)),
+            ('mmdet PVTv2', 'b1', (800, 1280)),
+            ('mmseg MiT', 'b1', (512, 2048)),
+            ('timm Swin', 'tiny', None),
+            ('mmdet Swin', 'tiny', (800, 1280)),
+        )
+        for side, batch in [((224, 224), 1), ((224, 224), 16), *([(large, 1)] if large else [])]
+    ]
     assert measured == [
         ('cls', 'PVT-small', 224, 224, 1),
         ('cls', 'PVT-small', 256, 256, 1),
@@ -123,6 +137,7 @@ def test_suites_are_complete(run, measured):
         *(('seg', arch, 512, 2048, 1) for arch in pyramids),
         ('cfvit', 'DeiT-small', 224, 224, 64),
         ('train', 'PVT-small', 256, 256, 32),
+        *others,
     ]
 
 

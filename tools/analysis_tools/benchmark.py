@@ -3,7 +3,8 @@
 Suites: cls (backbones of classifiers on one image of 224 x 224 and of 256 x 256), det (on one of 800 x 1280), seg (on
 one of 512 x 2048), cfvit (classification of 64 images by CF-ViT when none, half or all of them stop at the coarse
 stage, beside timm's DeiT), train (a training iteration on 32 images of the dense model, of DGE that trains sparsely and
-of DGE that trains densely). On CUDA cls, det and seg run with more images, too.
+of DGE that trains densely), any (models of timm, mmdet, mmseg and mmpretrain on 1 and 16 images of 224 x 224, pyramids
+on a large one, too). On CUDA cls, det and seg run with more images, too.
 
 DGE decides by a routing that is given. Two have the query ratio that is asked for: clustered, the finest regions lie
 together as on the objects of a natural image, and random, the worst case. Trained is what the demo's routers choose on
@@ -29,6 +30,7 @@ import torch
 
 from mmdyn.analysis.benchmark import ATTENTION, SUITES, Options, groups_of, measure, record
 from mmdyn.analysis.latency import environment, limits
+from mmdyn.analysis.others import OTHERS
 from mmdyn.analysis.passes import AUTOCAST, FAMILIES, family_and_size
 from mmdyn.analysis.report import read, table, write_report
 from mmdyn.analysis.synthetic import PATTERNS, Recording
@@ -76,7 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f'{", ".join(given)} with --suite all, whose suites have their own: choose one of '
             f'{", ".join(SUITES)}, or leave it out.'
         )
-    allowed = ['DeiT'] if args.suite == 'cfvit' else list(FAMILIES)
+    allowed = dict(cfvit=['DeiT'], any=list(OTHERS)).get(args.suite, list(FAMILIES))
     for arch in args.archs or []:
         try:
             family, _ = family_and_size(arch, allowed)
@@ -97,7 +99,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error('--dtype tf32 is a precision of CUDA devices: add --device cuda, or choose float32.')
     args.command = shlex.join(['python', 'tools/analysis_tools/benchmark.py', *(argv or sys.argv[1:])])
     args.query_ratio = 0.5 if args.query_ratio is None else args.query_ratio
-    args.patterns = args.patterns or [*PATTERNS, *['trained'][: args.suite not in ('cfvit', 'train')]]
+    args.patterns = args.patterns or [*PATTERNS, *['trained'][: args.suite not in ('cfvit', 'train', 'any')]]
     return args
 
 

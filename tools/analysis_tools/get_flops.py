@@ -18,6 +18,8 @@ from mmdyn.engine.command import command, only_results, read_config
 def default_shape(cfg: Config) -> tuple:
     """(H, W) of the images that the config's backbone is made for."""
     backbone = cfg.model.backbone
+    if backbone.type.endswith('WithDGE') and 'img_size' not in backbone:
+        backbone = backbone.backbone
     if backbone.type.endswith('CFViT'):
         return (2 * backbone.get('patch_size', 16) * backbone.get('coarse_size', 7),) * 2
     size = backbone.get('img_size', 256)

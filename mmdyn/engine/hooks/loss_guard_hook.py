@@ -5,7 +5,7 @@ import torch
 from mmengine.runner import Runner
 from torch.utils.hooks import RemovableHandle
 
-from ...models.backbones.base import DynamicBackbone, check_sides, find_backbones
+from ...models.backbones.base import DynamicStages, check_sides, find_backbones
 from ...models.checks import check_classes
 from ...registry import HOOKS
 from ...values import check_integer
@@ -17,7 +17,7 @@ def image_files(samples: Any) -> list[str]:
     return [path for path in (getattr(sample, 'img_path', None) for sample in samples or []) if path]
 
 
-def check_inputs(images: list[str], backbone: DynamicBackbone, inputs: tuple[Any, ...]) -> None:
+def check_inputs(images: list[str], backbone: DynamicStages, inputs: tuple[Any, ...]) -> None:
     """A forward pre-hook of a backbone."""
     check_sides(backbone, inputs[0].shape, images)
 

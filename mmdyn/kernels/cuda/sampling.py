@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ...models.layers import deformable_sampling
-from ...models.layers.attention import spread
 from ...models.replaceable import Refused
+from ...models.tracing import image_of_each
+from ..prepared import equal_lengths
 from .routing import DTYPES, load_programs, power_of_two
 
 
@@ -56,12 +57,14 @@ class SamplePoints(torch.autograd.Function):
 
 @deformable_sampling.register
 def sample_packed(
-    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int] | None = None
 ) -> Tensor | Refused:
     """:func:`~mmdyn.models.layers.deformable.deformable_sampling`, with sums in float32."""
     programs = load_programs(value)
     if isinstance(programs, Refused):
         return programs
+    if lengths is None:
+        lengths = equal_lengths(len(points), len(value))
     if value.dtype not in DTYPES or weights.dtype not in DTYPES:
         return Refused(f'the values are {value.dtype}, the weights {weights.dtype}')
     if value.shape[:2] != (len(lengths), math.prod(shape)) or sum(lengths) != len(points) or not len(points):
@@ -73,5 +76,5 @@ def sampling_of(
     programs: ModuleType, value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
 ) -> Tensor:
     """Sample points of queries that fit the values."""
-    image = spread(torch.arange(len(lengths), dtype=torch.int32, device=value.device), lengths)
+    image = image_of_each(lengths, len(points), value.device).int()
     return SamplePoints.apply(value, points, weights, image, shape, programs)

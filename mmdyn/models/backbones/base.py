@@ -8,28 +8,37 @@ from typing import Any
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...values import check_choice, check_number, check_type
 from ..cost import BackboneCost, CostMeter, stage_cost
-from ..dge import DynamicGrainedEncoder
+from ..dge import DynamicGrainedEncoder, share_of_finest
 from ..dge.prices import Prices
 from ..layers import ConvStem, DeformableAttention, EncoderBlock
 from ..stage import Stage
 from ..thread_local import ThreadLocal
-from .budget import check_budget, check_layers, decide_by, dynamic_layers, prices_of_layers, shares_of_layers
+from .budget import (
+    check_budget,
+    check_layers,
+    decide_by,
+    dynamic_layers,
+    encoders_of,
+    prices_of_layers,
+    shares_of_layers,
+)
 from .checkpoint import fit_checkpoint, note_grids
 
 
-class DynamicBackbone(BaseModule):
-    """Base of the backbones whose encoder blocks may be wrapped by DGE.
+class NoPassError(AttributeError, ValueError):
+    """There is no cost yet; an AttributeError, so that what lists the attributes of a module passes it by."""
 
-    A subclass makes ``stages``, or is a :class:`~mmdyn.models.stage.Stage` itself.
+    @classmethod
+    def of(cls, backbone: nn.Module) -> 'NoPassError':
+        return cls(f'{type(backbone).__name__} has not run yet: call it on images before you ask for its cost.')
 
-    Args:
-        frozen_stages: -1 freezes nothing, 0 the first patch and position embedding and n > 0 also the first n stages
-            (of a plain ViT: blocks).
-        interpolate_mode: how position embeddings are resized.
-        init_cfg: initialisation in mmengine's manner.
+
+class DynamicStages(nn.Module):
+    """Stages whose encoder blocks may be wrapped by DGE, and the account of what they spent.
 
     Attributes:
         last_pass: images, and (h, w) of each stage's map, in the thread's last forward pass.
@@ -39,33 +48,32 @@ class DynamicBackbone(BaseModule):
     is_counted = True
     last_pass: ThreadLocal[tuple[int, list[tuple[int, int]]]] = ThreadLocal()
 
-    def __init__(
-        self, frozen_stages: int = -1, interpolate_mode: str = 'bilinear', init_cfg: dict | list[dict] | None = None
-    ):
-        super().__init__(
-            init_cfg
-            or [
-                dict(type='TruncNormal', layer='Linear', std=0.02),
-                dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
-            ]
-        )
-        self.frozen_stages, self.interpolate_mode = frozen_stages, interpolate_mode
-        self._register_state_dict_hook(note_grids)
-        self._register_load_state_dict_pre_hook(fit_checkpoint, with_module=True)
+    @property
+    def entry(self) -> nn.Module:
+        """The module that takes the images."""
+        return self
 
-    def init_weights(self) -> None:
-        """As mmengine's; but deformable attention starts as it must, whatever linear layers are initialised with."""
-        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
-        is_new = not self.is_init and all(config['type'] != 'Pretrained' for config in configs)
-        super().init_weights()
-        for module in self.modules() if is_new else ():
-            if isinstance(module, DeformableAttention):
-                module.start()
+    def show_images(self) -> list[RemovableHandle]:
+        """Let the routers that look at images see those of each pass; called once, when the encoders are made."""
+        routers = [encoder.router for encoder in encoders_of(self) if encoder.router.images is not None]
+        for router in routers:
+            router.images = routers[0].images
+        if not routers:
+            return []
+        self._images = routers[0].images
+        return [self.register_forward_pre_hook(self._see)]
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._images.see(args[0])
 
     def account(self, images: int, shapes: list[tuple[int, int]]) -> None:
         """Note the shapes of a forward pass, which its cost follows from, and tell those who listen."""
         self.last_pass = images, shapes
         CostMeter.publish(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """As of all modules, which Python asks for whatever raised an AttributeError; their message would not help."""
+        return self._cost() if name == 'cost' else super().__getattr__(name)
 
     @property
     def last_shapes(self) -> list[tuple[int, int]]:
@@ -86,28 +94,25 @@ class DynamicBackbone(BaseModule):
         raise NotImplementedError
 
     @property
-    def out_channels(self) -> list[int]:
-        """Channels of each output."""
-        raise NotImplementedError
-
-    def position_embeddings(self) -> Iterator[tuple[str, tuple[int, int], int]]:
-        """Name of each position embedding, (h, w) of its map, and number of its extra tokens."""
-        for (stage, prefix), shape in zip(self.named_stages(), self.stage_shapes):
-            yield f'{prefix}pos_embed', shape, stage.num_extra
-
-    @property
     def cost(self) -> BackboneCost:
         """What the thread's last forward pass spent, per layer and image.
 
         Raises:
-            ValueError: if there was none.
+            NoPassError: if there was none.
         """
+        return self._cost()
+
+    def _cost(self) -> BackboneCost:
         if self.last_pass is None:
-            raise ValueError(f'{type(self).__name__} has not run yet: call it on images before you ask for its cost.')
+            raise NoPassError.of(self.entry)
         images, shapes = self.last_pass
-        return self._cost_of(
+        cost = self._cost_of(
             shapes, lambda encoder, bounds: encoder.decision.queries if encoder else bounds[1:] * images
         )
+        dynamic = [layer for layer in cost.layers if layer.dynamic]
+        for layer, encoder in zip(dynamic, encoders_of(self), strict=True):
+            layer.finest = share_of_finest(encoder.decision, encoder.granularities)
+        return cost
 
     def ratio_bounds(self) -> tuple[float, float]:
         """Least and greatest query ratio that the granularities allow on images of ``img_size``."""
@@ -212,7 +217,7 @@ class DynamicBackbone(BaseModule):
 
     def _cost_of(self, shapes: list[tuple[int, int]], queries_of: Callable) -> BackboneCost:
         """Cost of maps of these shapes; ``queries_of`` takes an encoder or None, and its least and greatest number."""
-        device = next(self.parameters()).device
+        device = next(self.entry.parameters()).device
 
         def queries(stage: Stage, shape: tuple[int, int]) -> Callable[[nn.Module | None], Tensor]:
             dense = stage.num_extra + math.prod(shape)
@@ -226,6 +231,52 @@ class DynamicBackbone(BaseModule):
             for (stage, prefix), shape in zip(self.named_stages(), shapes)
         ]
         return BackboneCost([layer for cost in costs for layer in cost.layers], sum(cost.stem for cost in costs))
+
+
+class DynamicBackbone(DynamicStages, BaseModule):
+    """Base of the backbones whose encoder blocks may be wrapped by DGE.
+
+    A subclass makes ``stages``, or is a :class:`~mmdyn.models.stage.Stage` itself.
+
+    Args:
+        frozen_stages: -1 freezes nothing, 0 the first patch and position embedding and n > 0 also the first n stages
+            (of a plain ViT: blocks).
+        interpolate_mode: how position embeddings are resized.
+        init_cfg: initialisation in mmengine's manner.
+    """
+
+    def __init__(
+        self, frozen_stages: int = -1, interpolate_mode: str = 'bilinear', init_cfg: dict | list[dict] | None = None
+    ):
+        super().__init__(
+            init_cfg
+            or [
+                dict(type='TruncNormal', layer='Linear', std=0.02),
+                dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
+            ]
+        )
+        self.frozen_stages, self.interpolate_mode = frozen_stages, interpolate_mode
+        self._register_state_dict_hook(note_grids)
+        self._register_load_state_dict_pre_hook(fit_checkpoint, with_module=True)
+
+    def init_weights(self) -> None:
+        """As mmengine's; but deformable attention starts as it must, whatever linear layers are initialised with."""
+        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
+        is_new = not self.is_init and all(config['type'] != 'Pretrained' for config in configs)
+        super().init_weights()
+        for module in self.modules() if is_new else ():
+            if isinstance(module, DeformableAttention):
+                module.start()
+
+    @property
+    def out_channels(self) -> list[int]:
+        """Channels of each output."""
+        raise NotImplementedError
+
+    def position_embeddings(self) -> Iterator[tuple[str, tuple[int, int], int]]:
+        """Name of each position embedding, (h, w) of its map, and number of its extra tokens."""
+        for (stage, prefix), shape in zip(self.named_stages(), self.stage_shapes):
+            yield f'{prefix}pos_embed', shape, stage.num_extra
 
     def frozen_modules(self) -> Iterator[nn.Module | nn.Parameter]:
         """Modules and parameters that ``frozen_stages`` names."""
@@ -245,14 +296,27 @@ class DynamicBackbone(BaseModule):
         return self
 
 
-def find_backbones(model: nn.Module) -> list[DynamicBackbone]:
-    """The backbones of a model that are mmdyn's, dense or dynamic."""
-    return [module for module in model.modules() if isinstance(module, DynamicBackbone)]
+def find_backbones(model: nn.Module) -> list[DynamicStages]:
+    """The stages of a model, dense or dynamic, that tell what they spend."""
+    return [module for module in model.modules() if isinstance(module, DynamicStages)]
 
 
-def least_side(backbone: 'DynamicBackbone') -> int:
+def make_encoders(num: int, dim: int, dge: dict | None) -> nn.ModuleList:
+    """A wrapper for each of ``num`` blocks but the ``dense_layers``, which are indices; none without ``dge``."""
+    encoders = nn.ModuleList()
+    options = {name: value for name, value in (dge or {}).items() if name != 'dense_layers'}
+    for index in range(num if dge is not None else 0):
+        is_dense = index in dge.get('dense_layers', ())
+        # A module may be None, which then has a number, but no weights.
+        encoders.add_module(str(index), None if is_dense else DynamicGrainedEncoder(dim, **options))
+    return encoders
+
+
+def least_side(backbone: DynamicStages) -> int:
     """Pixels of the shorter side that an image needs, so that each stage has a patch, and what its keys are made of."""
     least, stride = 1, 1
+    if not isinstance(backbone, DynamicBackbone):  # others say so themselves, or pad
+        return least
     for stage, _ in backbone.named_stages():
         halved = 2 if isinstance(stage.patch_embed, ConvStem) else 1
         stride *= halved * stage.patch_embed.proj.kernel_size[0]
@@ -260,7 +324,7 @@ def least_side(backbone: 'DynamicBackbone') -> int:
     return least
 
 
-def check_sides(backbone: 'DynamicBackbone', shape: tuple, images: Sequence[str] = ()) -> None:
+def check_sides(backbone: DynamicStages, shape: tuple, images: Sequence[str] = ()) -> None:
     """Compare the sides of a batch with what the backbone needs.
 
     Args:
@@ -282,12 +346,5 @@ def check_sides(backbone: 'DynamicBackbone', shape: tuple, images: Sequence[str]
 
 
 def make_blocks(owner: nn.Module, blocks: list[EncoderBlock], dim: int, dge: dict | None) -> None:
-    """Give a stage its blocks and, with ``dge``, a wrapper for each but the ``dense_layers``, which are indices."""
-    owner.blocks, owner.dge = nn.ModuleList(blocks), nn.ModuleList()
-    if dge is None:
-        return
-    options = {name: value for name, value in dge.items() if name != 'dense_layers'}
-    for index in range(len(blocks)):
-        is_dense = index in dge.get('dense_layers', ())
-        # A module may be None, which then has a number, but no weights.
-        owner.dge.add_module(str(index), None if is_dense else DynamicGrainedEncoder(dim, **options))
+    """Give a stage its blocks and, with ``dge``, their wrappers."""
+    owner.blocks, owner.dge = nn.ModuleList(blocks), make_encoders(len(blocks), dim, dge)

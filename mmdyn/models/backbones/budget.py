@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...values import is_number
 from ..cost import LayerCost
 from ..dge import DynamicGrainedEncoder
 from ..dge.budget import queries_of_region, share_budget
 from ..dge.prices import Prices
+from ..dge.routing import count_patches
 
 if TYPE_CHECKING:
-    from .base import DynamicBackbone
+    from .base import DynamicStages
 
 
 class DynamicLayer(NamedTuple):
@@ -22,13 +24,13 @@ class DynamicLayer(NamedTuple):
     bounds: tuple[int, int]
 
 
-def encoders_of(backbone: 'DynamicBackbone') -> list[DynamicGrainedEncoder]:
+def encoders_of(backbone: 'DynamicStages') -> list[DynamicGrainedEncoder]:
     """The encoders, in the order of their layers."""
     modules = [module for stage, _ in backbone.named_stages() for module in stage.dge]
     return [module for module in modules if isinstance(module, DynamicGrainedEncoder)]
 
 
-def dynamic_layers(backbone: 'DynamicBackbone') -> list[DynamicLayer]:
+def dynamic_layers(backbone: 'DynamicStages') -> list[DynamicLayer]:
     """The layers with DGE, in their order."""
     found = []
 
@@ -40,9 +42,9 @@ def dynamic_layers(backbone: 'DynamicBackbone') -> list[DynamicLayer]:
     return [DynamicLayer(cost, bounds) for cost, bounds in zip(layers, found, strict=True) if cost.dynamic]
 
 
-def check_budget(backbone: 'DynamicBackbone', budget: float, mode: str) -> None:
+def check_budget(backbone: 'DynamicStages', budget: float, mode: str) -> None:
     """Raise ValueError for a budget that the backbone cannot keep."""
-    name = type(backbone).__name__
+    name = type(backbone.entry).__name__
     if not backbone.has_dge:
         raise ValueError(
             f'budget={budget}: the {name} has no DGE: give it dge=dict(granularities=(1, 2, 4)), or leave '
@@ -64,28 +66,28 @@ def check_budget(backbone: 'DynamicBackbone', budget: float, mode: str) -> None:
         )
 
 
-def check_layers(backbone: 'DynamicBackbone', prices: Prices) -> None:
+def check_layers(backbone: 'DynamicStages', prices: Prices) -> None:
     """Raise ValueError for prices that were measured on a model of other layers."""
     names = {layer.cost.name for layer in dynamic_layers(backbone)}
     if prices.layers.keys() != names:
         raise ValueError(
             f'The prices are of the layers {sorted(prices.layers)}, but those of the '
-            f'{type(backbone).__name__} with DGE are {sorted(names)}: measure them for this model.'
+            f'{type(backbone.entry).__name__} with DGE are {sorted(names)}: measure them for this model.'
         )
 
 
-def prices_of_layers(backbone: 'DynamicBackbone', price: float) -> list[float]:
+def prices_of_layers(backbone: 'DynamicStages', price: float) -> list[float]:
     """The price of a query of each layer, in proportion to its complexity C^l, from that of the layers' mean."""
     if not backbone.has_dge:
         raise ValueError(
-            f'price={price}: the {type(backbone).__name__} has no DGE: give it '
+            f'price={price}: the {type(backbone.entry).__name__} has no DGE: give it '
             'dge=dict(granularities=(1, 2, 4)), or leave the price out.'
         )
     costs = [layer.cost.per_query for layer in dynamic_layers(backbone)]
     return [price * cost * len(costs) / sum(costs) for cost in costs]
 
 
-def shares_of_layers(backbone: 'DynamicBackbone', budget: float, prices: Prices | None) -> list[float]:
+def shares_of_layers(backbone: 'DynamicStages', budget: float, prices: Prices | None) -> list[float]:
     """The query ratio of each layer: what it spent on average at this budget, or without prices the same for all."""
     layers, wanted = dynamic_layers(backbone), {}
     if prices is not None:
@@ -101,13 +103,59 @@ def shares_of_layers(backbone: 'DynamicBackbone', budget: float, prices: Prices 
     )
 
 
+def prices_of_granularities(encoder: DynamicGrainedEncoder, price: float, device: torch.device) -> Tensor:
+    """(K,) what each granularity's logit is lowered by at a price of a query."""
+    queries = queries_of_region(encoder.granularities, encoder.region)
+    return torch.tensor([price * count for count in queries], dtype=torch.float32, device=device)
+
+
 def decide_by(
-    backbone: 'DynamicBackbone', prices: Sequence[float] | None = None, shares: Sequence[float] | None = None
+    backbone: 'DynamicStages', prices: Sequence[float] | None = None, shares: Sequence[float] | None = None
 ) -> None:
     """Set the price of a query, or the share of the dense queries, of each layer; neither lets the routers decide."""
+    device = next(backbone.entry.parameters()).device
     for index, encoder in enumerate(encoders_of(backbone)):
-        router, queries = encoder.router, queries_of_region(encoder.granularities, encoder.region)
-        router.share = None if shares is None else shares[index]
-        router.price = None
-        if prices is not None:
-            router.price = router.bias.new_tensor([prices[index] * count for count in queries], dtype=torch.float32)
+        encoder.router.share = None if shares is None else shares[index]
+        encoder.router.price = None if prices is None else prices_of_granularities(encoder, prices[index], device)
+
+
+def train_by(backbone: 'DynamicStages', price: float | None) -> None:
+    """Set the price under which gates are drawn in training, as :meth:`DynamicBackbone.set_price` does in inference."""
+    prices = None if price is None else prices_of_layers(backbone, price)
+    device = next(backbone.entry.parameters()).device
+    for index, encoder in enumerate(encoders_of(backbone)):
+        encoder.router.training_price = (
+            None if prices is None else prices_of_granularities(encoder, prices[index], device)
+        )
+
+
+def expected_ratios(backbone: 'DynamicStages', prices: Tensor) -> Tensor:
+    """Query ratios that gates drawn under some prices have on average, by the logits of the last training pass.
+
+    Args:
+        prices: (P) lambda.
+
+    Returns:
+        (P) beta of eq. 7, with the probabilities softmax(h - lambda c) in place of the gates.
+    """
+    layers = [layer for layer in backbone.cost.layers if layer.dynamic]
+    shapes = [
+        (stage, shape)
+        for (stage, _), shape in zip(backbone.named_stages(), backbone.last_shapes)
+        for encoder in stage.dge
+        if encoder is not None
+    ]
+    of_layers, spent = prices_of_layers(backbone, 1.0), prices.new_zeros(len(prices))
+    for layer, encoder, (stage, shape), price in zip(layers, encoders_of(backbone), shapes, of_layers, strict=True):
+        if encoder.decision.logits is None:  # frozen
+            spent = spent + layer.per_query * layer.queries.to(prices).mean()
+            continue
+        logits = encoder.decision.logits.to(prices)
+        if encoder.router.training_price is not None:
+            logits = logits + encoder.router.training_price
+        of_granularities = prices_of_granularities(encoder, price, prices.device)
+        probabilities = (logits - prices.view(-1, 1, 1, 1, 1) * of_granularities).softmax(-1)
+        patches = count_patches(shape, encoder.granularities, encoder.region, prices.device)
+        queries = stage.num_extra + (probabilities * patches).sum((2, 3, 4)).mean(1)
+        spent = spent + layer.per_query * queries
+    return spent / sum(layer.per_query * layer.dense_queries for layer in layers)

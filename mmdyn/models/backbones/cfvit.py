@@ -14,6 +14,7 @@ from ..cost import BackboneCost, CostMeter, LayerCost
 from ..layers import position_embedding, resize_position_embedding
 from ..stage import run_blocks
 from ..thread_local import ThreadLocal
+from .base import NoPassError
 from .options import choose_arch
 from .vit import PlainViT
 
@@ -68,10 +69,10 @@ class CFViT(PlainViT):
         plain_config: the config of the plain backbone that a stage on all patches is, DeiT or LV-ViT.
         split_all: in training, split all patches, whatever their score; see
             :class:`~mmdyn.engine.FineSelectionHook`.
-        last_cost: what the stage that the thread ran last spent.
+        last_stage: images and tokens of the stage that the thread ran last, and whether it was the fine one.
     """
 
-    last_cost: ThreadLocal[BackboneCost] = ThreadLocal()
+    last_stage: ThreadLocal[tuple[int, int, bool]] = ThreadLocal()
 
     def __init__(
         self,
@@ -173,7 +174,7 @@ class CFViT(PlainViT):
             )
         half = F.interpolate(images, (self.side // 2,) * 2, mode='bilinear', align_corners=True)
         patches, _ = self.patch_embed(half)
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1).type_as(patches), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(images.shape[0], -1, -1).type_as(patches), patches], dim=1)
         tokens = tokens + self.coarse_pos_embed
         embedded, shape = tokens[:, 1:], (1, tokens.shape[1] - 1)
         score = torch.zeros(embedded.shape[:2], device=images.device)
@@ -183,17 +184,17 @@ class CFViT(PlainViT):
             score = update_score(score, row[:, 1:], self.ema_decay)
         if self.score == 'random':
             score = torch.rand_like(score)
-        self._spent(len(images), tokens.shape[1], (self.coarse_size,) * 2, fine=False)
+        self._spent(images.shape[0], tokens.shape[1], fine=False)
         return CoarseStage(self.norm(tokens), embedded, -score if self.score == 'negative' else score)
 
     def fine(self, images: Tensor, coarse: CoarseStage) -> tuple[Tensor, Tensor]:
         """The fine stage: images and their coarse stage -> (B, n, C) normed output, (B, k) split patches."""
         every = self.training and self.split_all
-        num = coarse.score.shape[1]
+        num = self.coarse_size**2
         count = num if every else num_informative(self.alpha, num)
         chosen, rest = select(coarse.score, count)
         patches, _ = self.patch_embed(images)
-        class_token = self.cls_token.expand(len(images), -1, -1).type_as(patches)
+        class_token = self.cls_token.expand(images.shape[0], -1, -1).type_as(patches)
         others = coarse.embedded
         if self.reuse_kind:
             reused = self.reuse(coarse.tokens if self.reuse_kind == 'class_token' else coarse.tokens[:, 1:])
@@ -206,7 +207,7 @@ class CFViT(PlainViT):
             class_token + self.pos_embed[:, :1], patches + self.pos_embed[:, 1:], others, chosen, rest, self.coarse_size
         )
         tokens = run_blocks(self, tokens, (1, tokens.shape[1] - 1))
-        self._spent(len(images), tokens.shape[1], self.shape, fine=True)
+        self._spent(images.shape[0], tokens.shape[1], fine=True)
         return self.norm(tokens), chosen
 
     def output(self, tokens: Tensor) -> Tensor:
@@ -232,32 +233,29 @@ class CFViT(PlainViT):
         """Multiply-adds that the coarse stage spends on an image, and those that the fine stage adds."""
         num = self.coarse_size**2
         fine = 1 + num + 3 * num_informative(self.alpha, num)
-        return (
-            self._stage_cost(1, 1 + num, (self.coarse_size,) * 2, fine=False).dense,
-            self._stage_cost(1, fine, self.shape, fine=True).dense,
-        )
+        return self._stage_cost(1, 1 + num, fine=False).dense, self._stage_cost(1, fine, fine=True).dense
 
-    def _stage_cost(self, batch: int, tokens: int, grid: tuple[int, int], fine: bool) -> BackboneCost:
-        layers, queries = [], torch.full((batch,), tokens)
+    def _stage_cost(self, images: int, tokens: int, fine: bool) -> BackboneCost:
+        layers, queries = [], torch.full((images,), tokens)
         for index, block in enumerate(self.blocks):
             query, static = block.macs((1, tokens - 1), 1)
             if index >= self._first_watched and not fine:
                 static += tokens * self.norm.weight.numel()  # one row of attention scores for each head
             layers.append(LayerCost(f'blocks.{index}', query, static, 0, queries, tokens, False))
         reused = self.coarse_size**2 + (self.reuse_kind == 'class_token')
+        grid = self.shape if fine else (self.coarse_size,) * 2
         stem = self.patch_embed.macs(grid) + (reused * self.reuse.macs() if fine and self.reuse_kind else 0)
         return BackboneCost(layers, stem)
 
-    def _spent(self, *stage, fine: bool) -> None:
-        self.last_cost = self._stage_cost(*stage, fine)
+    def _spent(self, images: int, tokens: int, fine: bool) -> None:
+        self.last_stage = images, tokens, fine
         CostMeter.publish(self)
 
-    @property
-    def cost(self) -> BackboneCost:
-        """What the stage that ran last spent; each stage is an account of its own."""
-        if self.last_cost is None:
-            raise ValueError(f'{type(self).__name__} has not run yet: call it on images before you ask for its cost.')
-        return self.last_cost
+    def _cost(self) -> BackboneCost:
+        """Of the stage that ran last; each stage is an account of its own."""
+        if self.last_stage is None:
+            raise NoPassError.of(self)
+        return self._stage_cost(*self.last_stage)
 
     def frozen_modules(self):
         yield from super().frozen_modules()

@@ -77,7 +77,7 @@ class PVTStage(nn.Module):
         if not self.num_extra:
             return self.patch_embed(x, Positions(self.pos_embed, self.shape, self.mode))
         tokens, shape = self.patch_embed(x)
-        tokens = torch.cat([cls_token.expand(len(tokens), -1, -1).type_as(tokens), tokens], dim=1)
+        tokens = torch.cat([cls_token.expand(tokens.shape[0], -1, -1).type_as(tokens), tokens], dim=1)
         return tokens + resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra, self.mode), shape
 
     def forward(self, x: Tensor, cls_token: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
@@ -211,6 +211,7 @@ class PVT(DynamicBackbone):
         if out_type != 'featmap':
             self.norm = nn.LayerNorm(dims[-1], norm_eps)
         self.freeze()
+        self.show_images()
         self.set_budget(**budget_of(dge))
 
     def make_attention(self, stage: dict, norm_eps: float) -> nn.Module:
@@ -250,7 +251,7 @@ class PVT(DynamicBackbone):
             if self.out_type == 'featmap' and i in self.out_indices:
                 outs.append(to_maps(cells, shape))
             x = cells.transpose(1, 2).unflatten(2, shape)
-        self.account(len(x), shapes)
+        self.account(x.shape[0], shapes)
         if self.out_type == 'featmap':
             return tuple(outs)
         tokens = self.norm(tokens)

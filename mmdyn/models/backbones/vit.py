@@ -109,6 +109,7 @@ class PlainViT(DynamicBackbone):
         make_blocks(self, blocks, dim, dge_of_stages(dge, {'': depth})[0])
         self.norm = nn.LayerNorm(dim, norm_eps)
         self.freeze()
+        self.show_images()
         self.set_budget(**budget_of(dge))
 
     @property
@@ -138,7 +139,7 @@ class PlainViT(DynamicBackbone):
         check_sides(self, x.shape)
         tokens, shape = self.patch_embed(x)
         extra = [self.cls_token, self.dist_token] if self.num_extra > 1 else [self.cls_token]
-        tokens = torch.cat([*(t.expand(len(x), -1, -1).type_as(tokens) for t in extra), tokens], dim=1)
+        tokens = torch.cat([*(t.expand(x.shape[0], -1, -1).type_as(tokens) for t in extra), tokens], dim=1)
         tokens = tokens + resize_position_embedding(
             self.pos_embed, self.shape, shape, self.num_extra, self.interpolate_mode
         )
@@ -148,7 +149,7 @@ class PlainViT(DynamicBackbone):
             tokens, start = run_blocks(self, tokens.clone() if outs else tokens, shape, start, i + 1), i + 1
             if i in self.out_indices:
                 outs.append(self._format(self.norm(tokens) if i == last else tokens, shape))
-        self.account(len(x), [shape])
+        self.account(x.shape[0], [shape])
         return tuple(outs)
 
     def _format(self, tokens: Tensor, shape: tuple[int, int]):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ...values import MOST, check_choice, check_integer, check_number
-from ..layers import FFN
+from ..layers import FFN, macs_of
 
 KINDS = ('mlp', 'linear')
 
@@ -33,4 +33,4 @@ class FeatureReuse(nn.Module):
 
     def macs(self) -> int:
         """Multiply-adds of one token."""
-        return self.mlp.macs() if isinstance(self.mlp, FFN) else self.mlp.weight.numel()
+        return self.mlp.macs() if isinstance(self.mlp, FFN) else macs_of(self.mlp)

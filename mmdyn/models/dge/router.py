@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..replaceable import replaceable
 from .budget import choose_within, queries_within
-from .routing import count_patches, pool
+from .routing import count_patches, grid, pool
+from .selectivity import index_of_finest
+from .untrained import CorrelationRouter, EntropyRouter, RandomRouter, UntrainedRouter
 
 
 class Router(nn.Module):
@@ -24,10 +26,14 @@ class Router(nn.Module):
 
     Attributes:
         price: (K,) what each granularity's logit is lowered by when a choice is made in inference, or None.
+        training_price: the same in training, before the gates are drawn.
         share: share of the dense block's queries that each image gets in inference, or None: the router decides.
     """
 
     price: Tensor | None
+    training_price: Tensor | None
+    is_trained = True
+    images = None
 
     def __init__(self, dim: int, granularities: Sequence[int]):
         super().__init__()
@@ -36,9 +42,10 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(num))
         nn.init.normal_(self.weight, std=0.01)
         nn.init.constant_(self.bias, math.log(0.05 / max(num - 1, 1)))
-        finest = next(k for k, phi in enumerate(granularities) if phi)
+        finest = index_of_finest(granularities)
         nn.init.constant_(self.bias[finest : finest + 1], math.log(0.95))
         self.register_buffer('price', None, persistent=False)
+        self.register_buffer('training_price', None, persistent=False)
         self.share: float | None = None
 
     def forward(self, regions: Tensor) -> Tensor:
@@ -46,17 +53,35 @@ class Router(nn.Module):
         with torch.autocast(regions.device.type, enabled=False):
             return F.linear(regions.float(), self.weight.float(), self.bias.float())
 
+    def logits(self, tokens: Tensor, shape: tuple[int, int], region: int, num_extra: int) -> Tensor:
+        """(B, E + H*W, C) tokens -> (B, rows, columns, K)."""
+        means: Tensor = self(pool(tokens, shape, region, num_extra))
+        return means
+
+    def macs(self, shape: tuple[int, int], region: int) -> int:
+        """Multiply-adds of an image with a map of ``shape``."""
+        return math.prod(grid(region, shape)) * self.weight.numel()
+
+
+ROUTERS: dict[str, type[Router] | type[UntrainedRouter]] = dict(
+    linear=Router, random=RandomRouter, entropy=EntropyRouter, correlation=CorrelationRouter
+)
+
 
 @replaceable
-def choose(router: Router, tokens: Tensor, shape: tuple[int, int], region: int, num_extra: int) -> Tensor:
+def choose(
+    router: Router | UntrainedRouter, tokens: Tensor, shape: tuple[int, int], region: int, num_extra: int
+) -> Tensor:
     """The granularity of the greatest logit of each region: (B, E + H*W, C) -> (B, rows, columns) indices.
 
     The router's price lowers the logits. Its share decides for all regions of an image together.
     """
-    return choose_greatest(router, router(pool(tokens, shape, region, num_extra)), shape, region, num_extra)
+    return choose_greatest(router, router.logits(tokens, shape, region, num_extra), shape, region, num_extra)
 
 
-def choose_greatest(router: Router, logits: Tensor, shape: tuple[int, int], region: int, num_extra: int) -> Tensor:
+def choose_greatest(
+    router: Router | UntrainedRouter, logits: Tensor, shape: tuple[int, int], region: int, num_extra: int
+) -> Tensor:
     """The choice of a router's (B, rows, columns, K) logits: (B, rows, columns) indices."""
     if router.share is None:
         return (logits if router.price is None else logits - router.price).argmax(-1)

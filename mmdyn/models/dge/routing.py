@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..replaceable import replaceable
+from ..tracing import to_integers
 
 
 def grid(side: int, shape: tuple[int, int]) -> tuple[int, int]:
@@ -79,17 +80,20 @@ class Routing:
     def compress(self, tokens: Tensor) -> Tensor:
         """Eq. 3: the packed queries, means of their tokens. (B or 1, E + H*W, C) -> (N, C)."""
         num, index = sum(self.lengths), self.query.flatten()
-        tokens = tokens.expand(len(self.query), -1, -1).flatten(0, 1)
+        tokens = tokens.expand(self.query.shape[0], -1, -1).flatten(0, 1)
         full = torch.promote_types(tokens.dtype, torch.float32)  # a sum may not fit into half precision
         sums = tokens.new_zeros(num + 1, tokens.shape[1], dtype=full).index_add(0, index, tokens.to(full))
         # Not by bincount, which synchronises on an accelerator.
-        counts = sums.new_zeros(num + 1).index_add(0, index, sums.new_ones(1).expand(len(index)))
-        return (sums[:num] / counts[:num, None].clamp(min=1)).to(tokens.dtype)
+        counts = sums.new_zeros(num + 1).index_add(0, index, sums.new_ones(1).expand(index.shape[0]))
+        return (sums.narrow(0, 0, num) / counts.narrow(0, 0, num)[:, None].clamp(min=1)).to(tokens.dtype)
+
+    def spread(self, change: Tensor) -> Tensor:
+        """Un-pooling: (N, C) changes of the queries -> (B, E + H*W, C), 0 where no query serves a token."""
+        return F.pad(change, (0, 0, 0, 1)).index_select(0, self.query.flatten()).unflatten(0, self.query.shape)
 
     def decompress(self, change: Tensor, tokens: Tensor) -> Tensor:
         """Un-pooling plus the input: (N, C) changes of the queries, (B, E + H*W, C) -> (B, E + H*W, C)."""
-        spread = F.pad(change, (0, 0, 0, 1)).index_select(0, self.query.flatten())
-        return tokens + spread.view_as(tokens)
+        return tokens + self.spread(change)
 
 
 @replaceable
@@ -124,10 +128,12 @@ def route(
 
     begins = F.pad(begins.flatten(1), (num_extra, 0), value=True)
     if capacity is None:
-        lengths, number = begins.sum(1).tolist(), (begins.flatten().cumsum(0) - 1).view_as(begins)
+        lengths, number = to_integers(begins.sum(1)), (begins.flatten().long().cumsum(0) - 1).view_as(begins)
     else:
-        starts = capacity * torch.arange(len(choice), device=device)
-        lengths, number = [capacity] * len(choice), starts[:, None] + begins.cumsum(1) - 1
-    first = torch.cat([torch.arange(num_extra, device=device).expand(len(choice), -1), num_extra + first.flatten(1)], 1)
+        starts = capacity * torch.arange(choice.shape[0], device=device)
+        lengths, number = [capacity] * choice.shape[0], starts[:, None] + begins.long().cumsum(1) - 1
+    first = torch.cat(
+        [torch.arange(num_extra, device=device).expand(choice.shape[0], -1), num_extra + first.flatten(1)], 1
+    )
     query = number.gather(1, first)
     return Routing(query.masked_fill(F.pad(side.flatten(1) == 0, (num_extra, 0)), sum(lengths)), lengths)

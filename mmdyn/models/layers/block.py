@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...values import MOST, check_choice, check_integer, check_number
-from .attention import spread
+from ..tracing import image_of_each
+from .macs import macs_of
 
 
 class FFN(nn.Module):
@@ -29,7 +30,7 @@ class FFN(nn.Module):
 
     def macs(self) -> int:
         """Multiply-adds of one query."""
-        return self.fc1.weight.numel() + self.fc2.weight.numel()
+        return macs_of(self.fc1) + macs_of(self.fc2)
 
 
 def drop_path(x: Tensor, rate: float, lengths: list[int] | None = None) -> Tensor:
@@ -40,10 +41,10 @@ def drop_path(x: Tensor, rate: float, lengths: list[int] | None = None) -> Tenso
         rate: probability to drop.
         lengths: queries of each image.
     """
-    num = len(x) if lengths is None else len(lengths)
+    num = x.shape[0] if lengths is None else len(lengths)
     keep = torch.empty(num, device=x.device).bernoulli_(1 - rate) / (1 - rate)
     if lengths is not None:
-        keep = spread(keep, lengths)
+        keep = keep[image_of_each(lengths, x.shape[0], x.device)]
     return x * keep.view(-1, *(1,) * (x.ndim - 1)).type_as(x)
 
 

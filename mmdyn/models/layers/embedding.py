@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ...values import MOST, check_choice, check_integer, check_number, is_integer
 from ..replaceable import replaceable
+from .macs import macs_of
 from .position import Positions
 
 
@@ -77,7 +78,7 @@ class PatchEmbed(nn.Module):
 
     def macs(self, shape: tuple[int, int]) -> int:
         """Multiply-adds of an image whose tokens form a map of ``shape``."""
-        return math.prod(shape) * self.proj.weight.numel()
+        return math.prod(shape) * macs_of(self.proj)
 
 
 class ConvStem(nn.Module):
@@ -121,7 +122,7 @@ class ConvStem(nn.Module):
     def macs(self, shape: tuple[int, int]) -> int:
         """Multiply-adds of an image whose tokens form a map of ``shape``."""
         convs = sum(module.weight.numel() for module in self.convs if isinstance(module, nn.Conv2d))
-        return math.prod(shape) * ((self.patch_size // 2) ** 2 * convs + self.proj.weight.numel())
+        return math.prod(shape) * ((self.patch_size // 2) ** 2 * convs + macs_of(self.proj))
 
 
 @replaceable

@@ -524,6 +524,7 @@ def test_flops_metric_averages_over_images_of_which_some_stop(make_cfvit):
 def test_cost_before_any_forward_pass(make_cfvit):
     with pytest.raises(ValueError, match='CFViT has not run yet: call it on images before you ask for its cost'):
         make_cfvit().cost
+    assert not hasattr(make_cfvit(), 'cost')
 
 
 @pytest.mark.parametrize('arch', ['deit-tiny', 'deit-small', 'deit-base', 'lvvit-small', 'lvvit-medium'])

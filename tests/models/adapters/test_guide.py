@@ -1,0 +1,70 @@
+"""What docs/any-vit.md shows."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer
+
+import mmdyn
+from mmdyn.models.adapters import ADAPTERS
+from mmdyn.models.adapters.adapter import name_of
+
+GUIDE = Path(mmdyn.__file__).parents[1] / 'docs/any-vit.md'
+BLOCKS = re.findall(r'```python\n(.*?)```', GUIDE.read_text(), re.DOTALL)
+
+
+def test_calls():
+    """In the order of the page, but for the config and the adapter, and on a smaller model."""
+    names = {}
+    for code in BLOCKS:
+        if 'custom_hooks' not in code and 'register_adapter' not in code:
+            exec(code.replace('vit_small', 'vit_tiny'), names)
+    assert names['model'].patch_embed.proj.weight.grad is not None
+    assert mmdyn.remove_dge(names['model']).blocks[0].mlp.fc1.weight.grad.abs().max() > 0
+
+
+def test_config():
+    from mmengine.registry import MODELS
+
+    (code,) = [code for code in BLOCKS if 'custom_hooks' in code]
+    names = {}
+    exec(code, names)
+    assert type(MODELS.build(names['model']['backbone'])).__name__ == 'PyramidVisionTransformerV2'
+
+
+@pytest.fixture
+def with_adapter(monkeypatch):
+    """The page's adapter is known for the time of a test."""
+    (code,) = [code for code in BLOCKS if 'register_adapter' in code]
+    lines = [line for line in code.splitlines() if line.strip() and not line.startswith(('import', 'from'))]
+    assert 20 <= len(lines) <= 40
+    monkeypatch.setitem(ADAPTERS, name_of(VisionTransformer), None)
+    exec(code, {'__name__': 'guide'})
+
+
+def test_adapter(with_adapter, randomise):
+    model = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=3).eval()
+    randomise(model)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        mmdyn.apply_dge(model, img_size=32)
+        torch.testing.assert_close(model(images), expected)
+        mmdyn.set_budget(model, 0.5)
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
+            model(images)
+    cost = mmdyn.cost(model)
+    assert counter.get_total_flops() // 2 == cost.spent.sum().item() + 2 * 16 * 3
+    assert (cost.query_ratio <= 0.5).all()
+
+
+def test_families_of_the_page_are_those_that_are_known():
+    page = GUIDE.read_text()
+    for name in ADAPTERS:
+        assert f'`{name.rpartition(".")[2]}`' in page
