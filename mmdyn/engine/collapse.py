@@ -52,7 +52,7 @@ def look(backbones: list[DynamicStages]) -> dict[str, LayerView]:
         for layer, encoder in zip(layers, encoders_of(backbone), strict=True):
             name = layer.name if len(backbones) == 1 else f'{number}.{layer.name}'
             ratio, phis[name], decision = layer.query_ratio.detach(), encoder.granularities, encoder.decision
-            assert decision is not None  # or there would be no cost
+            assert decision is not None and layer.finest is not None  # or there would be no cost
             counts = count_choices(decision.choice, len(phis[name])).to(ratio)
             finest = layer.finest.to(ratio)
             sums = [ratio.sum(), ratio.new_tensor(len(ratio)), finest.sum(), finest.square().sum()]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from mmengine.dist import all_reduce
 
-from ..models.backbones.base import DynamicBackbone
+from ..models.backbones.base import DynamicStages
 from ..models.backbones.budget import expected_ratios
 
 # Of a query of a layer of mean complexity, dense around 0; the greatest outweighs any difference of logits.
@@ -22,9 +22,9 @@ class PriceCurve:
     def __init__(self, ratios: list[float] | None = None, momentum: float = 0.9) -> None:
         self.ratios, self.momentum = ratios, momentum
 
-    def update(self, backbones: list[DynamicBackbone]) -> None:
+    def update(self, backbones: list[DynamicStages]) -> None:
         """Note what the routers would spend, by their logits of the last training pass in all processes."""
-        prices = torch.from_numpy(PRICES).float().to(next(backbones[0].parameters()).device)
+        prices = torch.from_numpy(PRICES).float().to(next(backbones[0].entry.parameters()).device)
         found = torch.stack([expected_ratios(backbone, prices) for backbone in backbones]).detach().mean(0)
         all_reduce(found, 'mean')
         new = found.tolist()

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,17 +75,15 @@ class BudgetHook(LossHook):
         schedule: str = 'constant',
     ) -> None:
         self.draws = isinstance(budget, (tuple, list))
-        if self.draws and len(budget) != 2:
-            raise ValueError(
-                f'BudgetHook: budget={budget}: give one, or the least and the greatest to draw from, e.g. (0.25, 1.0).'
-            )
-        self.budget, self.range = budget, tuple(budget) if self.draws else (budget, budget)
-        for name, value in (('budget', self.range[0]), ('budget', self.range[1]), ('start', start)):
+        pair: Sequence[float] = budget if isinstance(budget, (tuple, list)) else (budget, budget)
+        allowed = 'give one, or the least and the greatest to draw from, e.g. (0.25, 1.0).'
+        if len(pair) != 2:
+            raise ValueError(f'BudgetHook: budget={budget}: {allowed}')
+        for name, value in (('budget', pair[0]), ('budget', pair[1]), ('start', start)):
             check_number(f'BudgetHook: {name}', value, '(0, 1]', 'the share of the cost without DGE')
-        if self.draws and not self.range[0] < self.range[1]:
-            raise ValueError(
-                f'BudgetHook: budget={budget}: give one, or the least and the greatest to draw from, e.g. (0.25, 1.0).'
-            )
+        if self.draws and not pair[0] < pair[1]:
+            raise ValueError(f'BudgetHook: budget={budget}: {allowed}')
+        self.budget, self.range = budget, (pair[0], pair[1])
         check_number('BudgetHook: weight', weight, '[0, inf)')
         for name, value in (('log_interval', log_interval), ('patience', patience)):
             check_integer(f'BudgetHook: {name}', value, 1, what='a number of iterations')
@@ -173,7 +172,7 @@ class BudgetHook(LossHook):
             losses['budget'] = ratio.new_full((), self.target(iteration))
         losses['query_ratio'], target = ratio.detach(), self.towards(sum(self.range) / 2, iteration)
         if self._curve is not None:
-            losses['price'] = ratio.new_full((), self._price)
+            losses['price'] = ratio.new_full((), self._price or 0.0)
             self._curve.update(self._backbones)
             self._runner.message_hub.update_info(PRICE_CURVE, self._curve.ratios)
             no_price = ratio.new_zeros(1)

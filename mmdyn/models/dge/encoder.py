@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...values import MOST, check_integer, check_number, is_integer
 from ..thread_local import ThreadLocal
-from ..tracing import is_exported, refuse_onnx_by_torchscript
+from ..tracing import is_exported, is_traced, refuse_onnx_by_torchscript
 from .budget import queries_within
 from .router import ROUTERS, choose, straight_through_gates
 from .routing import Routing, centres, count_patches, grid, route, unpool
@@ -50,7 +50,7 @@ class Decision(NamedTuple):
     Attributes:
         choice: (B, rows, columns) index of each region's granularity.
         queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7,
-            otherwise on the CPU, where the lengths are, but for an exact budget, which no device is waited for.
+            otherwise on the CPU, where the lengths are, but where an exact budget makes shapes known beforehand.
         logits: (B, rows, columns, K) what the gates were drawn from in training, (B, 1, 1, K) if routing is by layer.
     """
 
@@ -143,8 +143,8 @@ class DynamicGrainedEncoder(nn.Module):
         """
         refuse_onnx_by_torchscript('the numbers of queries that DGE chooses')
         gates, choice, logits = self._decide(tokens, shape, num_extra)
-        if gates is None:
-            capacity = self._capacity(shape, num_extra)
+        if gates is None or logits is None:
+            capacity = self._capacity(tokens, shape, num_extra)
             routing, residual = self._run(block, tokens, shape, num_extra, choice, capacity)
             self._note(choice, routing, shape, num_extra, capacity is not None)
             return routing.decompress(residual, tokens)
@@ -182,10 +182,9 @@ class DynamicGrainedEncoder(nn.Module):
         num = len(self.granularities)
         if self.train_mode == 'sparse' or num == 1:
             return []
-        shifts = range(1, num)
         if self.train_mode == 'pair':
-            shifts = [torch.randint(1, num, decisions, device=choice.device)]
-        return [(choice + shift) % num for shift in shifts]
+            return [(choice + torch.randint(1, num, decisions, device=choice.device)) % num]
+        return [(choice + shift) % num for shift in range(1, num)]
 
     @torch.no_grad()
     def _change_without_graph(
@@ -234,9 +233,13 @@ class DynamicGrainedEncoder(nn.Module):
         gates, choice = straight_through_gates(logits, self.tau, forced)
         return gates.expand(-1, *regions, -1), choice.expand(-1, *regions), logits
 
-    def _capacity(self, shape: tuple[int, int], num_extra: int) -> int | None:
-        """Most queries of an image in inference with an exact budget; None without one."""
-        if self.router.share is None or self.forced is not None:
+    def _capacity(self, tokens: Tensor, shape: tuple[int, int], num_extra: int) -> int | None:
+        """Most queries of an image in inference with an exact budget; None where shapes need not be known beforehand.
+
+        A CPU waits for nothing, and would compute what is left over for nothing.
+        """
+        is_recorded = torch.compiler.is_compiling() or is_traced()
+        if self.router.share is None or self.forced is not None or not (is_recorded or tokens.device.type != 'cpu'):
             return None
         least, most = self.query_bounds(shape, num_extra)
         return min(max(queries_within(self.router.share, shape, num_extra), least), most)

@@ -336,7 +336,7 @@ def test_range_that_is_none(budget):
 
 @pytest.mark.parametrize('budget', [(0, 0.5), (0.5, 1.1)])
 def test_range_out_of_range(budget):
-    with pytest.raises(ValueError, match='must be greater than 0 and at most 1'):
+    with pytest.raises(ValueError, match=r'budget=.*: give a number in \(0, 1\], the share of the cost without DGE'):
         BudgetHook(budget=budget)
 
 
