@@ -6,38 +6,46 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.10
+TESTS ?= tests
+# The set of versions: where it is installed, what it is, and the Pythons that it is for.
 VENV := .venv
+REQUIREMENTS := requirements.txt
+PYTHONS := 3.10 3.11 3.12
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A stamp names what it was made from: edited requirements, or another Python, make a new one.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
 VENV_DONE := $(VENV)/.stamp-venv-$(PYTHON_VERSION)
-TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -v '^\#' requirements.txt | grep -E '^(torch|numpy|setuptools|wheel|ninja|psutil)' | cksum | cut -d' ' -f1)
-MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(shell grep '^mmcv==' requirements.txt))
-SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat requirements.txt pyproject.toml setup.py $$(find mmdyn -name '*.[ch]' | LC_ALL=C sort) | cksum | cut -d' ' -f1)
+TORCH_DONE := $(VENV)/.stamp-torch-$(shell grep -E '^(torch|numpy|setuptools|wheel|ninja|psutil)' $(REQUIREMENTS) | cksum | cut -d' ' -f1)
+MMCV := $(shell grep -oE '^(onedl-)?mmcv==[^ ;]+' $(REQUIREMENTS))
+MMCV_DONE := $(TORCH_DONE)-$(subst ==,-,$(MMCV))
+SETUP_DONE := $(VENV)/.stamp-setup-$(shell cat $(REQUIREMENTS) pyproject.toml setup.py $$(find mmdyn -name '*.[ch]' | LC_ALL=C sort) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup lint test sanitize demo demo-det demo-seg demo-cls-cf bench gpu-kit clean
+.PHONY: help setup lint test test-forks test-oldest run-tests docs sanitize demo demo-det demo-seg demo-cls-cf bench results results-time gpu-kit clean
 help:
 	@echo 'make setup      create .venv, install the pinned requirements, compile mmcv (10 to 20 minutes, once)'
 	echo 'make lint       set up, then check style, format and types of the Python files, and the format of the C files'
 	echo 'make test       set up, lint, then run the tests'
+	echo 'make test-forks   run the tests with the maintained forks of OpenMMLab and a recent torch, in .venv-forks'
+	echo 'make test-oldest  run the tests with the least versions that mmdyn allows, in .venv-oldest'
+	echo 'make docs       build the documentation into build/site; it needs nothing of the set-up'
 	echo 'make sanitize   set up, then test and fuzz the compiled functions with address and undefined-behaviour sanitizers'
 	echo 'make demo       set up, then train PVT on the demo data, make it dynamic, test both and draw the gates'
 	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
 	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
 	echo 'make demo-cls-cf  set up, then train DeiT and CF-ViT, sweep the threshold and draw the regions'
 	echo 'make bench      time dense and dynamic models beside mmdet, timm and mmcv, and write docs/benchmark.md'
+	echo 'make results    train and test what docs/results.md shows on real images, for 12 hours or more, and write it: see docs/data.md'
+	echo 'make results-time  time what is trained; on a machine that does nothing else'
 	echo 'make gpu-kit    collect the wheels that tools/gpu_check.sh needs on a machine with a GPU and no package index'
-	echo 'make clean      remove .venv, the demo data and work_dirs/demo'
+	echo 'make clean      remove .venv, .venv-docs, the demo data and work_dirs/demo'
 
 setup: $(SETUP_DONE)
 
 $(VENV_DONE):
-	@case '$(PYTHON_VERSION)' in
-	3.10.*|3.11.*|3.12.*) ;;
-	*) echo "mmdyn needs CPython 3.10, 3.11 or 3.12, but '$(PYTHON)' is '$(PYTHON_VERSION)'. Give another one with: make PYTHON=python3.11 ..." >&2; exit 1;;
-	esac
+	@[[ ' $(PYTHONS) ' = *" $$(cut -d. -f1,2 <<< '$(PYTHON_VERSION)') "* ]] || { echo "$(REQUIREMENTS) is for CPython $(PYTHONS), but '$(PYTHON)' is '$(PYTHON_VERSION)'. Give another one with: make PYTHON=python3.11 ..." >&2; exit 1; }
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	touch $@
@@ -46,7 +54,7 @@ $(TORCH_DONE): $(VENV_DONE)
 	@command -v $${CXX:-c++} >/dev/null || { echo "No C++ compiler ('$${CXX:-c++}'), which mmcv is compiled with. Install one (Debian: apt-get install g++) or name it with CXX=..." >&2; exit 1; }
 	$(BIN)/python -c 'import os, sys, sysconfig; d = sysconfig.get_path("include"); os.path.isfile(os.path.join(d, "Python.h")) or sys.exit(f"No Python.h in {d}, which mmcv is compiled with. Install the headers of this Python (Debian: apt-get install python3-dev).")'
 	echo '== torch (1/3) =='
-	$(BIN)/pip install -c <(grep -v '^mmcv==' requirements.txt) torch torchvision numpy setuptools wheel ninja psutil
+	$(BIN)/pip install -c <(grep -vE '^(onedl-)?mmcv==' $(REQUIREMENTS)) torch torchvision numpy setuptools wheel ninja packaging psutil
 	touch $@
 
 # No build isolation, so that the operators are compiled against the torch of .venv; a wheel cache of its own for
@@ -54,7 +62,7 @@ $(TORCH_DONE): $(VENV_DONE)
 $(MMCV_DONE): $(TORCH_DONE)
 	@echo '== mmcv with its operators (2/3): compiled here, 10 to 20 minutes on 2 cores, log in $(VENV)/mmcv.log =='
 	cache=$$($(BIN)/pip cache dir)/mmcv-for-$$($(BIN)/python -c 'import torch; print(f"torch-{torch.__version__}")')
-	MMCV_WITH_OPS=1 $(BIN)/pip install -v --cache-dir "$$cache" --no-deps --no-build-isolation $$(grep '^mmcv==' requirements.txt) > $(VENV)/mmcv.log 2>&1 &
+	MMCV_WITH_OPS=1 $(BIN)/pip install -v --cache-dir "$$cache" --no-deps --no-build-isolation $(MMCV) > $(VENV)/mmcv.log 2>&1 &
 	pip=$$!
 	trap 'kill $$pip 2>/dev/null' INT TERM
 	while kill -0 $$pip 2>/dev/null; do
@@ -68,7 +76,7 @@ $(MMCV_DONE): $(TORCH_DONE)
 
 $(SETUP_DONE): $(MMCV_DONE)
 	@echo '== everything else (3/3) =='
-	$(BIN)/pip install -r requirements.txt
+	$(BIN)/pip install -r $(REQUIREMENTS)
 	$(BIN)/pip install --no-deps -e .
 	touch $@
 
@@ -80,6 +88,28 @@ lint: setup
 
 test: lint
 	@$(BIN)/python -m pytest tests
+
+# Each in an environment of its own. The style is checked once, with requirements.txt.
+test-forks:
+	@$(MAKE) VENV=.venv-forks REQUIREMENTS=requirements-forks.txt PYTHONS='3.10 3.11 3.12 3.13' run-tests
+
+test-oldest:
+	@$(MAKE) VENV=.venv-oldest REQUIREMENTS=requirements-oldest.txt PYTHONS=3.10 PYTHON=$(OLDEST_PYTHON) run-tests
+
+run-tests: setup
+	@$(BIN)/python -m pytest $(TESTS)
+
+# The documentation reads the sources and imports nothing: an environment of its own, without torch, is enough.
+DOCS := .venv-docs
+DOCS_DONE := $(DOCS)/.stamp-docs-$(PYTHON_VERSION)-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
+$(DOCS_DONE):
+	@rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q -r requirements-docs.txt
+	touch $@
+
+docs: $(DOCS_DONE)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # A copy of the package whose kernels are built with gcc's sanitizers. They must be loaded before all else, since Python is
 # not built with them; what Python leaks is its own business. The copy comes first on the path because it is where Python
@@ -125,7 +155,8 @@ demo-seg: setup
 
 demo-cls-cf: setup
 	@$(BIN)/python tools/dataset_tools/make_demo_dataset.py
-	$(BIN)/python tools/demo.py configs/demo/vit-mini_digits.py configs/demo/cf-vit-mini_digits.py
+	$(BIN)/python tools/demo.py configs/demo/vit-mini_digits.py configs/demo/vit-mini-finetune_digits.py \
+		configs/demo/cf-vit-mini_digits.py
 	run=work_dirs/demo/cf-vit-mini_digits
 	checkpoint=$$(cat $$run/last_checkpoint)
 	$(BIN)/python tools/analysis_tools/sweep_threshold.py configs/demo/cf-vit-mini_digits.py "$$checkpoint" --out $$run/threshold
@@ -139,6 +170,14 @@ $(TRAINED): | setup
 
 bench: setup $(TRAINED)
 	@$(BIN)/python tools/analysis_tools/benchmark.py --suite all --out docs
+
+# One thread each, whatever else runs; see docs/data.md.
+results results-time: export OMP_NUM_THREADS := 1
+results: setup
+	@$(BIN)/python tools/analysis_tools/results.py
+
+results-time: setup
+	@$(BIN)/python tools/analysis_tools/results.py --time
 
 # For CPython 3.12 on Linux x86-64 (docs/gpu.md). mmcv-lite is mmcv without compiled operators, but with their sources.
 GPU_KIT := .gpu-kit
@@ -154,4 +193,4 @@ gpu-kit: $(VENV_DONE)
 	[ $$size -lt 45 ] || { echo 'That is too much to travel: at most 45 MB. See requirements-gpu.txt.' >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(GPU_KIT) data/demo work_dirs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-forks .venv-oldest $(GPU_KIT) data/demo work_dirs/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache

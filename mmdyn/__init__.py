@@ -7,13 +7,15 @@ the kernels stand in for what they compute faster.
 from importlib import import_module
 from importlib.util import find_spec
 
-from .compat import allow_mmengine_checkpoints, check_versions
+from .compat import allow_mmengine_checkpoints, check_versions, find_configs_of_forks
 from .version import __version__
 
 check_versions()
 allow_mmengine_checkpoints()
+find_configs_of_forks()
 
 from . import datasets, engine, evaluation, models  # noqa: E402
+from .apis import get_config, get_model, list_models, tell_mmpretrain  # noqa: E402
 from .models.adapters import (  # noqa: E402
     WithDGE,
     apply_dge,
@@ -26,6 +28,7 @@ from .models.adapters import (  # noqa: E402
 from .registry import expose_bare_names  # noqa: E402
 
 expose_bare_names()
+tell_mmpretrain()
 if find_spec('mmdyn.kernels'):  # everything but speed is the same without them
     import_module('mmdyn.kernels')
 
@@ -38,6 +41,9 @@ __all__ = [
     'datasets',
     'engine',
     'evaluation',
+    'get_config',
+    'get_model',
+    'list_models',
     'models',
     'register_adapter',
     'remove_dge',

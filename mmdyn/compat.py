@@ -1,37 +1,50 @@
 """What must hold between mmdyn and the packages below it."""
 
-from importlib import metadata
+from importlib import import_module, metadata
 
 import numpy as np
 import torch
 from packaging.version import Version
 
-# Import name: distributions that provide it (the maintained forks keep the import name), least and first unfit version.
-REQUIRED = {
-    'mmengine': (('mmengine', 'onedl-mmengine', 'mmengine-lite'), '0.10.0', '1.0.0'),
-    'mmcv': (('mmcv', 'onedl-mmcv', 'mmcv-lite'), '2.0.0', '3.0.0'),
-}
+# Module: least and first unfit version. Forks keep the names of the modules and go on with their versions.
+REQUIRED = {'mmengine': ('0.10.0', '1.0.0'), 'mmcv': ('2.1.0', '3.0.0')}
 
 
-def installed_version(distributions) -> str:
-    """Version of the first distribution that is installed, or ''."""
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return ''
+def installed_version(module: str) -> str:
+    """``__version__`` of a module, whose distribution may have any name; '' if it is not installed."""
+    try:
+        return import_module(module).__version__
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        return ''
 
 
 def check_versions(required: dict = REQUIRED) -> None:
     """Raise ImportError, which says what to install, if a foundation is missing or of an unfit version."""
-    for module, (distributions, least, unfit) in required.items():
-        found = installed_version(distributions)
+    for module, (least, unfit) in required.items():
+        found = installed_version(module)
         if not found or not Version(least) <= Version(found) < Version(unfit):
             raise ImportError(
                 f'mmdyn needs {module}>={least},<{unfit}, but {found or "none"} is installed. Install it '
-                f'with: pip install "{module}>={least},<{unfit}"'
+                f'with: pip install "{module}>={least},<{unfit}"; its maintained fork, onedl-{module}, will do, too.'
             )
+
+
+def is_installed(distribution: str) -> bool:
+    """Whether pip knows of it."""
+    try:
+        return bool(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def find_configs_of_forks() -> None:
+    """Let ``mmseg::`` in a config lead to onedl-mmsegmentation, for which its mmengine has the original's name."""
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    if not is_installed(MODULE2PACKAGE['mmseg']) and is_installed('onedl-mmsegmentation'):
+        MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
 
 
 def statistic_of_history_buffer(owner, name: str):
@@ -51,15 +64,15 @@ def allow_mmengine_checkpoints() -> None:
     from mmengine.logging import HistoryBuffer
 
     HistoryBuffer()  # the first one registers the statistics that every checkpoint names
-    numpy_core = getattr(np, '_core', None) or np.core
+    # A checkpoint may be of before numpy 2, which moved what rebuilds arrays and numbers.
+    rebuild = [value.__reduce__()[0] for value in (np.zeros(1), np.float64(1))]
     torch.serialization.add_safe_globals(
         [
             HistoryBuffer,
             (statistic_of_history_buffer, 'builtins.getattr'),
             np.ndarray,
             np.dtype,
-            numpy_core.multiarray._reconstruct,
-            numpy_core.multiarray.scalar,
+            *((f, f'{core}.multiarray.{f.__name__}') for f in rebuild for core in ('numpy.core', 'numpy._core')),
             *(type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'int32', 'bool')),
         ]
     )

@@ -54,7 +54,7 @@ def test_metadata_of_the_wheel(wheel):
     assert metadata['License-Expression'] == 'Apache-2.0' and metadata['Summary']
     assert b'Apache License, Version 2.0' in wheel.read(f'{folder}/licenses/{metadata["License-File"]}')
     assert metadata['Requires-Python'] == '>=3.10'
-    assert {'torch>=2.6', 'numpy', 'packaging'} <= set(metadata.get_all('Requires-Dist'))
+    assert {'torch>=2.6', 'numpy>=1.26.4', 'packaging'} <= set(metadata.get_all('Requires-Dist'))
     assert set(metadata.get_all('Provides-Extra')) == {'mim', 'cls', 'det', 'seg', 'demo', 'tests', 'all'}
     assert metadata.get_payload().strip() == (ROOT / 'README.md').read_text().strip()
 

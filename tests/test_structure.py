@@ -17,14 +17,18 @@ PACKAGE = Path(mmdyn.__file__).parent
 TOOLS = PACKAGE.parent / 'tools'
 # Which rooms each room may import beside itself.
 SEAMS = ['kernels', 'engine', 'evaluation', 'visualization', 'datasets']
-BELOW = ['compat', 'registry', 'version']
+BELOW = ['compat', 'registry', 'values', 'version']
 ROOMS = {
     'version': [],
     'registry': [],
+    'values': [],
     'compat': [],
     'models': BELOW,
     **{room: [*BELOW, 'models'] for room in SEAMS},
+    'apis': [*BELOW, 'models', 'engine'],
     'analysis': [*BELOW, 'models', *SEAMS],
+    'utils': [*BELOW, 'models', 'kernels'],
+    '__main__': ['utils'],
 }
 # Words of how to run, in the names of what models/ is made of; they say what is computed. The seam speaks of kernels.
 FOREIGN = {'kernels', 'job', 'jobs', 'address', 'addresses', 'inplace', 'into', 'piece', 'pieces', 'data_ptr', 'ctypes'}

@@ -1,4 +1,5 @@
-_base_ = './vit-mini_digits.py'
+# Gives the plain DeiT its coarse stage: it starts from its checkpoint, and splits all patches in two of five epochs.
+_base_ = './vit-mini-finetune_digits.py'
 
 model = dict(
     type='mmdyn.CoarseToFineClassifier',
@@ -15,7 +16,7 @@ model = dict(
     test_cfg=dict(threshold=0.75),
 )
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.coarse_pos_embed': dict(lr_mult=10.0, decay_mult=0.0)}))
-custom_hooks = [dict(type='mmdyn.FineSelectionHook', begin=8)]
+custom_hooks = [dict(type='mmdyn.FineSelectionHook', begin=2)]
 val_evaluator = [
     dict(type='Accuracy', topk=1),
     dict(type='mmdyn.CoarseToFineMetric', topk=1),

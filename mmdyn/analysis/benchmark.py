@@ -1,6 +1,7 @@
 """The cases of tools/analysis_tools/benchmark.py, which says what each of them is, and how they are measured."""
 
 import copy
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from .conversion import translate
 from .flops import build_model, dynamic_backbone, image_files, run_on_images
 from .latency import interleaved_times, largest_difference, peak_memory, ratio, supports_bfloat16
 from .others import OTHERS, build_other
-from .passes import AUTOCAST, build, family_and_size, inference, round_products, training_step
+from .passes import AUTOCAST, build, family_and_size, inference, precision, round_products, training_step
 from .synthetic import PATTERNS, Recording, force_routing, record_routing, recorded_granularities, replay_routing
 
 ATTENTION = ' attention'  # behind the name of an arch: its attention layers alone
@@ -84,21 +85,23 @@ class Case(NamedTuple):
         macs: multiply-adds of an image in the last pass.
         query_ratio: share of the queries in the last pass, where the model has any to choose.
         exact: whether the outputs are to be those of the first case.
+        reference: the case that it is compared with, the first one if it names none.
     """
 
     run: Callable[[], object]
     macs: Callable[[], float]
     query_ratio: Callable[[], float] | None = None
     exact: bool = False
+    reference: str = ''
 
 
 def sample_by_mmcv_fallback(
-    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int] | None = None
 ) -> Tensor:
     """``deformable_sampling`` by mmcv's function for the CPU, which takes as many queries of each image."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    sides, batch = torch.tensor([shape], device=value.device), len(lengths)
+    sides, batch = torch.tensor([shape], device=value.device), len(value)
     where, weights = (x.unflatten(0, (batch, -1))[:, :, :, None] for x in ((points + 0.5) / sides.flip(1), weights))
     return multi_scale_deformable_attn_pytorch(value, sides, where, weights).flatten(0, 1)
 
@@ -199,6 +202,25 @@ def backbone_cases(suite: str, arch: str, images: Tensor, options: Options) -> d
     if options.dtype == 'float32' and supports_bfloat16(images.device):
         cases['dense bfloat16'] = backbone_case(dense, images, torch.bfloat16, exact=True)
         cases['DGE bfloat16'] = backbone_case(models[options.patterns[0]], images, torch.bfloat16)
+    if suite == 'cls' and images.is_cuda:
+        cases |= graphed_cases(dense, dynamic('clustered'), images, options)
+    return cases
+
+
+def graphed_cases(dense: nn.Module, dynamic: nn.Module, images: Tensor, options: Options) -> dict[str, Case]:
+    """The dense model, and the dynamic one with an exact budget: recorded once and replayed, and as they are."""
+    from ..kernels.graphs import graphed
+
+    autocast, cases = AUTOCAST[options.dtype], {}
+    for encoder in filter(None, (encoder for stage, _ in dynamic.named_stages() for encoder in stage.dge)):
+        encoder.forced = None
+    dynamic.set_budget(options.query_ratio)
+    cases['DGE exact'] = backbone_case(dynamic, images, autocast)
+    with precision(images, autocast):
+        for name, model in (('dense', dense.to(images.device)), ('DGE exact', dynamic)):
+            run = functools.partial(graphed(model, images), images)
+            cases[f'{name} graphed'] = backbone_case(model, images, autocast)._replace(run=run)
+    cases['DGE exact graphed'] = cases['DGE exact graphed']._replace(reference='dense graphed')
     return cases
 
 
@@ -327,9 +349,10 @@ def measure(suite: str, arch: str, shape: Sequence[int], batch: int, options: Op
         warmup=3 if options.device == 'cuda' else 1,
         device=options.device,
     )
-    reference, rows = next(iter(cases)), {}
-    expected = cases[reference].run() if any(case.exact for case in cases.values()) else None
+    first, rows = next(iter(cases)), {}
+    expected = cases[first].run() if any(case.exact for case in cases.values()) else None
     for name, case in cases.items():
+        reference = case.reference or first
         row = rows[name] = dict(
             seconds=statistics.median(times[name]),
             spread=max(times[name]) - min(times[name]),

@@ -12,6 +12,7 @@ from torch import nn
 from ..models.backbones.base import DynamicStages, find_backbones
 from ..models.cost import CostMeter
 from ..models.dge.prices import Prices
+from ..values import check_integer, check_number
 from .latency import synchronise
 
 # The first price that is tried, the factor to the next, and the last.
@@ -64,12 +65,15 @@ def average(meter: CostMeter, images: int) -> Spent:
 
 def spend(model: nn.Module, batches: Iterable[Any], most: int) -> Spent:
     """What a model spends on the first images, at least ``most`` of them if there are so many."""
+    check_integer('most', most, 1, what='a number of images')
     meter, images = CostMeter(training=False, backbones=[dynamic_backbone(model)]), 0
     for batch in batches:
         with torch.inference_mode():
             images += len(model.test_step(batch))
         if images >= most:
             break
+    if not images:
+        raise ValueError('There are no images to measure what the model spends: give a test set that has some.')
     return average(meter, images)
 
 
@@ -88,6 +92,12 @@ def calibrate(
     Returns:
         All that was measured.
     """
+    if not isinstance(budgets, (list, tuple)) or not budgets:
+        raise ValueError(f'budgets={budgets!r}: give a list of query ratios, e.g. [0.3, 0.5].')
+    for budget in budgets:
+        check_number('budgets', budget, '[0, 1]', 'a query ratio')
+    check_number('tolerance', tolerance, '(0, inf)', 'of the query ratio')
+    check_integer('tries', tries, 0, 1000)
     found: dict[float, Spent] = {}
 
     def ratio(price: float) -> float:

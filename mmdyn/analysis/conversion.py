@@ -124,7 +124,9 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise ValueError(f'There is no file {path}: give the path of a checkpoint.')
     if Path(path).suffix == '.safetensors':
-        return {name.removeprefix('module.'): value for name, value in load_from_safetensors(str(path)).items()}
+        content = load_from_safetensors(str(path))
+        content = content.get('state_dict', content)
+        return {name.removeprefix('module.'): value for name, value in content.items()}
     try:
         # Training programs keep their options, which are no code, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.command import load_weights
-from ..models.backbones.base import DynamicStages, find_backbones
-from ..models.checks import check_channels, check_sides
+from ..models.backbones.base import DynamicStages, check_sides, find_backbones
+from ..models.checks import check_channels
 from ..models.cost import BackboneCost, CostMeter
+from ..values import check_integer, check_number, sides
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 
@@ -59,7 +60,9 @@ def count_macs(model: nn.Module, shape: tuple[int, int], proposals: int = 1000, 
         detections: boxes that its mask head looks at. By default none: what is left of a random model's boxes, and what
             the DGE paper's totals agree with.
     """
-    inputs = torch.zeros(1, 3, *shape)
+    for name, value in (('proposals', proposals), ('detections', detections)):
+        check_integer(name, value, 1 if name == 'proposals' else 0, what='a number of boxes')
+    inputs = torch.zeros(1, 3, *sides('shape', shape))
     # The math path of attention is made of matrix products, which the counter knows on every device.
     counted = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_BAGS, _embedding_bag_flops))
     with counted as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -155,8 +158,10 @@ def report(
         image, dense and as spent, by the whole model; ``query_ratio``; and ``layers``, one dict for each encoder block
         of name, flops_dense, flops_queries (those of them that queries cost), flops and query_ratio.
     """
-    if query_ratio is not None and not 0 < query_ratio <= 1:
-        raise ValueError(f'query_ratio={query_ratio} must be greater than 0 and at most 1.')
+    if query_ratio is not None:
+        check_number('query_ratio', query_ratio, '(0, 1]')
+    shape = sides('shape', shape)
+    check_integer('detections', detections, 0, what='a number of boxes')
     model, dense = build_model(cfg), build_model(cfg, dense=True)
     for own in find_backbones(model):
         check_sides(own, shape, [])

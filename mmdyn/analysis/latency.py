@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..compat import REQUIRED, installed_version
+from ..compat import installed_version
+from ..values import MOST, check_integer
 
 try:
     from ..kernels.library import release
@@ -40,6 +41,9 @@ def interleaved_times(
     Returns:
         seconds of each measured run, by name.
     """
+
+    check_integer('rounds', rounds, 1, MOST, 'the measured runs of each case')
+    check_integer('warmup', warmup, 0, MOST, 'the runs of each case before')
 
     def timed(run):
         synchronise(device)
@@ -123,6 +127,8 @@ def limits(
         ``float32`` and, where the device supports it, ``bfloat16`` by torch, and ``oneDNN float32``, whose
         products use instructions that torch's leave unused on some CPUs, in GFLOP/s; ``copy`` in GB/s.
     """
+    check_integer('side', side, 1, MOST, 'of matrices')
+    check_integer('megabytes', megabytes, 1, MOST)
     source = torch.randn(megabytes * 10**6 // 4, device=device)
     target, cases, work = torch.empty_like(source), {}, {}
     cases['copy'], work['copy'] = lambda: target.copy_(source), 2 * source.nbytes
@@ -159,8 +165,7 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, str | int]:
     if torch.device(device).type == 'cuda':
         found['gpu'] = torch.cuda.get_device_name(device)
     for package in ('mmcv', 'mmdet', 'timm'):
-        names = REQUIRED[package][0] if package in REQUIRED else (package,)
-        found[package] = installed_version(names) or 'not installed'
+        found[package] = installed_version(package) or 'not installed'
     return found
 
 

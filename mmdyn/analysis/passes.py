@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..models import DPVT, PVT, DeiT
 from ..models.layers import DeformableAttention
+from ..values import check_type
 
 FAMILIES = dict(PVT=PVT, DPVT=DPVT, DeiT=DeiT)
 # What a pass computes in by autocast. TF32 is float32, of which CUDA rounds the factors of products.
@@ -19,6 +20,7 @@ def family_and_size(name: str, allowed: Collection[str] = FAMILIES) -> tuple[str
     Raises:
         ValueError: if it has others, or a family that is not ``allowed``.
     """
+    check_type('name', name, str, 'FAMILY-SIZE')
     family, _, size = name.partition('-')
     if family not in allowed or not size or '-' in size:
         raise ValueError(

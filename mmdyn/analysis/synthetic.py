@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.backbones.base import DynamicStages
+from ..models.dge import check_granularities
 from ..models.dge.routing import grid
+from ..values import check_choice, check_integer, check_number, sides
 
 PATTERNS = ('clustered', 'random')
 
@@ -31,8 +33,11 @@ def synthetic_choice(
     Returns:
         (rows, columns) indices into ``granularities``.
     """
-    if pattern not in PATTERNS:
-        raise ValueError(f'pattern={pattern!r}: choose from {PATTERNS}.')
+    regions = sides('regions', regions, unit='regions')
+    check_choice('pattern', pattern, PATTERNS)
+    check_number('query_ratio', query_ratio, '[0, 1]')
+    check_integer('seed', seed, 0, 2**63 - 1)
+    check_granularities(granularities)
     shares = [1 / phi**2 if phi else 0.0 for phi in granularities]
     order = sorted(range(len(shares)), key=lambda k: -shares[k])
     others = [shares[k] for k in order[1:]]

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..values import check_number
+
 
 class Curve(NamedTuple):
     """Accuracy and cost at each of T thresholds.
@@ -40,7 +42,11 @@ def curve(
         coarse_macs, fine_macs: multiply-adds of the coarse stage, and those that the fine stage adds.
         thresholds: (T,), in [0, 1].
     """
+    for name, value in (('coarse_macs', coarse_macs), ('fine_macs', fine_macs)):
+        check_number(name, value, '[0, inf)')
     thresholds = torch.as_tensor(thresholds, dtype=torch.double)
+    if not ((thresholds >= 0) & (thresholds <= 1)).all():
+        raise ValueError(f'thresholds={thresholds.tolist()}: a confidence is in [0, 1].')
     confidence, coarse_class = coarse_scores.max(-1)
     confidence, order = confidence.sort()
     coarse_right, fine_right = (
@@ -70,6 +76,7 @@ def most_accurate(of: Curve, macs: float) -> int:
     Raises:
         ValueError: if there is none; it says what is reachable.
     """
+    check_number('macs', macs, '[0, inf)', 'multiply-adds')
     allowed = of.macs <= macs
     if not allowed.any():
         raise ValueError(
@@ -87,6 +94,7 @@ def cheapest(of: Curve, top1: float) -> int:
     Raises:
         ValueError: if there is none; it says what is reachable.
     """
+    check_number('top1', top1, '[0, inf)', 'an accuracy in per cent')
     allowed = of.top1 >= top1
     if not allowed.any():
         raise ValueError(

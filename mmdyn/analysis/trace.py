@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ..values import check_choice, check_integer, check_type, sides
 from .latency import synchronise
 from .passes import AUTOCAST, FAMILIES, build, inference, round_products
 from .synthetic import force_routing
@@ -120,6 +121,7 @@ def arch_of(name: str) -> tuple[str, bool]:
     Raises:
         ValueError: if anything else is there.
     """
+    check_type('name', name, str, 'FAMILY-SIZE or FAMILY-SIZE+DGE')
     found = re.fullmatch(rf'((?:{"|".join(FAMILIES)})-[^-+]+)(\+DGE)?', name)
     if not found:
         raise ValueError(
@@ -155,6 +157,10 @@ def trace_backbone(
         ``model``, ``shape``, ``dtype``, ``device``, ``query_ratio``, what :func:`count` finds, ``waits`` and the name
         of the file, ``trace``.
     """
+    shape = sides('shape', shape)
+    check_integer('batch', batch, 1, what='the number of images')
+    check_choice('dtype', dtype, AUTOCAST)
+    check_choice('device', device, ('cpu', 'cuda'))
     arch, dge = arch_of(name)
     img_size = shape if arch.startswith('DeiT') else (256, 256)
     model = build(arch, img_size, **({'granularities': (1, 2, 4)} if dge else {}))

@@ -3,7 +3,18 @@
 from importlib import import_module
 from pathlib import Path
 
+from ..values import check_type
 from .loading import image_error
+
+# What the frameworks' data sets have in common.
+TYPES = dict(
+    ann_file=((str, Path), 'the path of a file'),
+    data_prefix=((str, dict), "a folder, or a dict such as dict(img_path='images')"),
+    data_root=((str, Path, type(None)), 'the path of a folder'),
+    filter_cfg=((dict, type(None)), 'a dict of options'),
+    metainfo=((dict, type(None)), 'a dict such as dict(classes=(...))'),
+    pipeline=((list, tuple), 'a list of transforms'),
+)
 
 
 def parent_class(package: str, name: str, extra: str) -> type:
@@ -32,12 +43,32 @@ class CheckedDataset:
     """Before a data set of mmengine's: check what it reads, and name the files and entries that are wrong.
 
     Raises:
+        TypeError: for options of another type.
         ValueError: at the start, if a file or folder is missing, if the list of images is broken, or if there are no
             images; later, if one of the transforms fails on an image.
     """
 
     # Options that name other data.
     options = tuple(f'{split}_dataloader.dataset.data_root=DIR' for split in ('train', 'val', 'test'))
+
+    def __init__(self, *args, **kwargs):
+        for name, (allowed, what) in TYPES.items():
+            if name in kwargs:
+                check_type(f'{self.name}: {name}', kwargs[name], allowed, what)
+        self._check_classes((kwargs.get('metainfo') or {}).get('classes') or ())
+        try:
+            super().__init__(*args, **kwargs)
+        except AssertionError as error:  # by which the frameworks refuse options
+            raise ValueError(f'{self.name}: {error}') from error
+
+    def _check_classes(self, classes) -> None:
+        """Refuse what the frameworks would take for the letters of a name."""
+        is_file = isinstance(classes, str) and Path(classes).expanduser().is_file()
+        if not is_file and not (isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)):
+            raise ValueError(
+                f"{self.name}: metainfo has classes={classes!r}: give a sequence of names, e.g. ('cat', 'dog'), or the "
+                'path of a file with a name in each line.'
+            )
 
     def load_data_list(self) -> list[dict]:
         """The framework's list of images."""

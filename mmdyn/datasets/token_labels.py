@@ -1,6 +1,7 @@
 """Token labels (LV-ViT): maps of what is seen where in an image, cropped and flipped together with it."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import mmcv
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..registry import TRANSFORMS
+from ..values import MOST, MOST_CLASSES, check_choice, check_integer, check_number, check_type, sides
 
 
 @TRANSFORMS.register_module()
@@ -28,6 +30,8 @@ class LoadTokenLabels(mmcv.transforms.BaseTransform):
     """
 
     def __init__(self, root: str, num_classes: int = 1000):
+        check_type('LoadTokenLabels: root', root, (str, Path), 'the folder of the maps')
+        check_integer('LoadTokenLabels: num_classes', num_classes, 1, MOST_CLASSES)
         self.root, self.num_classes = root, num_classes
 
     def transform(self, results: dict) -> dict:
@@ -90,6 +94,8 @@ class TokenLabelCrop(mmcv.transforms.BaseTransform):
     """
 
     def __init__(self, scale, patch_size: int = 16, **kwargs):
+        check_integer('TokenLabelCrop: patch_size', patch_size, 1, MOST, 'the side of a patch in pixels')
+        sides('TokenLabelCrop: scale', scale)
         self.crop = TRANSFORMS.build(dict(type='mmpretrain.RandomResizedCrop', scale=scale, **kwargs))
         if any(side % patch_size for side in self.crop.scale):
             raise ValueError(
@@ -120,17 +126,40 @@ class TokenLabelCrop(mmcv.transforms.BaseTransform):
         return f'{type(self).__name__}(grid={self.grid}, crop={self.crop})'
 
 
+AXES = {'vertical': [0], 'horizontal': [1], 'diagonal': [0, 1]}
+
+
 @TRANSFORMS.register_module()
 class TokenLabelFlip(mmcv.transforms.RandomFlip):
     """mmcv's RandomFlip, which flips the token labels too, before and after :class:`TokenLabelCrop`.
 
     Args:
-        args, kwargs: as for RandomFlip: ``prob``, ``direction``.
+        prob: probability to flip, or one for each direction.
+        direction: ``'horizontal'``, ``'vertical'`` or ``'diagonal'``, or several.
+        kwargs: the other options of RandomFlip.
+
+    Raises:
+        ValueError: for a probability outside of [0, 1], or an unknown direction.
     """
+
+    def __init__(self, prob: float | Sequence[float], direction: str | Sequence[str] = 'horizontal', **kwargs):
+        several = isinstance(prob, (tuple, list)), isinstance(direction, (tuple, list))
+        probs, directions = (list(x) if many else [x] for x, many in zip((prob, direction), several))
+        for value in probs:
+            check_number('TokenLabelFlip: prob', value, '[0, 1]', 'the probability to flip')
+        for value in directions:
+            check_choice('TokenLabelFlip: direction', value, AXES)
+        if not directions or (several[0] and (len(probs) != len(directions) or sum(probs) > 1)):
+            raise ValueError(
+                f'TokenLabelFlip: prob={prob} and direction={direction}: give as many probabilities as directions, '
+                'with a sum of at most 1.'
+            )
+        probs = [float(value) for value in probs]
+        super().__init__(probs if several[0] else probs[0], directions if any(several) else direction, **kwargs)
 
     def _flip(self, results: dict) -> None:
         super()._flip(results)
-        axes = {'vertical': [0], 'horizontal': [1], 'diagonal': [0, 1]}[results['flip_direction']]
+        axes = AXES[results['flip_direction']]
         for key in ('token_label_map', 'gt_token_score'):
             if key in results:
                 results[key] = results[key].flip(axes)

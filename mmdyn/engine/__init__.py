@@ -1,3 +1,3 @@
-from .hooks import BudgetHook, DenseTeacherHook, FineSelectionHook, LossGuardHook, RandomStateHook
+from .hooks import BudgetHook, DenseTeacherHook, FineSelectionHook, FrozenStartHook, LossGuardHook, RandomStateHook
 
-__all__ = ['BudgetHook', 'DenseTeacherHook', 'FineSelectionHook', 'LossGuardHook', 'RandomStateHook']
+__all__ = ['BudgetHook', 'DenseTeacherHook', 'FineSelectionHook', 'FrozenStartHook', 'LossGuardHook', 'RandomStateHook']

@@ -8,6 +8,9 @@ from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
 from ..registry import METRICS
+from ..values import check_choice, check_type, is_integer
+
+COLLECT_DEVICES = ('cpu', 'gpu', 'npu')  # mmengine's
 
 
 @METRICS.register_module()
@@ -28,10 +31,12 @@ class CoarseToFineMetric(BaseMetric):
     default_prefix = 'cf'
 
     def __init__(self, topk: int | Sequence[int] = (1, 5), collect_device: str = 'cpu', prefix=None):
+        check_choice('CoarseToFineMetric: collect_device', collect_device, COLLECT_DEVICES)
+        check_type('CoarseToFineMetric: prefix', prefix, (str, type(None)), "the beginning of the metrics' names")
         super().__init__(collect_device=collect_device, prefix=prefix)
-        self.topk = (topk,) if isinstance(topk, int) else tuple(topk)
-        if not self.topk or min(self.topk) < 1:
-            raise ValueError(f'CoarseToFineMetric: topk={topk}: give a positive k, or several, e.g. (1, 5).')
+        self.topk = tuple(topk) if isinstance(topk, (tuple, list)) else (topk,)
+        if not self.topk or not all(is_integer(k, 1) for k in self.topk):
+            raise ValueError(f'CoarseToFineMetric: topk={topk!r}: give a positive k, or several, e.g. (1, 5).')
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Note of each image by which stages its label is among the best k."""

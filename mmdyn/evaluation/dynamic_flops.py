@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..models.cost import BackboneCost, CostMeter
 from ..registry import METRICS
+from ..values import check_choice, check_type
+from .coarse_to_fine import COLLECT_DEVICES
 
 # A layer is said to spend the same on all images if the query ratios of this share of at least so many images lie
 # within the tolerance around their median.
@@ -64,6 +66,9 @@ class DynamicFLOPs(BaseMetric):
     default_prefix = 'flops'
 
     def __init__(self, per_layer: bool = True, collect_device: str = 'cpu', prefix: str | None = None) -> None:
+        check_choice('DynamicFLOPs: per_layer', per_layer, (True, False))
+        check_choice('DynamicFLOPs: collect_device', collect_device, COLLECT_DEVICES)
+        check_type('DynamicFLOPs: prefix', prefix, (str, type(None)), "the beginning of the metrics' names")
         super().__init__(collect_device=collect_device, prefix=prefix)
         self.per_layer = per_layer
         self._meter = CostMeter(training=False)

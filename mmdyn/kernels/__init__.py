@@ -4,6 +4,6 @@ Importing the package registers the kernels with the functions of :mod:`mmdyn.mo
 everything is slower and nothing is different.
 """
 
-from . import accelerators, functions, pieces, stage, timm_vit
+from . import accelerators, cuda, functions, pieces, stage, timm_vit
 
-__all__ = ['accelerators', 'functions', 'pieces', 'stage', 'timm_vit']
+__all__ = ['accelerators', 'cuda', 'functions', 'pieces', 'stage', 'timm_vit']

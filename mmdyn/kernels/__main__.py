@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..models.dge.router import Router, choose
+from ..models.dge.routing import route
 from ..models.layers import Attention, EncoderBlock, deformable_sampling, packed_attention, project_patches, to_maps
 from ..models.replaceable import Refused, Replaceable
 from ..models.stage import run_blocks
@@ -24,6 +25,7 @@ def examples(device: str) -> list[tuple[Replaceable, tuple]]:
         return [
             (run_blocks, (stage, tokens, (4, 4))),
             (choose, (Router(16, (1, 2)), tokens, (4, 4), 2, 0)),
+            (route, (torch.zeros(2, 2, 2, dtype=torch.long), (4, 4), (1, 2), 2)),
             (project_patches, (maps, nn.Conv2d(3, 16, 2, 2), nn.LayerNorm(16))),
             (to_maps, (tokens, (4, 4))),
             (

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..models.layers import deformable_sampling, packed_attention
 from ..models.replaceable import Refused
-from .prepared import refuse_watchers
+from .prepared import equal_lengths, refuse_watchers
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -41,17 +41,19 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[in
 
 @deformable_sampling.register
 def sample_by_mmcv(
-    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int] | None = None
 ) -> Tensor | Refused:
     """:func:`~mmdyn.models.layers.deformable.deformable_sampling` with mmcv's operator for accelerators."""
     if value.device.type == 'cpu':
         return Refused("the values are on the CPU, for which mmcv's operator is not written")
-    if sum(lengths) == 0:
+    if len(points) == 0:
         return Refused('there are no queries')
     reason = refuse_watchers()
     if reason is not None:
         return Refused(reason)
-    return mmcv_sampling(value, points, weights, shape, lengths)
+    return mmcv_sampling(
+        value, points, weights, shape, equal_lengths(len(points), len(value)) if lengths is None else lengths
+    )
 
 
 def mmcv_sampling(
@@ -71,7 +73,7 @@ def mmcv_sampling(
         starts = range(0, images * most, most)
         slots = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths)]).to(value.device)
         points, weights = (x.new_zeros(images * most, *x.shape[1:]).index_copy(0, slots, x) for x in (points, weights))
-    sides = torch.tensor([shape], device=value.device)
+    sides = torch.stack([torch.full((), side, device=value.device) for side in shape])[None]
     where = ((points + 0.5) / sides.flip(1)).unflatten(0, (images, most))[:, :, :, None]
     try:
         sums = MultiScaleDeformableAttnFunction.apply(

@@ -18,6 +18,7 @@ from .prepared import (
     Refusal,
     are_counts,
     decision_of,
+    equal_lengths,
     first,
     refuse_context,
     refuse_rows,
@@ -189,7 +190,7 @@ def project_panels(
 
 @deformable_sampling.register
 def sample_points(
-    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int] | None = None
 ) -> Tensor | Refused:
     """:func:`~mmdyn.models.layers.deformable.deformable_sampling` point by point."""
     names = dict(value='the values', points='the points', weights='the weights')
@@ -197,9 +198,13 @@ def sample_points(
     reason = refuse_context() or refuse_library() or first(refuse_tensor(x, names[key]) for key, x in tensors.items())
     if reason is not None:
         return Refused(reason)
-    if (value.ndim, points.ndim, weights.ndim, len(shape)) != (4, 4, 3, 2) or not are_counts([*lengths, *shape]):
+    if (value.ndim, points.ndim, weights.ndim, len(shape)) != (4, 4, 3, 2) or not are_counts(
+        [*(lengths or ()), *shape]
+    ):
         return Refused('values, points, weights, lengths and shape are not of the kinds that belong together')
     images, cells, heads, channels = value.shape
+    if lengths is None:
+        lengths = equal_lengths(len(points), images)
     num = sum(lengths)
     if (
         (images, cells) != (len(lengths), math.prod(shape))

@@ -92,6 +92,11 @@ def are_counts(numbers: Iterable[Any], least: int = 0) -> bool:
     return all(type(number) is int and number >= least for number in numbers)
 
 
+def equal_lengths(num: int, images: int) -> list[int]:
+    """Queries of each image, of which all have as many."""
+    return [num // images] * images if images else []
+
+
 def decision_of(router: nn.Module, options: int, shape: tuple[int, int], num_extra: int) -> tuple[Tensor, int]:
     """The bias that a router chooses with, and most queries of an image's patches, -1 if each region decides alone.
 

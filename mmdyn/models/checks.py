@@ -6,8 +6,7 @@ import re
 from mmengine.logging import print_log
 from torch import nn
 
-from .backbones.base import DynamicBackbone, DynamicStages, find_backbones
-from .layers import ConvStem
+from .backbones.base import find_backbones
 
 
 def check_channels(model: nn.Module) -> None:
@@ -83,36 +82,3 @@ def has_backbone(model: nn.Module, who: str) -> bool:
             level=logging.WARNING,
         )
     return found
-
-
-def least_side(backbone: DynamicStages) -> int:
-    """Pixels of the shorter side that an image needs, so that each stage has a patch, and what its keys are made of."""
-    least, stride = 1, 1
-    if not isinstance(backbone, DynamicBackbone):  # others say so themselves, or pad
-        return least
-    for stage, _ in backbone.named_stages():
-        halved = 2 if isinstance(stage.patch_embed, ConvStem) else 1
-        stride *= halved * stage.patch_embed.proj.kernel_size[0]
-        least = max(least, stride * max([getattr(block.attn, 'sr_ratio', 1) for block in stage.blocks], default=1))
-    return least
-
-
-def check_sides(backbone: DynamicStages, shape: tuple, images: list[str]) -> None:
-    """Compare the sides of a batch with what the backbone needs.
-
-    Args:
-        backbone: that gets it.
-        shape: (B, C, H, W) of the batch.
-        images: files of the batch.
-
-    Raises:
-        ValueError: if they are too small; it names the files.
-    """
-    least = least_side(backbone)
-    if min(shape[-2:]) < least:
-        raise ValueError(
-            f'Images of {shape[-2]} x {shape[-1]} pixels are too small for the {type(backbone).__name__}, '
-            f'which needs {least} x {least}: resize or pad them in the pipeline, e.g. with '
-            f'data_preprocessor=dict(pad_size_divisor={least}), or leave them out.'
-            + (f' Images: {", ".join(images)}' if images else '')
-        )

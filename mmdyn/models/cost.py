@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .stage import Stage
+from .tracing import is_exported
 
 
 @dataclass
@@ -130,20 +131,22 @@ class CostMeter:
         backbones: the backbones to listen to. Defaults to all.
     """
 
-    _meters: 'weakref.WeakSet[CostMeter]' = weakref.WeakSet()
+    # Not a WeakSet: the compiler of torch 2.6 does not look into it.
+    _meters: 'list[weakref.ref[CostMeter]]' = []
 
     def __init__(self, training: bool, backbones: list | None = None):
         self.training, self.backbones = training, backbones
         self.costs: list[BackboneCost] = []
-        self._meters.add(self)
+        self._meters.append(weakref.ref(self, self._meters.remove))
 
     @classmethod
     def publish(cls, backbone) -> None:
-        """Called by a backbone at the end of its forward pass."""
-        for meter in cls._meters if backbone.is_counted else ():
-            if meter.training == backbone.training and (
-                meter.backbones is None or any(backbone is other for other in meter.backbones)
-            ):
+        """Called by a backbone at the end of its forward pass, which is none in an export."""
+        for reference in tuple(cls._meters) if backbone.is_counted and not is_exported() else ():
+            meter = reference()
+            if meter is None or meter.training != backbone.training:
+                continue
+            if meter.backbones is None or any(backbone is other for other in meter.backbones):
                 meter.costs.append(backbone.cost)
 
     def take(self) -> list[BackboneCost]:

@@ -40,7 +40,7 @@ class Replaceable(Generic[P, R]):
         return kernel
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if not is_recorded():
             for kernel in self.kernels:
                 result = kernel(*args, **kwargs)
                 if not isinstance(result, Refused):
@@ -51,11 +51,19 @@ class Replaceable(Generic[P, R]):
         """The reasons of the kernels that refuse this call, by their names. The others run on copies of the tensors."""
         reasons = {}
         for kernel in self.kernels:
+            if is_recorded():
+                reasons[f'{kernel.__module__}.{kernel.__qualname__}'] = 'a compiler or tracer records the body'
+                continue
             copies, options = tree_map_only(Tensor, copy_with_strides, (args, kwargs))
             result = kernel(*copies, **options)
             if isinstance(result, Refused):
                 reasons[f'{kernel.__module__}.{kernel.__qualname__}'] = result.reason
         return reasons
+
+
+def is_recorded() -> bool:
+    """Whether a compiler or a tracer looks at what is computed, and not at the numbers."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def copy_with_strides(x: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils._pytree import tree_map_only
+
+from .tracing import is_exported
 
 T = TypeVar('T')
 
@@ -14,6 +17,7 @@ class ThreadLocal(Generic[T]):
 
     It is None until the thread has set it, and as an attribute of the class. Copies of a module start without a value.
     Compilers follow attributes, but no tables of threads: a compiled pass's value is the module's, for all threads.
+    An export is no pass, and leaves no value; a pass that torch.jit traces does, with integers for its sizes.
     """
 
     def __init__(self) -> None:
@@ -35,6 +39,10 @@ class ThreadLocal(Generic[T]):
         return self._values().get(module)
 
     def __set__(self, module: Any, value: T) -> None:
+        if is_exported():
+            return
+        if torch.jit.is_tracing():
+            value = tree_map_only(torch.Tensor, lambda x: x if x.ndim else x.item(), value)
         if torch.compiler.is_compiling():
             setattr(module, self._compiled, value)
             return

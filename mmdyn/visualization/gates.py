@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from ..models.dge import DynamicGrainedEncoder
+from ..models.dge import DynamicGrainedEncoder, check_granularities
+from ..values import check_number
 
 # RGB for the granularities from fine to coarse; black for skipped regions.
 COLOURS = ((230, 60, 60), (60, 200, 80), (60, 100, 230), (230, 200, 60), (180, 80, 200))
@@ -50,6 +51,8 @@ def draw_gates(
     Returns:
         (H, W, 3) uint8, RGB.
     """
+    check_number('opacity', opacity, '[0, 1]', 'of the colours')
+    check_granularities(candidates)
     colour = np.zeros_like(image)
     for phi, rgb in zip([phi for phi in candidates if phi], COLOURS):
         colour[granularities == phi] = rgb

@@ -6,6 +6,8 @@ from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.structures import BaseDataElement, PixelData
 from mmengine.visualization import Visualizer
 
+from ..values import check_integer, check_number
+
 
 def build_visualizer(cfg: Config, dataset_meta: dict | None = None) -> Visualizer:
     """The config's visualizer, without the backends that would save its pictures.
@@ -38,6 +40,8 @@ def draw_prediction(
     Returns:
         (enlarge * H, enlarge * W, 3) uint8, RGB.
     """
+    check_number('score_thr', score_thr, '[0, 1]', 'the least score of what is drawn')
+    check_integer('enlarge', enlarge, 1, 100, 'how many times as large to draw')
     if enlarge > 1:
         image, sample = image.repeat(enlarge, 0).repeat(enlarge, 1), _enlarged(sample, enlarge)
     options = dict(pred_score_thr=score_thr) if 'pred_instances' in sample else {}

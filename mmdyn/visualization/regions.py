@@ -7,7 +7,10 @@ import numpy as np
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
+from ..values import check_integer, sides
+
 GREY, LINE = 150, 255
+MOST_ROWS = 1000  # of coarse patches
 
 
 def split_pixels(regions: Sequence[int], coarse_size: int, size: tuple[int, int]) -> np.ndarray:
@@ -24,7 +27,11 @@ def split_pixels(regions: Sequence[int], coarse_size: int, size: tuple[int, int]
     Raises:
         ValueError: for a region that the grid does not have.
     """
-    regions = np.asarray(regions, dtype=int)
+    check_integer('coarse_size', coarse_size, 1, MOST_ROWS, 'the rows and columns of the grid')
+    size = sides('size', size)
+    regions = np.asarray(regions)
+    if regions.ndim != 1 or (len(regions) and regions.dtype.kind not in 'iu'):
+        raise ValueError(f'regions={regions.tolist()!r}: give the indices of patches, a list of integers.')
     if len(regions) and not 0 <= regions.min() <= regions.max() < coarse_size**2:
         raise ValueError(
             f'Regions {regions.min()} to {regions.max()} are not all in a grid of {coarse_size} x '
@@ -46,6 +53,7 @@ def draw_regions(image: np.ndarray, coarse_size: int, regions: Sequence[int] | N
     Returns:
         (H, W, 3) uint8, RGB.
     """
+    check_integer('coarse_size', coarse_size, 1, MOST_ROWS, 'the rows and columns of the grid')
     drawn, size = image.copy(), image.shape[:2]
     lines = _borders(coarse_size, size)
     if regions is not None:

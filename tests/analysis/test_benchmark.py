@@ -7,7 +7,17 @@ import torch
 from mmengine.config import Config
 
 import mmdyn
-from mmdyn.analysis.benchmark import Options, build, groups_of, measure, peer_of, record, sample_by_mmcv_fallback
+from mmdyn.analysis.benchmark import (
+    Case,
+    Options,
+    build,
+    graphed_cases,
+    groups_of,
+    measure,
+    peer_of,
+    record,
+    sample_by_mmcv_fallback,
+)
 from mmdyn.analysis.flops import build_model
 from mmdyn.analysis.latency import largest_difference, supports_bfloat16
 from mmdyn.analysis.synthetic import LayerChoice
@@ -111,6 +121,30 @@ def test_training():
         assert 0.5 < rows[name]['macs_ratio'] < 0.7
     # Gradients of 12.7 million weights and more.
     assert all(row['peak_memory'] > 4 * 12.7e6 for row in rows.values())
+
+
+@torch.no_grad()
+def test_recorded_models():
+    """On a CPU, where there is nothing to record; the routers decide, within a budget."""
+    dense, dynamic = build('DeiT-tiny', (32, 32)), build('DeiT-tiny', (32, 32), granularities=(1, 2))
+    dynamic.dge[0].forced = torch.zeros(1, 1, dtype=torch.long)
+    images = torch.randn(1, 3, 32, 32)
+    cases = graphed_cases(dense, dynamic, images, ONCE)
+    assert [*cases] == ['DGE exact', 'dense graphed', 'DGE exact graphed']
+    assert torch.equal(cases['dense graphed'].run()[0], dense(images)[0])
+    assert torch.equal(cases['DGE exact graphed'].run()[0], dynamic(images)[0])
+    assert cases['DGE exact graphed'].query_ratio() == pytest.approx(0.4)  # of 5 queries with the class token
+
+
+def test_a_case_may_be_compared_with_another_than_the_first(monkeypatch):
+    cases = {
+        'dense': Case(lambda: torch.ones(1), lambda: 8.0),
+        'graphed': Case(lambda: torch.ones(1), lambda: 4.0),
+        'DGE graphed': Case(lambda: torch.ones(1), lambda: 1.0, reference='graphed'),
+    }
+    monkeypatch.setattr('mmdyn.analysis.benchmark.cases_of', lambda *_: cases)
+    rows = measure('cls', 'PVT-tiny', (8, 8), 1, ONCE)['rows']
+    assert [row['macs_ratio'] for row in rows.values()] == [1, 0.5, 0.25]
 
 
 @pytest.mark.parametrize('arch, side', [('timm ViT-tiny', 128), ('mmseg MiT-b0', 64)])

@@ -94,6 +94,9 @@ def test_compilers_and_tracers_see_the_body(double):
     x = torch.ones(3)
     compiled = torch.compile(lambda x: double(x), backend='eager', fullgraph=True)
     assert torch.equal(compiled(x), 2 * x)
+    reasons = []
+    torch.jit.trace(lambda x: reasons.append(double.why_not(x)) or x, x, check_trace=False)
+    assert list(reasons[0].values()) == ['a compiler or tracer records the body']
     traced = torch.jit.trace(lambda x: double(x), x, check_trace=False)  # the check calls it outside of the trace
     assert torch.equal(traced(2 * x), 4 * x)
     with pytest.raises(AssertionError, match='called'):

@@ -70,6 +70,19 @@ def test_a_value_lives_no_longer_than_its_module():
     assert kept() is None
 
 
+def test_a_traced_pass_leaves_integers_for_sizes_and_an_export_nothing():
+    class Sizes(Module):
+        def forward(self, x):
+            self.last = x.shape[0], x
+            return x
+
+    module, x = Sizes(), torch.ones(3, 2)
+    torch.jit.trace(module, x, check_trace=False)
+    assert type(module.last[0]) is int and module.last[0] == 3 and torch.equal(module.last[1], x)
+    torch.export.export(module, (torch.ones(4, 2),))
+    assert module.last[0] == 3
+
+
 def test_compiled_code_depends_on_no_value():
     """Of other modules, either, which come and go in the meantime."""
     module, others, graphs, x = Module(), [Module() for _ in range(3)], [], torch.randn(3, 2)

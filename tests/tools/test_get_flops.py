@@ -166,7 +166,7 @@ def test_images(tmp_path):
 @pytest.mark.parametrize(
     'args, message',
     [
-        (['--query-ratio', '1.5'], 'query_ratio=1.5 must be greater than 0 and at most 1'),
+        (['--query-ratio', '1.5'], 'query_ratio=1.5: give a number in (0, 1]'),
         (['--images', 'nowhere'], 'There is no folder of images nowhere'),
     ],
 )

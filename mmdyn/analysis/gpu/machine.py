@@ -3,9 +3,10 @@
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from ...compat import installed_version
 
 
 def machine() -> dict:
@@ -25,11 +26,8 @@ def machine() -> dict:
         found['cudnn'] = torch.backends.cudnn.version()
         found['driver'] = told('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
     found['nvcc'] = told('nvcc', '--version')
-    for package in ('triton', 'numpy', 'timm', 'mmengine', 'mmcv-lite', 'mmpretrain', 'mmdet', 'mmsegmentation'):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = 'not installed'
+    for package in ('triton', 'numpy', 'timm', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg'):
+        found[package] = installed_version(package) or 'not installed'
     return found
 
 

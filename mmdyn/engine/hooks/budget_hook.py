@@ -9,6 +9,7 @@ from ...models.checks import has_backbone
 from ...models.cost import CostMeter
 from ...models.dge.budget import budget_loss, mean_over_processes
 from ...registry import HOOKS
+from ...values import check_choice, check_integer, check_number
 from ..collapse import CollapseWatch, look
 from .loss_hook import LossHook
 
@@ -56,22 +57,15 @@ class BudgetHook(LossHook):
         share: float = 0.4,
         schedule: str = 'constant',
     ) -> None:
-        if not 0 < budget <= 1:
-            raise ValueError(f'BudgetHook: budget={budget} must be greater than 0 and at most 1, the cost without DGE.')
-        if weight < 0:
-            raise ValueError(f'BudgetHook: weight={weight} must not be negative.')
+        for name, value in (('budget', budget), ('start', start)):
+            check_number(f'BudgetHook: {name}', value, '(0, 1]', 'the share of the cost without DGE')
+        check_number('BudgetHook: weight', weight, '[0, inf)')
         for name, value in (('log_interval', log_interval), ('patience', patience)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f'BudgetHook: {name}={value!r}: give a number of iterations, an integer >= 1.')
-        if schedule not in SCHEDULES:
-            raise ValueError(f'BudgetHook: schedule={schedule!r}: choose from {SCHEDULES}.')
-        if not 0 < start <= 1:
-            raise ValueError(f'BudgetHook: start={start} must be greater than 0 and at most 1, the cost without DGE.')
-        if not 0 < share < 1:
-            raise ValueError(
-                f'BudgetHook: share={share} of the iterations must be greater than 0 and less than 1: the '
-                'rest of them trains with the budget itself.'
-            )
+            check_integer(f'BudgetHook: {name}', value, 1, what='a number of iterations')
+        check_choice('BudgetHook: schedule', schedule, SCHEDULES)
+        check_number(
+            'BudgetHook: share', share, '(0, 1)', 'a part of the iterations; the rest trains with the budget itself'
+        )
         self.budget, self.weight, self.log_interval, self.patience = budget, weight, log_interval, patience
         self.start, self.share, self.schedule = start, share, schedule
 

@@ -8,8 +8,10 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor, nn
 
 from ...models.backbones.base import find_backbones
+from ...models.backbones.cfvit import CFViT
 from ...models.checks import has_backbone
 from ...registry import HOOKS
+from ...values import check_number, check_type
 from .loss_hook import LossHook
 
 # In the message hub, which checkpoints hold and resuming restores.
@@ -23,6 +25,15 @@ def without_dge(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return type(config)(without_dge(value) for value in config)
     return copy.deepcopy(config)
+
+
+def plain_twin(config: Any, stages: CFViT | None) -> Any:
+    """The config of the model that teaches: without DGE, and with a plain backbone in place of CF-ViT's stages."""
+    config = without_dge(config)
+    if stages is None:
+        return config
+    options = {name: value for name, value in config.items() if name not in ('coarse_loss', 'test_cfg')}
+    return {**options, 'type': 'mmpretrain.ImageClassifier', 'backbone': stages.plain_config}
 
 
 def flat(features: Any) -> list[Tensor]:
@@ -58,16 +69,23 @@ def divergence(logits: Tensor, wanted: Tensor, tau: float) -> Tensor:
     return tau**2 * F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
 
 
+def stages_of(model: nn.Module) -> CFViT | None:
+    """The backbone of CF-ViT, if that is what a model has."""
+    backbone = getattr(model, 'backbone', None)
+    return backbone if isinstance(backbone, CFViT) else None
+
+
 @HOOKS.register_module()
 class DenseTeacherHook(LossHook):
-    """Let the dense twin of a model with DGE teach it, in mmpretrain, mmdet or mmseg.
+    """Let the dense twin of a model with DGE teach it, in mmpretrain, mmdet or mmseg; or a plain DeiT or LV-ViT CF-ViT.
 
-    The twin is built from the model's own config without ``dge``. It sees the same images in evaluation mode, without
-    gradients and so by the fast kernels, and is no part of the model: not of its checkpoints, averaged weights,
-    optimizer or counted costs.
+    The twin is built from the model's own config without ``dge``, and with one stage in place of CF-ViT's two. It sees
+    the same images in evaluation mode, without gradients and so by the fast kernels, and is no part of the model: not
+    of its checkpoints, averaged weights, optimizer or counted costs.
 
     Added to the losses are ``loss_teacher_features``, the distance of what heads take (of the neck, or else the
-    backbone), each cell's channels normalised, and, of classifiers, ``loss_teacher_logits``, the KL divergence.
+    backbone), each cell's channels normalised, and, of classifiers, ``loss_teacher_logits``, the KL divergence. Of
+    CF-ViT they are means of both stages, whose features are the class tokens.
 
     Args:
         checkpoint: of the dense model, whole, with neck and heads. Defaults to the one that the training started from,
@@ -84,24 +102,27 @@ class DenseTeacherHook(LossHook):
     def __init__(
         self, checkpoint: str | None = None, logits: float = 0.5, features: float = 0.5, tau: float = 1.0
     ) -> None:
-        if min(logits, features) < 0 or logits == features == 0:
+        for name, value in (('logits', logits), ('features', features)):
+            check_number(f'DenseTeacherHook: {name}', value, '[0, inf)', 'the weight of a loss')
+        if logits == features == 0:
             raise ValueError(
-                f'DenseTeacherHook: logits={logits} and features={features} are weights of losses: neither '
-                'may be negative, and one has to be greater than 0.'
+                'DenseTeacherHook: logits=0 and features=0 are the weights of its losses: one has to be greater than 0.'
             )
-        if not tau > 0:
-            raise ValueError(f'DenseTeacherHook: tau={tau}: the temperature must be greater than 0.')
+        check_number('DenseTeacherHook: tau', tau, '(0, inf)', 'the temperature of the softmax')
+        check_type(
+            'DenseTeacherHook: checkpoint', checkpoint, (str, type(None)), 'the path of a checkpoint of the dense model'
+        )
         self.checkpoint, self.logits, self.features, self.tau = checkpoint, logits, features, tau
 
     def prepare(self, runner: Runner, model: nn.Module) -> None:
         """Build the twin, load its weights, and listen to what the model's heads take."""
         self._teacher: Any = None
-        self._taken: Any = None
+        self._taken: list[Any] = []
         if not has_backbone(model, 'DenseTeacherHook'):
             return
-        if not any(backbone.has_dge for backbone in find_backbones(model)):
+        if stages_of(model) is None and not any(backbone.has_dge for backbone in find_backbones(model)):
             raise ValueError(
-                'DenseTeacherHook found no DGE in the model, which then is its own dense twin: give its '
+                'DenseTeacherHook found no DGE and no CFViT in the model, which then is its own dense twin: give its '
                 'backbone dge=dict(granularities=(1, 2, 4)), or leave out the hook.'
             )
         config = runner.cfg.get('model')
@@ -118,18 +139,20 @@ class DenseTeacherHook(LossHook):
                 'the hook a checkpoint.'
             )
         runner.message_hub.update_info(TEACHER, path)
-        teacher = MODELS.build(without_dge(config))
+        teacher = MODELS.build(plain_twin(config, stages_of(model)))
         try:
             load_checkpoint(teacher, path, map_location='cpu', strict=True)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f'DenseTeacherHook: {path} is no checkpoint of the model without DGE. Give one of the same '
+                f'DenseTeacherHook: {path} is no checkpoint of the plain model. Give one of the same '
                 f'architecture and classes, with neck and heads. {error}'
             ) from error
         for backbone in find_backbones(teacher):
             backbone.is_counted = False
         self._teacher = teacher.to(next(model.parameters()).device).requires_grad_(False).eval()
-        source: Any = getattr(model, 'neck', None) or model.backbone
+        stages = stages_of(model)
+        # Each stage of CF-ViT ends with its norm.
+        source: Any = stages.norm if stages else getattr(model, 'neck', None) or model.backbone
         self._source_handle = source.register_forward_hook(self._keep)
 
     def after_train(self, runner: Runner) -> None:
@@ -137,22 +160,30 @@ class DenseTeacherHook(LossHook):
         super().after_train(runner)
         if self._teacher is not None:
             self._source_handle.remove()
-            self._teacher = self._taken = None
+            self._teacher, self._taken = None, []
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module.training:
-            self._taken = output
+            self._taken.append(output)
 
     def on_forward(self, model: nn.Module, losses: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
         """Add the losses."""
         if self._teacher is None or losses is None:
             return
-        taken, self._taken = self._taken, None
+        taken, self._taken = self._taken, []
         head: Any = getattr(model, 'head', None)
         with torch.no_grad():
             wanted = self._teacher.extract_feat(inputs['inputs'])
             wanted_logits = self._teacher.head(wanted) if head is not None and self.logits else None
+        stages = stages_of(model)
+        # What the head takes, and what is compared with the twin's.
+        outputs = [taken[-1]] if stages is None else [(stages.output(tokens),) for tokens in taken[-2:]]
+        features = outputs if stages is None else [tokens[:, 0] for tokens in taken[-2:]]
+        if stages is not None:
+            wanted = wanted[-1][:, 0] if wanted[-1].ndim == 3 else wanted[-1]
         if self.features:
-            losses['loss_teacher_features'] = self.features * feature_distance(taken, wanted)
+            distances = [feature_distance(of_stage, wanted) for of_stage in features]
+            losses['loss_teacher_features'] = self.features * torch.stack(distances).mean()
         if wanted_logits is not None:
-            losses['loss_teacher_logits'] = self.logits * divergence(head(taken), wanted_logits, self.tau)
+            divergences = [divergence(head(output), wanted_logits, self.tau) for output in outputs]
+            losses['loss_teacher_logits'] = self.logits * torch.stack(divergences).mean()

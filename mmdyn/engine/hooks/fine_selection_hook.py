@@ -5,6 +5,7 @@ from ...models.backbones.base import find_backbones
 from ...models.backbones.cfvit import CFViT
 from ...models.checks import has_backbone
 from ...registry import HOOKS
+from ...values import check_integer
 from .loss_hook import unwrapped
 
 
@@ -22,11 +23,9 @@ class FineSelectionHook(Hook):
     """
 
     def __init__(self, begin: int = 200) -> None:
-        if begin < 0:
-            raise ValueError(
-                f'FineSelectionHook: begin={begin} must not be negative; 0 splits the informative patches '
-                'from the first epoch.'
-            )
+        check_integer(
+            'FineSelectionHook: begin', begin, 0, what='an epoch; 0 splits the informative patches from the first'
+        )
         self.begin = begin
 
     def before_train(self, runner: Runner) -> None:

@@ -5,9 +5,10 @@ import torch
 from mmengine.runner import Runner
 from torch.utils.hooks import RemovableHandle
 
-from ...models.backbones.base import DynamicStages, find_backbones
-from ...models.checks import check_classes, check_sides
+from ...models.backbones.base import DynamicStages, check_sides, find_backbones
+from ...models.checks import check_classes
 from ...registry import HOOKS
+from ...values import check_integer
 from .loss_hook import LossHook, unwrapped
 
 
@@ -33,6 +34,7 @@ class LossGuardHook(LossHook):
     """
 
     def __init__(self, interval: int = 1) -> None:
+        check_integer('LossGuardHook: interval', interval, 1, what='a number of iterations')
         self.interval = interval
         self._images: list[str] = []
         self._handles: list[RemovableHandle] = []

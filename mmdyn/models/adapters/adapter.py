@@ -11,9 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..dge import DynamicGrainedEncoder, Routing, route
 from ..dge.routing import grid
-from ..layers.attention import pack
 from ..stage import run_blocks
-from .parts import weights
+from .parts import pack, weights
 
 if TYPE_CHECKING:
     from .apply import AppliedDGE

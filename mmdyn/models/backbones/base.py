@@ -1,7 +1,7 @@
 """What the dynamic backbones share: frozen parts, initialisation, and the account of what they spent."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ...values import check_choice, check_number, check_type
 from ..cost import BackboneCost, CostMeter, stage_cost
 from ..dge import DynamicGrainedEncoder
 from ..dge.prices import Prices
-from ..layers import DeformableAttention, EncoderBlock
+from ..layers import ConvStem, DeformableAttention, EncoderBlock
 from ..stage import Stage
 from ..thread_local import ThreadLocal
 from .budget import (
@@ -26,6 +27,14 @@ from .budget import (
     shares_of_layers,
 )
 from .checkpoint import fit_checkpoint, note_grids
+
+
+class NoPassError(AttributeError, ValueError):
+    """There is no cost yet; an AttributeError, so that what lists the attributes of a module passes it by."""
+
+    @classmethod
+    def of(cls, backbone: 'DynamicStages') -> 'NoPassError':
+        return cls(f'{type(backbone.entry).__name__} has not run yet: call it on images before you ask for its cost.')
 
 
 class DynamicStages(nn.Module):
@@ -62,6 +71,10 @@ class DynamicStages(nn.Module):
         self.last_pass = images, shapes
         CostMeter.publish(self)
 
+    def __getattr__(self, name: str) -> Any:
+        """As of all modules, which Python asks for whatever raised an AttributeError; their message would not help."""
+        return self._cost() if name == 'cost' else super().__getattr__(name)
+
     @property
     def last_shapes(self) -> list[tuple[int, int]]:
         """(h, w) of each stage's map in the thread's last forward pass; empty before."""
@@ -85,12 +98,13 @@ class DynamicStages(nn.Module):
         """What the thread's last forward pass spent, per layer and image.
 
         Raises:
-            ValueError: if there was none.
+            NoPassError: if there was none.
         """
+        return self._cost()
+
+    def _cost(self) -> BackboneCost:
         if self.last_pass is None:
-            raise ValueError(
-                f'{type(self.entry).__name__} has not run yet: call it on images before you ask for its cost.'
-            )
+            raise NoPassError.of(self)
         images, shapes = self.last_pass
         return self._cost_of(
             shapes, lambda encoder, bounds: encoder.decision.queries if encoder else bounds[1:] * images
@@ -130,9 +144,14 @@ class DynamicStages(nn.Module):
             prices: what tools/analysis_tools/sweep_budget.py measured, or its file. Necessary for ``'average'``.
 
         Raises:
+            TypeError: for prices that are neither a file nor what one holds.
             ValueError: for a backbone without DGE, a budget that its granularities or the prices do not reach, an exact
                 one with a routing by layer, or an average one without prices.
         """
+        check_choice('budget mode', mode, ('exact', 'average'))
+        check_type(
+            'prices', prices, (str, Path, Mapping, Prices, type(None)), "the file that was measured, e.g. 'prices.json'"
+        )
         if budget is None:
             decide_by(self)
             return
@@ -157,8 +176,10 @@ class DynamicStages(nn.Module):
                 another layer costs in proportion to its C^l on images of ``img_size``. None lets the routers decide.
 
         Raises:
-            ValueError: for a backbone without DGE.
+            ValueError: for a backbone without DGE, or a price that is no number.
         """
+        if price is not None:
+            check_number('price', price, '(-inf, inf)', 'what each query lowers a logit by')
         decide_by(self, prices=None if price is None else prices_of_layers(self, price))
 
     def _cost_of(self, shapes: list[tuple[int, int]], queries_of: Callable) -> BackboneCost:
@@ -224,6 +245,35 @@ class DynamicBackbone(DynamicStages, BaseModule):
         for (stage, prefix), shape in zip(self.named_stages(), self.stage_shapes):
             yield f'{prefix}pos_embed', shape, stage.num_extra
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """How deep a parameter lies, for layer-wise decay of the learning rate, as mmpretrain asks for it.
+
+        The first embeddings have depth 0, the blocks 1 to L through all stages, whatever is behind them L + 1. A router
+        is of its block's depth. What a later stage begins with, its embeddings and a class token, is of the depth of
+        the last block before it.
+
+        Args:
+            param_name: name of the parameter.
+            prefix: of the backbone's parameters; others lie behind it.
+
+        Returns:
+            The depth, and the number of depths, L + 2.
+        """
+        stages = list(self.named_stages())
+        num = 2 + sum(len(stage.blocks) for stage, _ in stages)
+        name, before = param_name.removeprefix(prefix), 0
+        if not param_name.startswith(prefix):
+            return num - 1, num
+        for stage, start in stages:
+            part, _, rest = name.removeprefix(start).partition('.')
+            of_stage = name.startswith(start)
+            if of_stage and part in ('blocks', 'dge'):
+                return before + 1 + int(rest.partition('.')[0]), num
+            if (of_stage and part.endswith('_embed')) or (part.endswith('_token') and stage is stages[-1][0]):
+                return before, num
+            before += len(stage.blocks)
+        return num - 1, num
+
     def frozen_modules(self) -> Iterator[nn.Module | nn.Parameter]:
         """Modules and parameters that ``frozen_stages`` names."""
         raise NotImplementedError
@@ -256,6 +306,39 @@ def make_encoders(num: int, dim: int, dge: dict | None) -> nn.ModuleList:
         # A module may be None, which then has a number, but no weights.
         encoders.add_module(str(index), None if is_dense else DynamicGrainedEncoder(dim, **options))
     return encoders
+
+
+def least_side(backbone: DynamicStages) -> int:
+    """Pixels of the shorter side that an image needs, so that each stage has a patch, and what its keys are made of."""
+    least, stride = 1, 1
+    if not isinstance(backbone, DynamicBackbone):  # others say so themselves, or pad
+        return least
+    for stage, _ in backbone.named_stages():
+        halved = 2 if isinstance(stage.patch_embed, ConvStem) else 1
+        stride *= halved * stage.patch_embed.proj.kernel_size[0]
+        least = max(least, stride * max([getattr(block.attn, 'sr_ratio', 1) for block in stage.blocks], default=1))
+    return least
+
+
+def check_sides(backbone: DynamicStages, shape: tuple, images: Sequence[str] = ()) -> None:
+    """Compare the sides of a batch with what the backbone needs.
+
+    Args:
+        backbone: that gets it.
+        shape: (B, C, H, W) of the batch.
+        images: files of the batch, as far as they are known.
+
+    Raises:
+        ValueError: if they are too small; it names them.
+    """
+    least = least_side(backbone)
+    if min(shape[-2:]) < least:
+        raise ValueError(
+            f'Images of {shape[-2]} x {shape[-1]} pixels are too small for the {type(backbone).__name__}, '
+            f'which needs {least} x {least}: resize or pad them in the pipeline, e.g. with '
+            f'data_preprocessor=dict(pad_size_divisor={least}), or leave them out.'
+            + (f' Images: {", ".join(images)}' if images else '')
+        )
 
 
 def make_blocks(owner: nn.Module, blocks: list[EncoderBlock], dim: int, dge: dict | None) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ...values import is_number
 from ..cost import LayerCost
 from ..dge import DynamicGrainedEncoder
 from ..dge.budget import queries_of_region, share_budget
@@ -47,9 +48,7 @@ def check_budget(backbone: 'DynamicStages', budget: float, mode: str) -> None:
             f'budget={budget}: the {name} has no DGE: give it dge=dict(granularities=(1, 2, 4)), or leave '
             'the budget out.'
         )
-    if mode not in ('exact', 'average'):
-        raise ValueError(f"budget mode={mode!r}: choose 'exact' or 'average'.")
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+    if not is_number(budget, '[0, inf)'):
         raise ValueError(f'budget={budget!r}: give a query ratio, a number such as 0.4, or None.')
     least, most = backbone.ratio_bounds()
     if not least - 1e-6 <= budget <= most + 1e-6:

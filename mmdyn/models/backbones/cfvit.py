@@ -8,11 +8,13 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from ...registry import MODELS
+from ...values import MOST, check_choice, check_integer, check_number, is_integer
 from ..cfvit import FeatureReuse, fine_sequence, num_informative, select, update_score
 from ..cost import BackboneCost, CostMeter, LayerCost
 from ..layers import position_embedding, resize_position_embedding
 from ..stage import run_blocks
 from ..thread_local import ThreadLocal
+from .base import NoPassError
 from .options import choose_arch
 from .vit import PlainViT
 
@@ -64,12 +66,13 @@ class CFViT(PlainViT):
             all tokens, of which its head needs the patches.
 
     Attributes:
+        plain_config: the config of the plain backbone that a stage on all patches is, DeiT or LV-ViT.
         split_all: in training, split all patches, whatever their score; see
             :class:`~mmdyn.engine.FineSelectionHook`.
-        last_cost: what the stage that the thread ran last spent.
+        last_stage: images and tokens of the stage that the thread ran last, and whether it was the fine one.
     """
 
-    last_cost: ThreadLocal[BackboneCost] = ThreadLocal()
+    last_stage: ThreadLocal[tuple[int, int, bool]] = ThreadLocal()
 
     def __init__(
         self,
@@ -92,19 +95,19 @@ class CFViT(PlainViT):
         init_cfg: dict | list[dict] | None = None,
     ):
         family, numbers = self._family_of(arch)
+        check_integer('coarse_size', coarse_size, 1, MOST, 'the rows and columns of coarse patches')
+        check_integer('patch_size', patch_size, 1, MOST, 'the side of a patch in pixels')
         side = 2 * patch_size * coarse_size
         if img_size not in (None, side):
             raise ValueError(
-                f'img_size={img_size} does not fit coarse_size={coarse_size}: twice {coarse_size} patches '
+                f'img_size={img_size!r} does not fit coarse_size={coarse_size}: twice {coarse_size} patches '
                 f'of {patch_size} pixels are {side}. Write img_size={side}, or another coarse_size.'
             )
         for name, value in (('alpha', alpha), ('ema_decay', ema_decay)):
-            if not 0 <= value <= 1:
-                raise ValueError(f'{name}={value} must be in [0, 1].')
+            check_number(name, value, '[0, 1]')
         for name, value, allowed in (('score', score, SCORES), ('reuse', reuse, REUSES)):
-            if value not in allowed:
-                raise ValueError(f'{name}={value!r}: choose from {allowed}.')
-        out_type = out_type or ('raw' if family == 'lvvit' else 'cls_token')
+            check_choice(name, value, allowed)
+        out_type = out_type if out_type is not None else ('raw' if family == 'lvvit' else 'cls_token')
         if out_type not in ('raw', 'cls_token'):
             raise ValueError(f"out_type={out_type!r}: choose 'cls_token' or 'raw'; a fine sequence is no map.")
         super().__init__(
@@ -121,8 +124,18 @@ class CFViT(PlainViT):
             norm_eps=norm_eps,
             init_cfg=init_cfg,
         )
-        if not 1 <= ema_start <= len(self.blocks):
-            raise ValueError(f'ema_start={ema_start}: choose a block from 1 to {len(self.blocks)}.')
+        if not is_integer(ema_start, 1, len(self.blocks)):
+            raise ValueError(f'ema_start={ema_start!r}: choose a block from 1 to {len(self.blocks)}.')
+        self.plain_config = dict(
+            type='mmdyn.LVViT' if family == 'lvvit' else 'mmdyn.DeiT',
+            arch=numbers,
+            img_size=side,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            out_type=out_type,
+            interpolate_mode=interpolate_mode,
+            norm_eps=norm_eps,
+        )
         self.coarse_size, self.side, self.alpha = coarse_size, side, alpha
         self.score, self.reuse_kind = score, reuse
         self.ema_decay, self.ema_start, self.split_all = ema_decay, ema_start, False
@@ -138,10 +151,10 @@ class CFViT(PlainViT):
         if isinstance(arch, dict):
             numbers = dict(arch)
             family = numbers.pop('family', None)
-            if family not in self.families:
+            if family not in [*self.families]:
                 raise ValueError(f'arch has family={family!r}: choose from {tuple(self.families)}.')
             return family, numbers
-        if arch not in FAMILIES_OF_ARCHS:
+        if arch not in [*FAMILIES_OF_ARCHS]:
             raise ValueError(
                 f'Unknown arch {arch!r}: choose from {sorted(FAMILIES_OF_ARCHS)}, or give a dict of '
                 'family, embed_dim, depth, num_heads, mlp_ratio.'
@@ -161,7 +174,7 @@ class CFViT(PlainViT):
             )
         half = F.interpolate(images, (self.side // 2,) * 2, mode='bilinear', align_corners=True)
         patches, _ = self.patch_embed(half)
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1).type_as(patches), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(images.shape[0], -1, -1).type_as(patches), patches], dim=1)
         tokens = tokens + self.coarse_pos_embed
         embedded, shape = tokens[:, 1:], (1, tokens.shape[1] - 1)
         score = torch.zeros(embedded.shape[:2], device=images.device)
@@ -171,17 +184,17 @@ class CFViT(PlainViT):
             score = update_score(score, row[:, 1:], self.ema_decay)
         if self.score == 'random':
             score = torch.rand_like(score)
-        self._spent(len(images), tokens.shape[1], (self.coarse_size,) * 2, fine=False)
+        self._spent(images.shape[0], tokens.shape[1], fine=False)
         return CoarseStage(self.norm(tokens), embedded, -score if self.score == 'negative' else score)
 
     def fine(self, images: Tensor, coarse: CoarseStage) -> tuple[Tensor, Tensor]:
         """The fine stage: images and their coarse stage -> (B, n, C) normed output, (B, k) split patches."""
         every = self.training and self.split_all
-        num = coarse.score.shape[1]
+        num = self.coarse_size**2
         count = num if every else num_informative(self.alpha, num)
         chosen, rest = select(coarse.score, count)
         patches, _ = self.patch_embed(images)
-        class_token = self.cls_token.expand(len(images), -1, -1).type_as(patches)
+        class_token = self.cls_token.expand(images.shape[0], -1, -1).type_as(patches)
         others = coarse.embedded
         if self.reuse_kind:
             reused = self.reuse(coarse.tokens if self.reuse_kind == 'class_token' else coarse.tokens[:, 1:])
@@ -194,7 +207,7 @@ class CFViT(PlainViT):
             class_token + self.pos_embed[:, :1], patches + self.pos_embed[:, 1:], others, chosen, rest, self.coarse_size
         )
         tokens = run_blocks(self, tokens, (1, tokens.shape[1] - 1))
-        self._spent(len(images), tokens.shape[1], self.shape, fine=True)
+        self._spent(images.shape[0], tokens.shape[1], fine=True)
         return self.norm(tokens), chosen
 
     def output(self, tokens: Tensor) -> Tensor:
@@ -220,32 +233,29 @@ class CFViT(PlainViT):
         """Multiply-adds that the coarse stage spends on an image, and those that the fine stage adds."""
         num = self.coarse_size**2
         fine = 1 + num + 3 * num_informative(self.alpha, num)
-        return (
-            self._stage_cost(1, 1 + num, (self.coarse_size,) * 2, fine=False).dense,
-            self._stage_cost(1, fine, self.shape, fine=True).dense,
-        )
+        return self._stage_cost(1, 1 + num, fine=False).dense, self._stage_cost(1, fine, fine=True).dense
 
-    def _stage_cost(self, batch: int, tokens: int, grid: tuple[int, int], fine: bool) -> BackboneCost:
-        layers, queries = [], torch.full((batch,), tokens)
+    def _stage_cost(self, images: int, tokens: int, fine: bool) -> BackboneCost:
+        layers, queries = [], torch.full((images,), tokens)
         for index, block in enumerate(self.blocks):
             query, static = block.macs((1, tokens - 1), 1)
             if index >= self._first_watched and not fine:
                 static += tokens * self.norm.weight.numel()  # one row of attention scores for each head
             layers.append(LayerCost(f'blocks.{index}', query, static, 0, queries, tokens, False))
         reused = self.coarse_size**2 + (self.reuse_kind == 'class_token')
+        grid = self.shape if fine else (self.coarse_size,) * 2
         stem = self.patch_embed.macs(grid) + (reused * self.reuse.macs() if fine and self.reuse_kind else 0)
         return BackboneCost(layers, stem)
 
-    def _spent(self, *stage, fine: bool) -> None:
-        self.last_cost = self._stage_cost(*stage, fine)
+    def _spent(self, images: int, tokens: int, fine: bool) -> None:
+        self.last_stage = images, tokens, fine
         CostMeter.publish(self)
 
-    @property
-    def cost(self) -> BackboneCost:
-        """What the stage that ran last spent; each stage is an account of its own."""
-        if self.last_cost is None:
-            raise ValueError(f'{type(self).__name__} has not run yet: call it on images before you ask for its cost.')
-        return self.last_cost
+    def _cost(self) -> BackboneCost:
+        """Of the stage that ran last; each stage is an account of its own."""
+        if self.last_stage is None:
+            raise NoPassError.of(self)
+        return self._stage_cost(*self.last_stage)
 
     def frozen_modules(self):
         yield from super().frozen_modules()

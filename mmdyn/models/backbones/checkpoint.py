@@ -3,11 +3,13 @@
 After loading, each tensor of the checkpoint is in use, or was adapted or left out in a way that the log names.
 """
 
+import json
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -37,8 +39,10 @@ def foreign_kind(names: Iterable[str]) -> str | None:
 
 
 @CheckpointLoader.register_scheme(prefixes=r'(?!\S+://).+\.safetensors$', force=True)
-def load_from_safetensors(filename: str, map_location=None) -> dict[str, Tensor]:
+def load_from_safetensors(filename: str, map_location=None) -> dict[str, Any]:
     """The tensors of a file of safetensors, on the CPU; so ``load_from`` and ``init_cfg`` take one.
+
+    If the file tells more than the tensors, as published ones do, they are the ``state_dict`` beside ``meta``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -48,14 +52,21 @@ def load_from_safetensors(filename: str, map_location=None) -> dict[str, Tensor]
     if not Path(filename).is_file():
         raise FileNotFoundError(f'There is no file {filename}: give the path of a checkpoint.')
     try:
-        from safetensors import SafetensorError
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
     except ImportError as error:
         raise ImportError(f'To read {filename}, install safetensors: pip install safetensors') from error
     try:
-        return load_file(filename)
+        tensors = load_file(filename)
+        with safe_open(filename, 'pt') as file:
+            told = json.loads((file.metadata() or {}).get('mmdyn', '{}'))
     except SafetensorError as error:
         raise ValueError(f'{filename} is no file of safetensors, or broken ({error}): get it again.') from error
+    if not told:
+        return tensors
+    state = OrderedDict(tensors)
+    state._metadata = OrderedDict(told['state_dict_metadata'])
+    return dict(state_dict=state, meta=told['meta'])
 
 
 def note_grids(backbone: 'DynamicBackbone', state: dict, prefix: str, local_metadata: dict) -> None:
@@ -127,7 +138,7 @@ def _fit_positions(backbone, state, prefix, own, grids):
             continue
         # In a pyramid only the last stage has extra tokens, which the model may lack.
         cells = state[name].shape[1] - (tokens if num_extra or index == len(embeddings) else 0)
-        grid = grids.get(short)
+        grid = tuple(grids[short]) if short in grids else None
         if grid is None and cells == math.prod(shape):
             side = math.isqrt(cells)
             if side**2 == cells and shape != (side, side):

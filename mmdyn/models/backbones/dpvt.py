@@ -44,9 +44,11 @@ class DPVT(pvt.PVT):
         allowed = tuple(kind for kind in OUT_TYPES if kind != 'cls_token')
         if out_type not in allowed:
             raise ValueError(f'out_type={out_type!r}: choose from {allowed}. DPVT has no class token.')
-        if options.pop('with_cls_token', False):
+        with_cls_token = options.pop('with_cls_token', None)
+        if with_cls_token not in (None, False):
             raise ValueError(
-                'with_cls_token=True: DPVT has no class token, which would have no place on the map. Leave it out.'
+                f'with_cls_token={with_cls_token!r}: DPVT has no class token, which would have no '
+                'place on the map. Leave it out.'
             )
         super().__init__(arch, img_size, out_type=out_type, dge=dge, with_cls_token=False, **options)
 

@@ -15,13 +15,14 @@ class LVViT(PlainViT):
     Args:
         arch: ``'small'``, ``'medium'``, or a dict of ``embed_dim, depth, num_heads, mlp_ratio``.
         img_size: side of the images, or (height, width), that position embeddings are made for.
-        out_type: as for :class:`DeiT`. :class:`~mmdyn.models.heads.LVViTHead` takes ``'raw'``.
+        out_type: as for :class:`DeiT`. :class:`~mmdyn.models.heads.lvvit_head.LVViTHead` takes ``'raw'``.
         options: the other options of :class:`DeiT`, without ``distilled``; ``norm_eps`` defaults to 1e-5.
     """
 
     def __init__(
         self, arch: str | dict = 'small', img_size: int | Sequence[int] = 224, out_type: str = 'raw', **options
     ):
-        if options.get('distilled'):
-            raise ValueError('LVViT has no distillation token: leave distilled out.')
+        distilled = options.get('distilled', False)
+        if distilled not in (None, False):
+            raise ValueError(f'distilled={distilled!r}: LVViT has no distillation token: leave distilled out.')
         super().__init__('lvvit', arch, img_size, out_type=out_type, **options)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import MODELS
+from ...values import check_choice
 from ..layers import (
     Attention,
     EncoderBlock,
@@ -16,8 +17,17 @@ from ..layers import (
     to_maps,
 )
 from ..stage import run_blocks
-from .base import DynamicBackbone, make_blocks
-from .options import OUT_TYPES, budget_of, choose_arch, choose_out_indices, dge_of_stages, image_sides
+from .base import DynamicBackbone, check_sides, make_blocks
+from .options import (
+    OUT_TYPES,
+    budget_of,
+    check_frozen_stages,
+    check_parts,
+    choose_arch,
+    choose_out_indices,
+    dge_of_stages,
+    image_sides,
+)
 
 _COMMON = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
 ARCHS = {
@@ -67,7 +77,7 @@ class PVTStage(nn.Module):
         if not self.num_extra:
             return self.patch_embed(x, Positions(self.pos_embed, self.shape, self.mode))
         tokens, shape = self.patch_embed(x)
-        tokens = torch.cat([cls_token.expand(len(tokens), -1, -1).type_as(tokens), tokens], dim=1)
+        tokens = torch.cat([cls_token.expand(tokens.shape[0], -1, -1).type_as(tokens), tokens], dim=1)
         return tokens + resize_position_embedding(self.pos_embed, self.shape, shape, self.num_extra, self.mode), shape
 
     def forward(self, x: Tensor, cls_token: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
@@ -129,13 +139,23 @@ class PVT(DynamicBackbone):
         embed_norm_eps: float = 1e-5,
         init_cfg: dict | list[dict] | None = None,
     ):
+        check_parts(
+            in_channels,
+            patch_size,
+            drop_path_rate,
+            with_cp,
+            interpolate_mode,
+            init_cfg,
+            norm_eps=norm_eps,
+            embed_norm_eps=embed_norm_eps,
+        )
         super().__init__(frozen_stages, interpolate_mode, init_cfg)
         arch = choose_arch(arch, self.archs)
         num_stages = len(arch['depths'])
         if any(len(numbers) != num_stages for numbers in arch.values()):
             raise ValueError(f'arch={arch} must have as many numbers for each key: one for each stage.')
-        if out_type not in OUT_TYPES:
-            raise ValueError(f'out_type={out_type!r}: choose from {OUT_TYPES}.')
+        check_choice('out_type', out_type, OUT_TYPES)
+        check_choice('with_cls_token', with_cls_token, (True, False, None))
         last = num_stages - 1
         self.out_type = out_type
         self.out_indices = choose_out_indices(
@@ -151,8 +171,7 @@ class PVT(DynamicBackbone):
             raise ValueError(
                 "out_type='cls_token' returns the class token, but with_cls_token=False: leave one of them out."
             )
-        if not -1 <= frozen_stages <= num_stages:
-            raise ValueError(f'frozen_stages={frozen_stages}: choose from -1 (none) to {num_stages}.')
+        check_frozen_stages(frozen_stages, num_stages)
 
         height, width = image_sides(img_size, patch_size * 2**last)
         rates = torch.linspace(0, drop_path_rate, sum(arch['depths']), device='cpu').tolist()
@@ -223,6 +242,7 @@ class PVT(DynamicBackbone):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) images -> the outputs that ``out_type`` and ``out_indices`` name."""
+        check_sides(self, x.shape)
         outs, shapes = [], []
         for i, stage in enumerate(self.stages):
             tokens, shape = stage(x, getattr(self, 'cls_token', None))
@@ -231,7 +251,7 @@ class PVT(DynamicBackbone):
             if self.out_type == 'featmap' and i in self.out_indices:
                 outs.append(to_maps(cells, shape))
             x = cells.transpose(1, 2).unflatten(2, shape)
-        self.account(len(x), shapes)
+        self.account(x.shape[0], shapes)
         if self.out_type == 'featmap':
             return tuple(outs)
         tokens = self.norm(tokens)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...values import check_choice
 from ..layers import (
     Attention,
     ConvStem,
@@ -15,8 +16,17 @@ from ..layers import (
     to_maps,
 )
 from ..stage import run_blocks
-from .base import DynamicBackbone, make_blocks
-from .options import OUT_TYPES, budget_of, choose_arch, choose_out_indices, dge_of_stages, image_sides
+from .base import DynamicBackbone, check_sides, make_blocks
+from .options import (
+    OUT_TYPES,
+    budget_of,
+    check_frozen_stages,
+    check_parts,
+    choose_arch,
+    choose_out_indices,
+    dge_of_stages,
+    image_sides,
+)
 
 DEIT = {
     'tiny': dict(embed_dim=192, depth=12, num_heads=3, mlp_ratio=4),
@@ -60,19 +70,20 @@ class PlainViT(DynamicBackbone):
         norm_eps: float | None = None,
         init_cfg: dict | list[dict] | None = None,
     ):
-        super().__init__(frozen_stages, interpolate_mode, init_cfg)
         kind = self.families[family]
-        arch, norm_eps = choose_arch(arch, kind['archs']), norm_eps or kind['norm_eps']
+        norm_eps = kind['norm_eps'] if norm_eps is None else norm_eps
+        check_parts(in_channels, patch_size, drop_path_rate, with_cp, interpolate_mode, init_cfg, norm_eps=norm_eps)
+        check_choice('distilled', distilled, (True, False))
+        super().__init__(frozen_stages, interpolate_mode, init_cfg)
+        arch = choose_arch(arch, kind['archs'])
         dim, depth = arch['embed_dim'], arch['depth']
-        if out_type not in OUT_TYPES:
-            raise ValueError(f'out_type={out_type!r}: choose from {OUT_TYPES}.')
-        if not -1 <= frozen_stages <= depth:
-            raise ValueError(f'frozen_stages={frozen_stages}: choose from -1 (none) to {depth}, the number of blocks.')
+        check_choice('out_type', out_type, OUT_TYPES)
+        check_frozen_stages(frozen_stages, depth, ', the number of blocks')
         self.out_type = out_type
         self.out_indices = choose_out_indices(out_indices, depth, [depth - 1])
         height, width = image_sides(img_size, patch_size)
         self.shape = height // patch_size, width // patch_size
-        self.num_extra = 1 + distilled
+        self.num_extra = 1 + int(distilled)
 
         self.patch_embed = (
             ConvStem(in_channels, dim, patch_size)
@@ -125,9 +136,10 @@ class PlainViT(DynamicBackbone):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) images -> the outputs that ``out_type`` and ``out_indices`` name."""
+        check_sides(self, x.shape)
         tokens, shape = self.patch_embed(x)
         extra = [self.cls_token, self.dist_token] if self.num_extra > 1 else [self.cls_token]
-        tokens = torch.cat([*(t.expand(len(x), -1, -1).type_as(tokens) for t in extra), tokens], dim=1)
+        tokens = torch.cat([*(t.expand(x.shape[0], -1, -1).type_as(tokens) for t in extra), tokens], dim=1)
         tokens = tokens + resize_position_embedding(
             self.pos_embed, self.shape, shape, self.num_extra, self.interpolate_mode
         )
@@ -137,7 +149,7 @@ class PlainViT(DynamicBackbone):
             tokens, start = run_blocks(self, tokens.clone() if outs else tokens, shape, start, i + 1), i + 1
             if i in self.out_indices:
                 outs.append(self._format(self.norm(tokens) if i == last else tokens, shape))
-        self.account(len(x), [shape])
+        self.account(x.shape[0], [shape])
         return tuple(outs)
 
     def _format(self, tokens: Tensor, shape: tuple[int, int]):

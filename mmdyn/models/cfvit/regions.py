@@ -18,8 +18,13 @@ def update_score(score: Tensor, row: Tensor, decay: float) -> Tensor:
 
 def select(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The (B, count) patches of the highest scores and the (B, N - count) others, both by their place in the image."""
-    order = score.argsort(dim=1, descending=True, stable=True)
-    return order[:, :count].sort(1)[0], order[:, count:].sort(1)[0]
+    this, other = score[:, :, None], score[:, None]
+    place = torch.arange(score.shape[1], device=score.device)
+    # Of equal scores, the first in the image counts as the higher.
+    higher = (other > this) | ((other == this) & (place < place[:, None]))
+    is_other = higher.sum(2) >= count
+    order = (place + score.shape[1] * is_other).argsort(1)
+    return order[:, :count], order[:, count:]
 
 
 def split(patches: Tensor, columns: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from ..layers import FFN
+from ...values import MOST, check_choice, check_integer, check_number
+from ..layers import FFN, macs_of
 
 KINDS = ('mlp', 'linear')
 
@@ -19,6 +20,10 @@ class FeatureReuse(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float, kind: str = 'mlp', norm_eps: float = 1e-6):
         super().__init__()
+        check_integer('dim', dim, 1, MOST, 'the channels')
+        check_number('mlp_ratio', mlp_ratio, '[0, 1000]', 'hidden channels in multiples of the others')
+        check_choice('kind', kind, KINDS)
+        check_number('norm_eps', norm_eps, '(0, inf)')
         self.norm = nn.LayerNorm(dim, norm_eps)
         self.mlp = FFN(dim, int(dim * mlp_ratio)) if kind == 'mlp' else nn.Linear(dim, dim)
 
@@ -28,4 +33,4 @@ class FeatureReuse(nn.Module):
 
     def macs(self) -> int:
         """Multiply-adds of one token."""
-        return self.mlp.macs() if isinstance(self.mlp, FFN) else self.mlp.weight.numel()
+        return self.mlp.macs() if isinstance(self.mlp, FFN) else macs_of(self.mlp)

@@ -22,7 +22,7 @@ def coarse_targets(labels: Tensor, columns: int) -> Tensor:
             f'Token labels of {labels.shape[1]} patches do not fit {2 * columns} x {2 * columns} fine '
             'patches: give TokenLabelCrop the patch_size of the backbone and a scale of its img_size.'
         )
-    patches = split(torch.arange(num, device=labels.device)[None], columns).expand(len(labels), -1)
+    patches = split(torch.arange(num, device=labels.device)[None], columns).expand(labels.shape[0], -1)
     return take(labels, patches).unflatten(1, (num, 4)).mean(2)
 
 
@@ -37,6 +37,6 @@ def fine_targets(labels: Tensor, chosen: Tensor, columns: int) -> Tensor:
     Returns:
         (B, 4 * k + N - k, classes).
     """
-    is_chosen = torch.zeros(len(labels), columns**2, device=labels.device).scatter(1, chosen, 1.0)
+    is_chosen = torch.zeros(labels.shape[0], columns**2, device=labels.device).scatter(1, chosen, 1.0)
     _, rest = select(is_chosen, chosen.shape[1])
     return fine_sequence(labels[:, :0], labels, coarse_targets(labels, columns), chosen, rest, columns)

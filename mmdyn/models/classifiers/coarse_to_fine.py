@@ -7,6 +7,7 @@ from mmpretrain.models.heads import ClsHead
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
+from ...values import check_choice, check_number, check_type
 from ..cfvit import coarse_targets, fine_targets
 from ..heads.lvvit_head import LVViTHead, stack_token_scores
 
@@ -37,14 +38,14 @@ class CoarseToFineClassifier(ImageClassifier):
                 f'{type(self.head).__name__} does not give: use a head for one label, e.g. LinearClsHead, or '
                 'the model type ImageClassifier with the backbone mmdyn.DeiT or mmdyn.LVViT.'
             )
+        check_choice('coarse_loss', coarse_loss, LOSSES)
+        check_type('test_cfg', test_cfg, (dict, type(None)), 'a dict such as dict(threshold=0.5)')
         options = {**dict(threshold=0.5, every_stage=False), **(test_cfg or {})}
         unknown = set(options) - {'threshold', 'every_stage'}
         if unknown:
-            raise ValueError(f'test_cfg has no option {sorted(unknown)}: it takes threshold and every_stage.')
-        if not 0 <= options['threshold'] <= 1:
-            raise ValueError(f'test_cfg threshold={options["threshold"]}, a confidence, must be in [0, 1].')
-        if coarse_loss not in LOSSES:
-            raise ValueError(f'coarse_loss={coarse_loss!r}: choose from {LOSSES}.')
+            raise ValueError(f'test_cfg has no option {sorted(map(str, unknown))}: it takes threshold and every_stage.')
+        check_number('test_cfg threshold', options['threshold'], '[0, 1]', 'a confidence')
+        check_choice('test_cfg every_stage', options['every_stage'], (True, False))
         self.coarse_loss, self.test_cfg = coarse_loss, options
 
     def forward(self, inputs: Tensor, data_samples: list[DataSample] | None = None, mode: str = 'tensor'):

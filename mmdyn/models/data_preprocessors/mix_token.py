@@ -7,6 +7,8 @@ import torch
 from mmpretrain.models.utils import ClsDataPreprocessor
 from torch import Tensor
 
+from ...values import MOST, check_integer, check_number
+
 Box = tuple[int, int, int, int]
 
 
@@ -43,10 +45,9 @@ class MixTokenPreprocessor(ClsDataPreprocessor):
     """
 
     def __init__(self, patch_size: int = 16, prob: float = 1.0, alpha: float = 1.0, **kwargs):
-        if not 0 <= prob <= 1:
-            raise ValueError(f'prob={prob}, the probability to mix a batch, must be in [0, 1].')
-        if alpha <= 0:
-            raise ValueError(f'alpha={alpha} of the beta distribution must be greater than 0.')
+        check_integer('patch_size', patch_size, 1, MOST, 'the side of a patch in pixels')
+        check_number('prob', prob, '[0, 1]', 'the probability to mix a batch')
+        check_number('alpha', alpha, '(0, inf)', 'of the beta distribution')
         super().__init__(**{**kwargs, 'to_onehot': True})
         self.patch_size, self.prob, self.alpha = patch_size, prob, alpha
 

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .routing import look_up
+
 
 def mean_over_processes(ratios: Tensor) -> Tensor:
     """Mean of the ratios of the images of all processes.
@@ -67,7 +69,7 @@ def choose_within(logits: Tensor, granularities: Sequence[int], patches: Tensor,
     """
     costs = queries_of_region(granularities, math.lcm(*(phi for phi in granularities if phi)))
     order = sorted(range(len(costs)), key=costs.__getitem__)
-    points, steps = logits.flatten(1, 2), patches.flatten(0, 1)[:, order].diff(dim=1)
+    points, steps = logits.flatten(1, 2), torch.stack([patches[..., k].flatten() for k in order], -1).diff(dim=1)
 
     def slope(i: int, j: int) -> Tensor:
         return (points[..., order[j]] - points[..., order[i]]) / (costs[order[j]] - costs[order[i]])
@@ -95,7 +97,7 @@ def choose_within(logits: Tensor, granularities: Sequence[int], patches: Tensor,
     ranking = slopes.flatten(1).sort(descending=True, stable=True).indices
     spent = patches[..., order[0]].sum() + prices.flatten(1).gather(1, ranking).cumsum(1)
     taken = torch.zeros_like(ranking).scatter(1, ranking, (spent <= budget).long()).view(slopes.shape).sum(-1)
-    return torch.tensor(order, device='cpu').to(logits.device, non_blocking=True)[taken].view(logits.shape[:-1])
+    return look_up(order, taken).view(logits.shape[:-1])
 
 
 def share_budget(

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...values import MOST, check_integer, check_number, is_integer
 from ..thread_local import ThreadLocal
+from ..tracing import is_exported, refuse_onnx_by_torchscript
+from .budget import queries_within
 from .router import ROUTERS, choose, straight_through_gates
 from .routing import centres, count_patches, grid, pool, route, unpool
 
@@ -21,13 +24,13 @@ def check_granularities(granularities: Sequence[int], region_size: int | None = 
     phis = tuple(granularities)
     if not phis or not any(phis):
         raise ValueError(f'granularities={phis} leave no query: give at least one side greater than 0, e.g. (1, 2, 4).')
-    if not all(isinstance(phi, int) and phi >= 0 for phi in phis):
+    if not all(is_integer(phi, 0, MOST) for phi in phis):
         raise ValueError(f'granularities={phis}: each is the side of a patch in cells, an integer >= 0 (0 skips).')
     if list(phis) != sorted(set(phis)):
         raise ValueError(
             f'granularities={phis} must be in ascending order without repeats: write {tuple(sorted(set(phis)))}.'
         )
-    if region_size is not None and not (isinstance(region_size, int) and region_size > 0):
+    if region_size is not None and not is_integer(region_size, 1, MOST):
         raise ValueError(
             f'region_size={region_size!r}: give the side of a region in cells, an integer greater than 0, or '
             'None for the largest granularity.'
@@ -48,7 +51,7 @@ class Decision(NamedTuple):
     Attributes:
         choice: (B, rows, columns) index of each region's granularity.
         queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7,
-            otherwise on the CPU, where the lengths are.
+            otherwise on the CPU, where the lengths are, but for an exact budget, which no device is waited for.
     """
 
     choice: Tensor
@@ -93,6 +96,7 @@ class DynamicGrainedEncoder(nn.Module):
         router: str = 'linear',
     ):
         super().__init__()
+        check_integer('dim', dim, 1, MOST, 'the channels')
         self.granularities = check_granularities(granularities, region_size)
         self.region = region_size or max(self.granularities)
         for name, value, allowed in (
@@ -102,8 +106,7 @@ class DynamicGrainedEncoder(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f'dge {name}={value!r}: choose from {allowed}.')
-        if not tau > 0:
-            raise ValueError(f'dge tau={tau}: the temperature must be greater than 0.')
+        check_number('dge tau', tau, '(0, inf)', 'the temperature of the softmax')
         self.routing, self.train_mode, self.tau = routing, train_mode, tau
         self.router = ROUTERS[router](dim, self.granularities)
         self.forced: Tensor | None = None
@@ -136,35 +139,47 @@ class DynamicGrainedEncoder(nn.Module):
         Returns:
             (B, E + H*W, C), but for rounding the block's own output where the granularity is 1.
         """
+        refuse_onnx_by_torchscript('the numbers of queries that DGE chooses')
         gates, choice = self._decide(tokens, shape, num_extra)
         if gates is not None and self.train_mode == 'dense':
             return self._all_branches(block, tokens, shape, num_extra, gates, choice)
-        routing = route(choice, shape, self.granularities, self.region, num_extra)
+        capacity = self._capacity(shape, num_extra) if gates is None else None
+        routing = route(choice, shape, self.granularities, self.region, num_extra, capacity)
         points = None
         if getattr(block, 'uses_points', False):
             points = routing.compress(F.pad(centres(shape, tokens.device), (0, 0, num_extra, 0)))
         options = dict(routing=routing) if getattr(block, 'uses_routing', False) else {}
         queries = routing.compress(tokens)
         residual = block(queries, tokens, shape, num_extra, routing.lengths, points, **options) - queries
-        if gates is None:
-            self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
-        else:
+        if gates is not None:
             gates = gates * F.one_hot(choice, len(self.granularities))
             self.decision = Decision(choice, self._count(gates, shape, num_extra))
             of_cells = unpool(gates.sum(-1, keepdim=True), self.region, shape).flatten(1, 2)
             residual = residual * routing.compress(F.pad(of_cells, (0, 0, num_extra, 0), value=1.0)).type_as(residual)
+        elif capacity is not None and not is_exported():
+            chosen = F.one_hot(choice, len(self.granularities))
+            self.decision = Decision(choice, self._count(chosen, shape, num_extra))
+        elif not is_exported():
+            self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
         return routing.decompress(residual, tokens)
 
     def _decide(self, tokens: Tensor, shape: tuple[int, int], num_extra: int) -> tuple[Tensor | None, Tensor]:
         """The gates of all regions in training, (B, rows, columns, K), and the choice."""
         side, regions = self.decision_side(shape), grid(self.region, shape)
-        forced = None if self.forced is None else self.forced.expand(len(tokens), -1, -1)
+        forced = None if self.forced is None else self.forced.expand(tokens.shape[0], -1, -1)
         if not (self.training and self.router.is_trained):
             choice = choose(self.router, tokens, shape, side, num_extra)
             return None, choice.expand(-1, *regions) if forced is None else forced
         logits = self.router.logits(tokens, shape, side, num_extra)
         gates, choice = straight_through_gates(logits, self.tau, forced)
         return gates.expand(-1, *regions, -1), choice.expand(-1, *regions)
+
+    def _capacity(self, shape: tuple[int, int], num_extra: int) -> int | None:
+        """Most queries of an image in inference with an exact budget; None without one."""
+        if self.router.share is None or self.forced is not None:
+            return None
+        least, most = self.query_bounds(shape, num_extra)
+        return min(max(queries_within(self.router.share, shape, num_extra), least), most)
 
     def _count(self, gates: Tensor, shape: tuple[int, int], num_extra: int) -> Tensor:
         """(B) queries of the gates, the sum in the numerator of eq. 7 for one layer."""
@@ -179,7 +194,7 @@ class DynamicGrainedEncoder(nn.Module):
         points = None
         if getattr(block, 'uses_points', False):
             places = [pool(centres(shape, tokens.device), shape, side).flatten(1, 2) for side in sides]
-            points = F.pad(torch.cat(places, 1), (0, 0, num_extra, 0))[0].repeat(len(tokens), 1)
+            points = F.pad(torch.cat(places, 1), (0, 0, num_extra, 0))[0].repeat(tokens.shape[0], 1)
         candidates = torch.cat([extra, *(patches.flatten(1, 2) for patches in of_side)], dim=1)
         residual = block(candidates, tokens, shape, num_extra, points=points) - candidates
         self.decision = Decision(choice, self._count(gates, shape, num_extra))

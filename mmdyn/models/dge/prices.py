@@ -5,8 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...values import check_type, is_number
+
 KEYS = ('price', 'query_ratio', 'layers')
 HINT = 'tools/analysis_tools/sweep_budget.py writes such a file.'
+
+
+def are_numbers(values: Any) -> bool:
+    """Whether all of a list are finite numbers."""
+    return isinstance(values, (list, tuple)) and all(is_number(value, '(-inf, inf)') for value in values)
 
 
 class Prices(NamedTuple):
@@ -27,10 +34,12 @@ class Prices(NamedTuple):
         """From a JSON file, or from what it holds.
 
         Raises:
+            TypeError: for neither.
             ValueError: if there is no such file, or if it holds something else.
         """
         if isinstance(source, Prices):
             return source
+        check_type('prices', source, (str, Path, Mapping), "the file that was measured, e.g. 'prices.json'")
         name = 'prices' if isinstance(source, Mapping) else f'prices={str(source)!r}'
         try:
             content = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
@@ -40,9 +49,13 @@ class Prices(NamedTuple):
             raise ValueError(f'{name} is no JSON file: {error}. {HINT}') from error
         if not isinstance(content, Mapping) or any(key not in content for key in KEYS):
             raise ValueError(f'{name} must have the keys {", ".join(KEYS)}. {HINT}')
-        found = cls(*(content[key] for key in KEYS))
-        lengths = {len(found.price), len(found.query_ratio), *map(len, found.layers.values())}
-        if len(lengths) > 1 or 0 in lengths or found.query_ratio != sorted(found.query_ratio):
+        found, columns = cls(*(content[key] for key in KEYS)), [content[key] for key in KEYS[:2]]
+        if isinstance(found.layers, Mapping):
+            columns += found.layers.values()
+        if not isinstance(found.layers, Mapping) or not all(map(are_numbers, columns)):
+            raise ValueError(f'{name} must have lists of finite numbers, and in layers one for each of them. {HINT}')
+        lengths = set(map(len, columns))
+        if len(lengths) > 1 or 0 in lengths or list(found.query_ratio) != sorted(found.query_ratio):
             raise ValueError(
                 f'{name} must have as many numbers for each key, at least one, by ascending query_ratio. {HINT}'
             )

@@ -72,7 +72,13 @@ def choose(
 
     The router's price lowers the logits. Its share decides for all regions of an image together.
     """
-    logits = router.logits(tokens, shape, region, num_extra)
+    return choose_greatest(router, router.logits(tokens, shape, region, num_extra), shape, region, num_extra)
+
+
+def choose_greatest(
+    router: Router | UntrainedRouter, logits: Tensor, shape: tuple[int, int], region: int, num_extra: int
+) -> Tensor:
+    """The choice of a router's (B, rows, columns, K) logits: (B, rows, columns) indices."""
     if router.share is None:
         return (logits if router.price is None else logits - router.price).argmax(-1)
     patches = count_patches(shape, router.granularities, region, logits.device)

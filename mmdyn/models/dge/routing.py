@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..replaceable import replaceable
+from ..tracing import to_integers
+
 
 def grid(side: int, shape: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of the side x side patches that cover a map of ``shape`` (H, W) cells."""
@@ -46,14 +49,20 @@ def count_patches(
     shape: tuple[int, int], granularities: Sequence[int], region: int, device: torch.device | None = None
 ) -> Tensor:
     """Queries that each granularity makes of each region: (rows, columns, K)."""
-    counts = torch.zeros(*grid(region, shape), len(granularities), dtype=torch.long, device='cpu')
-    for k, phi in enumerate(granularities):
-        if phi:
-            rows, columns = (
-                torch.arange(side, 0, -region, device='cpu').clamp(max=region).add(phi - 1) // phi for side in shape
-            )
-            counts[..., k] = rows[:, None] * columns
-    return counts.to(device, non_blocking=True)
+
+    def patches(phi: int) -> Tensor:
+        rows, columns = (
+            torch.arange(side, 0, -region, device=device).clamp(max=region).add(phi - 1) // phi for side in shape
+        )
+        return rows[:, None] * columns
+
+    none = torch.zeros(grid(region, shape), dtype=torch.long, device=device)
+    return torch.stack([patches(phi) if phi else none for phi in granularities], -1)
+
+
+def look_up(numbers: Sequence[int], index: Tensor) -> Tensor:
+    """The number of each index, without a table that would have to be copied to an accelerator."""
+    return torch.stack([number * (index == k) for k, number in enumerate(numbers)]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Routing:
 
     Attributes:
         query: (B, E + H*W) the query of each token, numbered through all images; N where no query serves it.
-        lengths: queries of each image, N in all.
+        lengths: places for the queries of each image, N in all. Those that are left over are of no token, and 0.
     """
 
     query: Tensor
@@ -71,12 +80,12 @@ class Routing:
     def compress(self, tokens: Tensor) -> Tensor:
         """Eq. 3: the packed queries, means of their tokens. (B or 1, E + H*W, C) -> (N, C)."""
         num, index = sum(self.lengths), self.query.flatten()
-        tokens = tokens.expand(len(self.query), -1, -1).flatten(0, 1)
+        tokens = tokens.expand(self.query.shape[0], -1, -1).flatten(0, 1)
         full = torch.promote_types(tokens.dtype, torch.float32)  # a sum may not fit into half precision
         sums = tokens.new_zeros(num + 1, tokens.shape[1], dtype=full).index_add(0, index, tokens.to(full))
         # Not by bincount, which synchronises on an accelerator.
-        counts = sums.new_zeros(num + 1).index_add(0, index, sums.new_ones(1).expand(len(index)))
-        return (sums[:num] / counts[:num, None]).to(tokens.dtype)
+        counts = sums.new_zeros(num + 1).index_add(0, index, sums.new_ones(1).expand(index.shape[0]))
+        return (sums.narrow(0, 0, num) / counts.narrow(0, 0, num)[:, None].clamp(min=1)).to(tokens.dtype)
 
     def decompress(self, change: Tensor, tokens: Tensor) -> Tensor:
         """Un-pooling plus the input: (N, C) changes of the queries, (B, E + H*W, C) -> (B, E + H*W, C)."""
@@ -84,12 +93,18 @@ class Routing:
         return tokens + spread.view_as(tokens)
 
 
+@replaceable
 def route(
-    choice: Tensor, shape: tuple[int, int], granularities: Sequence[int], region: int, num_extra: int = 0
+    choice: Tensor,
+    shape: tuple[int, int],
+    granularities: Sequence[int],
+    region: int,
+    num_extra: int = 0,
+    capacity: int | None = None,
 ) -> Routing:
-    """Turn the choice of each region into queries; one synchronisation on an accelerator.
+    """Turn the choice of each region into queries.
 
-    The queries of an image are its extra tokens, then its patches by their first cells.
+    The queries of an image are its extra tokens, then its patches, here by their first cells.
 
     Args:
         choice: (B, rows, columns) indices into ``granularities``.
@@ -97,9 +112,11 @@ def route(
         granularities: sides of the patches in cells, 0 for none.
         region: side of a region in cells, a multiple of them.
         num_extra: E.
+        capacity: places for the queries of each image, if it is known that no choice makes more. Then all shapes are
+            known beforehand; otherwise an accelerator has to be waited for.
     """
     device = choice.device
-    side = torch.tensor(granularities, dtype=torch.int32, device='cpu').to(device, non_blocking=True)[choice]
+    side = look_up(granularities, choice).int()
     side = unpool(side[..., None], region, shape)[..., 0]  # of the patch of each cell
     row, column = (torch.arange(length, dtype=torch.int32, device=device) for length in shape)
     step = side.clamp(min=1)
@@ -107,7 +124,13 @@ def route(
     begins = (side > 0) & (first == row[:, None] * shape[1] + column)
 
     begins = F.pad(begins.flatten(1), (num_extra, 0), value=True)
-    lengths = begins.sum(1).tolist()
-    first = torch.cat([torch.arange(num_extra, device=device).expand(len(choice), -1), num_extra + first.flatten(1)], 1)
-    query = (begins.flatten().cumsum(0) - 1).view_as(begins).gather(1, first)
+    if capacity is None:
+        lengths, number = to_integers(begins.sum(1)), (begins.flatten().long().cumsum(0) - 1).view_as(begins)
+    else:
+        starts = capacity * torch.arange(choice.shape[0], device=device)
+        lengths, number = [capacity] * choice.shape[0], starts[:, None] + begins.long().cumsum(1) - 1
+    first = torch.cat(
+        [torch.arange(num_extra, device=device).expand(choice.shape[0], -1), num_extra + first.flatten(1)], 1
+    )
+    query = number.gather(1, first)
     return Routing(query.masked_fill(F.pad(side.flatten(1) == 0, (num_extra, 0)), sum(lengths)), lengths)

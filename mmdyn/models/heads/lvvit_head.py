@@ -5,6 +5,8 @@ from mmpretrain.models.heads import LinearClsHead
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
+from ...values import MOST, MOST_CLASSES, check_integer, check_number
+
 
 def stack_token_scores(data_samples: list[DataSample], device: torch.device) -> Tensor | None:
     """The token labels of a batch, (B, h, w, classes), or None where the first sample has none."""
@@ -28,6 +30,9 @@ class LVViTHead(LinearClsHead):
     """
 
     def __init__(self, num_classes: int, in_channels: int, aux_weight: float = 0.5, **kwargs):
+        check_integer('LVViTHead: num_classes', num_classes, 1, MOST_CLASSES)
+        check_integer('LVViTHead: in_channels', in_channels, 1, MOST)
+        check_number('LVViTHead: aux_weight', aux_weight, '[0, inf)')
         super().__init__(num_classes, in_channels, **kwargs)
         self.aux_fc = nn.Linear(in_channels, num_classes)
         self.aux_weight = aux_weight

@@ -7,14 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...values import MOST, check_choice, check_integer, check_number
 from ..replaceable import replaceable
+from ..tracing import is_traced
+from .macs import macs_of
 
 
-def pack(queries: Tensor, lengths: list[int] | None) -> tuple[Tensor, list[int]]:
-    """Queries one after the other, (N, C), and how many are of each image; (B, n, C) has as many of each."""
-    if lengths is not None:
-        return queries, lengths
-    return queries.flatten(0, 1), [queries.shape[1]] * len(queries)
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention: (B, heads, n, D) queries, (B, heads, M, D) keys and values -> (B, heads, n, D)."""
+    if is_traced():  # the function below is one that counters do not know, and that takes no n that the images choose
+        return (query / math.sqrt(query.shape[-1]) @ key.transpose(-2, -1)).softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 @replaceable
@@ -31,14 +34,13 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[in
     """
     if not lengths:
         return query
-    if len(set(lengths)) == 1:
+    if len(lengths) == 1 or (not is_traced() and len(set(lengths)) == 1):
         query = query.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2)
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1)
+        return attention(query, key, value).transpose(1, 2).flatten(0, 1)
     return torch.cat(
         [
-            F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None])[0].transpose(0, 1)
+            attention(q.transpose(0, 1)[None], k[None], v[None])[0].transpose(0, 1)
             for q, k, v in zip(query.split(lengths), key, value)
-            if len(q)
         ]
     )
 
@@ -48,6 +50,14 @@ def class_attention(query: Tensor, key: Tensor) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         scores = torch.einsum('bhd,bhmd->bhm', query.float() / math.sqrt(query.shape[-1]), key.float())
         return scores.softmax(-1).mean(1)
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise ValueError unless the heads divide the channels."""
+    check_integer('dim', dim, 1, MOST, 'the channels')
+    check_integer('num_heads', num_heads, 1, MOST)
+    if dim % num_heads:
+        raise ValueError(f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.')
 
 
 class Attention(nn.Module):
@@ -65,11 +75,11 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, norm_eps: float = 1e-5, qkv_bias: bool = True):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.'
-            )
-        self.num_heads, self.sr_ratio = num_heads, sr_ratio
+        check_heads(dim, num_heads)
+        check_integer('sr_ratio', sr_ratio, 1, MOST, 'the side of the patches that keys are made of')
+        check_number('norm_eps', norm_eps, '(0, inf)')
+        check_choice('qkv_bias', qkv_bias, (True, False))
+        self.dim, self.num_heads, self.sr_ratio = dim, num_heads, sr_ratio
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -115,20 +125,23 @@ class Attention(nn.Module):
         Returns:
             as ``queries``.
         """
-        packed, lengths = pack(queries, lengths)
-        query = self.q(packed).unflatten(-1, (self.num_heads, -1))
+        query = self.q(queries).unflatten(-1, (self.num_heads, -1))
         key_value = self.kv(self.reduce(tokens, shape, num_extra))
         key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if class_rows is not None:  # fused attention shows no weights
-            first = query.detach()[[0, *accumulate(lengths)][:-1]]
-            class_rows.append(class_attention(first, key.detach()))
-        return self.proj(packed_attention(query, key, value, lengths).flatten(1)).view_as(queries)
+            first = query[:, 0] if lengths is None else query[[0, *accumulate(lengths)][:-1]]
+            class_rows.append(class_attention(first.detach(), key.detach()))
+        if lengths is None:
+            attended = attention(query.transpose(1, 2), key, value).transpose(1, 2)
+        else:
+            attended = packed_attention(query, key, value, lengths)
+        return self.proj(attended.flatten(-2))
 
     def macs(self, shape: tuple[int, int], num_extra: int) -> tuple[int, int]:
         """Multiply-adds of one query, and of the keys and values of one image."""
         keys = num_extra + math.prod(side // self.sr_ratio for side in shape)
-        query = self.q.weight.numel() + self.proj.weight.numel() + 2 * keys * self.q.out_features
-        static = keys * self.kv.weight.numel()
+        query = macs_of(self.q) + macs_of(self.proj) + 2 * keys * getattr(self.q, 'out_features', self.dim)
+        static = keys * macs_of(self.kv)
         if self.sr_ratio > 1:
-            static += (keys - num_extra) * self.sr.weight.numel()
+            static += (keys - num_extra) * macs_of(self.sr)
         return query, static

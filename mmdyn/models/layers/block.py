@@ -4,6 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...values import MOST, check_choice, check_integer, check_number
+from ..tracing import image_of_each
+from .macs import macs_of
+
 
 class FFN(nn.Module):
     """Linear, GELU, linear.
@@ -15,6 +19,8 @@ class FFN(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
+        check_integer('dim', dim, 1, MOST, 'the channels')
+        check_integer('hidden_dim', hidden_dim, 0, what='the channels between the two layers')
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
@@ -24,7 +30,7 @@ class FFN(nn.Module):
 
     def macs(self) -> int:
         """Multiply-adds of one query."""
-        return self.fc1.weight.numel() + self.fc2.weight.numel()
+        return macs_of(self.fc1) + macs_of(self.fc2)
 
 
 def drop_path(x: Tensor, rate: float, lengths: list[int] | None = None) -> Tensor:
@@ -35,10 +41,10 @@ def drop_path(x: Tensor, rate: float, lengths: list[int] | None = None) -> Tenso
         rate: probability to drop.
         lengths: queries of each image.
     """
-    num = len(x) if lengths is None else len(lengths)
+    num = x.shape[0] if lengths is None else len(lengths)
     keep = torch.empty(num, device=x.device).bernoulli_(1 - rate) / (1 - rate)
     if lengths is not None:
-        keep = keep.repeat_interleave(torch.tensor(lengths, device=x.device), output_size=len(x))
+        keep = keep[image_of_each(lengths, x.shape[0], x.device)]
     return x * keep.view(-1, *(1,) * (x.ndim - 1)).type_as(x)
 
 
@@ -66,6 +72,12 @@ class EncoderBlock(nn.Module):
         with_cp: bool = False,
     ):
         super().__init__()
+        check_integer('dim', dim, 1, MOST, 'the channels')
+        check_number('mlp_ratio', mlp_ratio, '[0, 1000]', 'hidden channels in multiples of the others')
+        check_number('drop_path_rate', drop_path_rate, '[0, 1)')
+        check_number('norm_eps', norm_eps, '(0, inf)')
+        check_number('residual_scale', residual_scale, '(0, inf)')
+        check_choice('with_cp', with_cp, (True, False))
         self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, norm_eps)

@@ -6,14 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...values import MOST, check_integer
 from ..dge.routing import centres
 from ..replaceable import replaceable
-from .attention import pack
+from ..tracing import image_of_each, is_traced, refuse_onnx_by_torchscript
+from .attention import check_heads
+from .macs import macs_of
 
 
 @replaceable
 def deformable_sampling(
-    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int]
+    value: Tensor, points: Tensor, weights: Tensor, shape: tuple[int, int], lengths: list[int] | None = None
 ) -> Tensor:
     """Weighted sums of values at points of a map, interpolated bilinearly; outside of the map they are 0.
 
@@ -22,7 +25,7 @@ def deformable_sampling(
         points: (N, heads, P, 2), x and y in cells; (0, 0) is the centre of the first cell.
         weights: (N, heads, P).
         shape: (H, W).
-        lengths: queries of each of the B images; they sum to N.
+        lengths: queries of each of the B images, which sum to N; None if all have as many.
 
     Returns:
         (N, heads * D).
@@ -30,9 +33,10 @@ def deformable_sampling(
     Raises:
         ValueError: if the values are not those of maps of ``shape``, or ``lengths`` not those of the queries.
     """
-    if value.shape[:2] != (len(lengths), math.prod(shape)) or sum(lengths) != len(points):
+    (images, cells), num = value.shape[:2], points.shape[0]
+    if cells != math.prod(shape) or (lengths is not None and (len(lengths), sum(lengths)) != (images, num)):
         raise ValueError(
-            f'Values of {value.shape[0]} images with {value.shape[1]} cells and points of {len(points)} '
+            f'Values of {images} images with {cells} cells and points of {num} '
             f'queries do not fit lengths={lengths} and shape={tuple(shape)}: give the queries of each '
             'image, and the (height, width) of the map.'
         )
@@ -40,11 +44,12 @@ def deformable_sampling(
         return deformable_sampling.plain(value.float(), points.float(), weights.float(), shape, lengths).to(value.dtype)
     # Each point is the weighted sum of its four neighbouring cells.
     (height, width), heads = shape, value.shape[2]
-    image = torch.arange(len(lengths), device=value.device, dtype=torch.int32).repeat_interleave(
-        torch.tensor(lengths, device=value.device, dtype=torch.long), output_size=len(points)
-    )
+    if lengths is None:
+        image = torch.arange(num, device=value.device) * images // max(num, 1)
+    else:
+        image = image_of_each(lengths, num, value.device)
     # Rows of the (B * H*W * heads) values: an image's begin at its first cell, those of a cell at its first head.
-    first = (image * (height * width * heads))[:, None] + torch.arange(heads, device=value.device, dtype=torch.int32)
+    first = (image.int() * (height * width * heads))[:, None] + torch.arange(heads, device=value.device).int()
     x, y = (place.contiguous() for place in points.unbind(-1))
     left, top = x.floor(), y.floor()
     to_right, to_bottom = x - left, y - top
@@ -56,13 +61,17 @@ def deformable_sampling(
             shares.append(share * to_column * ((column >= 0) & (column < width)))
             rows.append(start + column.int().clamp(0, width - 1) * heads)
     rows, shares = (torch.cat(parts, dim=2).flatten(0, 1) for parts in (rows, shares))
-    sums = F.embedding_bag(rows, value.flatten(0, 2), mode='sum', per_sample_weights=shares)
-    return sums.view(len(points), heads * value.shape[-1])
+    value = value.flatten(0, 2)
+    if is_traced():  # the operator below is one that neither ONNX nor counters of operations know
+        sums = shares[:, None] @ value[rows.long()]
+    else:
+        sums = F.embedding_bag(rows, value, mode='sum', per_sample_weights=shares)
+    return sums.view(num, heads * value.shape[-1])
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
     """``x``, whose gradient is multiplied by ``scale``."""
-    return x.detach() + scale * (x - x.detach()) if x.requires_grad else x
+    return x.detach() + scale * (x - x.detach()) if x.requires_grad or is_traced() else x
 
 
 class DeformableAttention(nn.Module):
@@ -80,11 +89,9 @@ class DeformableAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, num_points: int = 4):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f'{dim} channels do not divide into {num_heads} heads: choose num_heads that divide {dim}.'
-            )
-        self.num_heads, self.num_points = num_heads, num_points
+        check_heads(dim, num_heads)
+        check_integer('num_points', num_points, 1, MOST, 'the points of each head')
+        self.dim, self.num_heads, self.num_points = dim, num_heads, num_points
         self.offsets = nn.Linear(dim, num_heads * num_points * 2)
         self.attn_weight = nn.Linear(dim, num_heads * num_points)
         self.v = nn.Linear(dim, dim)
@@ -127,9 +134,10 @@ class DeformableAttention(nn.Module):
                 f'Deformable attention samples a map, but there are {num_extra} extra tokens, which have '
                 'no place on it: use a model without class token.'
             )
-        packed, lengths = pack(queries, lengths)
+        refuse_onnx_by_torchscript('deformable attention on any number of images')
+        packed = queries.flatten(0, -2)
         if points is None:
-            points = centres(shape, tokens.device).expand(len(tokens), -1, -1).flatten(0, 1)
+            points = centres(shape, tokens.device).expand(tokens.shape[0], -1, -1).flatten(0, 1)
         value = self.v(tokens).unflatten(-1, (self.num_heads, -1))
         offsets = scale_gradient(self.offsets(packed), 0.1).unflatten(-1, (self.num_heads, self.num_points, 2))
         points = points[:, None, None] + offsets.to(torch.promote_types(offsets.dtype, torch.float32))
@@ -138,5 +146,6 @@ class DeformableAttention(nn.Module):
 
     def macs(self, shape: tuple[int, int], num_extra: int) -> tuple[int, int]:
         """Multiply-adds of one query, with 4 of each channel for each sampled point, and of the values of one image."""
-        query = self.offsets.weight.numel() + self.attn_weight.weight.numel() + self.proj.weight.numel()
-        return query + 4 * self.num_points * self.v.out_features, math.prod(shape) * self.v.weight.numel()
+        query = macs_of(self.offsets) + macs_of(self.attn_weight) + macs_of(self.proj)
+        query += 4 * self.num_points * getattr(self.v, 'out_features', self.dim)
+        return query, math.prod(shape) * macs_of(self.v)

@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ...values import MOST, check_choice, check_integer, check_number, is_integer
 from ..replaceable import replaceable
+from .macs import macs_of
 from .position import Positions
 
 
@@ -57,6 +59,11 @@ class PatchEmbed(nn.Module):
         of_tokens: bool = False,
     ):
         super().__init__()
+        for name, value in (('in_channels', in_channels), ('dim', dim), ('patch_size', patch_size)):
+            check_integer(name, value, 1, MOST)
+        check_number('norm_eps', norm_eps, '(0, inf)')
+        for name, value in (('norm', norm), ('of_tokens', of_tokens)):
+            check_choice(name, value, (True, False))
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
         if of_tokens:
@@ -71,7 +78,7 @@ class PatchEmbed(nn.Module):
 
     def macs(self, shape: tuple[int, int]) -> int:
         """Multiply-adds of an image whose tokens form a map of ``shape``."""
-        return math.prod(shape) * self.proj.weight.numel()
+        return math.prod(shape) * macs_of(self.proj)
 
 
 class ConvStem(nn.Module):
@@ -88,8 +95,10 @@ class ConvStem(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, patch_size: int = 16, width: int = 64):
         super().__init__()
-        if patch_size % 2:
-            raise ValueError(f'patch_size={patch_size}: the stem halves the resolution first, give an even number.')
+        for name, value in (('in_channels', in_channels), ('dim', dim), ('width', width)):
+            check_integer(name, value, 1, MOST)
+        if not is_integer(patch_size, 2, MOST) or patch_size % 2:
+            raise ValueError(f'patch_size={patch_size!r}: the stem halves the resolution first, give an even number.')
         self.convs = nn.Sequential()
         for kernel, stride in ((7, 2), (3, 1), (3, 1)):
             self.convs.extend(
@@ -113,7 +122,7 @@ class ConvStem(nn.Module):
     def macs(self, shape: tuple[int, int]) -> int:
         """Multiply-adds of an image whose tokens form a map of ``shape``."""
         convs = sum(module.weight.numel() for module in self.convs if isinstance(module, nn.Conv2d))
-        return math.prod(shape) * ((self.patch_size // 2) ** 2 * convs + self.proj.weight.numel())
+        return math.prod(shape) * ((self.patch_size // 2) ** 2 * convs + macs_of(self.proj))
 
 
 @replaceable

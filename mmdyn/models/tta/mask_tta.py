@@ -4,7 +4,10 @@ This module imports mmdet; ``mmdyn.models`` imports it when ``mmdyn.MaskTTAModel
 """
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
+
+from ...values import check_type, is_integer
 
 try:
     from mmcv.ops import batched_nms
@@ -16,6 +19,7 @@ except (ImportError, AssertionError) as reason:  # mmdet asserts the versions of
         'pip install "mmdyn[det]"'
     ) from reason
 
+TTA_CFG = "a dict such as dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)"
 FLIPPED_AXES = dict(horizontal=[-1], vertical=[-2], diagonal=[-2, -1])
 
 
@@ -26,6 +30,12 @@ class MaskTTAModel(DetTTAModel):
         tta_cfg: ``nms``, the options of mmcv's batched_nms, and ``max_per_img``, as for DetTTAModel.
         module: the detector or its config.
     """
+
+    def __init__(self, tta_cfg: dict, **kwargs):
+        check_type('MaskTTAModel: tta_cfg', tta_cfg, dict, TTA_CFG)
+        if not isinstance(tta_cfg.get('nms'), dict) or not is_integer(tta_cfg.get('max_per_img'), 1):
+            raise ValueError(f'MaskTTAModel: tta_cfg={tta_cfg}: give {TTA_CFG}.')
+        super().__init__(tta_cfg=ConfigDict(tta_cfg), **kwargs)
 
     def _merge_single_sample(self, data_samples: list[DetDataSample]) -> DetDataSample:
         views, metas = zip(*((sample.pred_instances, sample.metainfo) for sample in data_samples))

@@ -89,6 +89,56 @@ def test_losses_of_a_classifier(tau, classifier_config, dense_of):
     assert {'loss_teacher_features', 'loss_teacher_logits'} < set(log)
 
 
+@pytest.fixture(params=['deit', 'lvvit'])
+def stages_config(request):
+    """A small CF-ViT."""
+    numbers = dict(embed_dim=16, depth=2, num_heads=2, mlp_ratio=2)
+    head = 'LinearClsHead' if request.param == 'deit' else 'mmdyn.LVViTHead'
+    backbone = dict(type='mmdyn.CFViT', arch=dict(family=request.param, **numbers), coarse_size=2, patch_size=8)
+    return dict(
+        type='mmdyn.CoarseToFineClassifier',
+        backbone=dict(backbone, ema_start=1),
+        head=dict(type=head, num_classes=3, in_channels=16),
+        test_cfg=dict(threshold=0.7),
+    )
+
+
+def plain_of(config, randomise, path):
+    """The plain model of a CF-ViT's architecture, built by hand, and the file of its weights."""
+    kind, options = ('LVViT', dict(out_type='raw')) if 'LVViT' in config['head']['type'] else ('DeiT', {})
+    arch = {name: value for name, value in config['backbone']['arch'].items() if name != 'family'}
+    backbone = dict(type=f'mmdyn.{kind}', arch=arch, img_size=32, patch_size=8, **options)
+    plain = randomise(MODELS.build(dict(type='mmpretrain.ImageClassifier', backbone=backbone, head=config['head'])))
+    torch.save(dict(state_dict=plain.state_dict()), path)
+    return plain.eval()
+
+
+def test_a_plain_model_teaches_both_stages_of_cf_vit(stages_config, randomise, tmp_path):
+    """On class tokens and logits; the losses are the means of the two stages."""
+    plain = plain_of(stages_config, randomise, tmp_path / 'plain.pth')
+    model, data = MODELS.build(stages_config).train(), batch()
+    watch(model, stages_config, str(tmp_path / 'plain.pth'), logits=0.7, features=0.3)
+    losses = model(**data, mode='loss')
+    with torch.no_grad():
+        wanted = plain.extract_feat(data['inputs'])
+        stages = model.backbone(data['inputs'])
+        log_p = plain.head(wanted).log_softmax(-1)
+        expected = [(log_p.exp() * (log_p - model.head((out,)).log_softmax(-1))).sum() / 4 for out in stages]
+    torch.testing.assert_close(losses['loss_teacher_logits'], 0.7 * sum(expected) / 2, rtol=1e-4, atol=1e-6)
+    tokens = [out if out.ndim == 2 else out[:, 0] for out in (*stages, wanted[0])]
+    distances = [sum(slow_distance(a, b) for a, b in zip(of_stage, tokens[2])) / 4 for of_stage in tokens[:2]]
+    torch.testing.assert_close(losses['loss_teacher_features'], 0.3 * sum(distances) / 2, rtol=1e-4, atol=1e-6)
+    model.parse_losses(losses)[0].backward()
+    assert torch.isfinite(model.backbone.coarse_pos_embed.grad).all()
+
+
+def test_a_checkpoint_of_cf_vit_is_none_of_the_plain_model(stages_config, tmp_path):
+    model = MODELS.build(stages_config)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'stages.pth')
+    with pytest.raises(ValueError, match='is no checkpoint of the plain model'):
+        watch(model.train(), stages_config, str(tmp_path / 'stages.pth'))
+
+
 def test_nothing_is_to_be_learnt_where_the_model_is_the_dense_one(classifier_config, dense_of, encoders):
     _, path = dense_of(classifier_config)
     model = build(classifier_config).train()
@@ -282,7 +332,7 @@ def test_checkpoint_of_another_architecture(classifier_config, dense_of):
     _, path = dense_of(dict(classifier_config, backbone=other))
     with pytest.raises(
         ValueError,
-        match=rf'{re.escape(path)} is no checkpoint of the model without DGE. Give one of the '
+        match=rf'{re.escape(path)} is no checkpoint of the plain model. Give one of the '
         r'same architecture[^$]*another architecture than this PVT',
     ):
         watch(build(classifier_config), classifier_config, path)
@@ -290,9 +340,7 @@ def test_checkpoint_of_another_architecture(classifier_config, dense_of):
 
 def test_checkpoint_of_other_classes(classifier_config, dense_of):
     _, path = dense_of(dict(classifier_config, head=dict(classifier_config['head'], num_classes=5)))
-    with pytest.raises(
-        ValueError, match=r'is no checkpoint of the model without DGE[^$]*size mismatch for head.fc.weight'
-    ):
+    with pytest.raises(ValueError, match=r'is no checkpoint of the plain model[^$]*size mismatch for head.fc.weight'):
         watch(build(classifier_config), classifier_config, path)
 
 
@@ -305,7 +353,7 @@ def test_checkpoint_of_the_backbone_alone(classifier_config, dense_of, tmp_path)
 
 
 def test_model_without_dge(classifier_config):
-    with pytest.raises(ValueError, match='found no DGE in the model, which then is its own dense twin'):
+    with pytest.raises(ValueError, match='found no DGE and no CFViT in the model, which then is its own dense twin'):
         watch(build(classifier_config, dge=None), classifier_config, 'x.pth')
 
 
@@ -315,15 +363,22 @@ def test_model_that_no_config_tells_of(classifier_config):
         watch(model, model, 'x.pth')
 
 
-@pytest.mark.parametrize('options', [dict(logits=-1.0), dict(features=-0.5), dict(logits=0.0, features=0.0)])
-def test_weights_that_are_none(options):
-    with pytest.raises(ValueError, match='neither may be negative, and one has to be greater than 0'):
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(logits=-1.0), r'logits=-1.0: give a number in \[0, inf\), the weight of a loss'),
+        (dict(features=-0.5), r'features=-0.5: give a number in \[0, inf\), the weight of a loss'),
+        (dict(logits=0.0, features=0.0), 'one has to be greater than 0'),
+    ],
+)
+def test_weights_that_are_none(options, message):
+    with pytest.raises(ValueError, match=message):
         DenseTeacherHook(**options)
 
 
 @pytest.mark.parametrize('tau', [0, -1])
 def test_temperature_that_is_none(tau):
-    with pytest.raises(ValueError, match=f'tau={tau}: the temperature must be greater than 0'):
+    with pytest.raises(ValueError, match=rf'tau={tau}: give a number in \(0, inf\), the temperature'):
         DenseTeacherHook(tau=tau)
 
 

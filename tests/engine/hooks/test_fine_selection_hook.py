@@ -103,5 +103,5 @@ def test_model_without_cfvit(lengths):
 
 
 def test_negative_begin():
-    with pytest.raises(ValueError, match='begin=-1 must not be negative'):
+    with pytest.raises(ValueError, match='begin=-1: give an integer >= 0, an epoch; 0 splits'):
         FineSelectionHook(begin=-1)

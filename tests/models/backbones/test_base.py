@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import inspect
+import pickle
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -417,13 +420,77 @@ def test_deepcopy_is_independent(name, make_backbone, randomise):
 
 
 def test_image_smaller_than_a_patch(name, make_backbone):
-    with pytest.raises(ValueError, match='An input of 32 x 3 is smaller than one patch of 4 x 4'):
+    with pytest.raises(
+        ValueError, match='Images of 32 x 3 pixels are too small for the .*, which needs [48] x [48]: res'
+    ):
         make_backbone(name)(torch.randn(1, 3, 32, 3))
 
 
 def test_cost_before_any_forward_pass(name, make_backbone):
     with pytest.raises(ValueError, match='(D?PVT|DeiT|LVViT) has not run yet: call it on images before'):
         make_backbone(name).cost
+
+
+@pytest.mark.parametrize('dge', [None, DGE])
+def test_what_lists_attributes_passes_by_a_cost_that_is_not_there_yet(name, dge, make_backbone):
+    model = make_backbone(name, dge=dge).eval()
+    assert not hasattr(model, 'cost') and 'cost' not in dict(inspect.getmembers(model))
+    assert not hasattr(pickle.loads(pickle.dumps(copy.deepcopy(model))), 'cost')
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert dict(inspect.getmembers(model))['cost'] == model.cost
+    with pytest.raises(AttributeError, match="has no attribute 'costs'"):
+        model.costs
+
+
+def test_an_error_in_the_cost_is_told_as_it_is(name, make_backbone):
+    model = make_backbone(name).eval()
+    model(torch.randn(1, 3, 32, 32))
+    next(model.named_stages())[0].blocks[0].ffn.fc2 = nn.Identity()
+    with pytest.raises(AttributeError, match="'Identity' object has no attribute 'in_features'"):
+        model.cost
+
+
+@pytest.mark.parametrize('dge', [None, DGE])
+def test_adapters_train_and_cost_what_they_add(name, dge, make_backbone, backbone_config, monkeypatch):
+    """mmpretrain's, around the layers of the whole backbone; kernels or none."""
+    peft = pytest.importorskip('mmpretrain.models.peft.lora')
+    config, rank = backbone_config(name, dge=dge), 2
+    lora = peft.LoRAModel(config, rank=rank, targets=[dict(type='.*fc1')])
+    model, images = lora.module, torch.randn(2, 3, 32, 32)
+    adapters = [module for module in lora.modules() if isinstance(module, peft.LoRALinear)]
+    for adapter in adapters:
+        nn.init.normal_(adapter.lora_up.weight)
+    output = lora(images)[-1]
+    (output * torch.randn_like(output)).sum().backward()
+    assert all(adapter.lora_up.weight.grad.any() for adapter in adapters)
+    lora.eval()
+    with torch.no_grad():
+        found, cost = lora(images), model.cost
+        for function in REPLACEABLE:
+            monkeypatch.setattr(function, 'kernels', [])
+        torch.testing.assert_close(found, lora(images), rtol=1e-5, atol=1e-5)
+    added = []
+    for stage, _ in model.named_stages():
+        for block in stage.blocks:
+            block.ffn.fc1 = block.ffn.fc1.original_layer
+            added.append(rank * (block.ffn.fc1.in_features + block.ffn.fc1.out_features))
+    before = [layer.per_query for layer in model.cost.layers]
+    assert [layer.per_query for layer in cost.layers] == [sum(pair) for pair in zip(before, added, strict=True)]
+
+
+@pytest.mark.parametrize('dge', [None, DGE])
+@torch.no_grad()
+def test_quantised_linear_layers_run_and_cost_as_much(name, dge, make_backbone):
+    """All of them are, and what they round is seen in the output."""
+    model, images = make_backbone(name, dge=dge).eval(), torch.randn(2, 3, 32, 32)
+    expected = model(images)[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert not any(type(module) is nn.Linear for module in quantised.modules())
+    change = (quantised(images)[-1] - expected).norm() / expected.norm()
+    assert 0 < change < 0.2 and quantised.cost.dense == model.cost.dense
 
 
 @torch.no_grad()

@@ -1,10 +1,14 @@
 """Budgets that a backbone keeps in inference, whatever its routers were trained for."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from mmengine.registry import MODELS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DGE = dict(granularities=(1, 2, 4))
 NAMES = ['pvt', 'dpvt', 'deit']
@@ -36,6 +40,40 @@ def test_each_image_spends_an_exact_budget_in_each_layer(budget, model):
         allowed = round(budget * layer.dense_queries, 6)
         assert all(allowed - 16 < spent <= allowed for spent in layer.queries.tolist())
     assert (model.cost.query_ratio <= budget + 1e-6).all()
+
+
+@torch.no_grad()
+def test_exact_budget_compiles_as_one_graph(model):
+    """Which knows the cost of each image, too."""
+    model.set_budget(0.5)
+    compiled, images = torch.compile(model, backend='eager', fullgraph=True), torch.randn(3, 3, 52, 52)
+    expected, spent = model(images), model.cost.spent
+    torch.testing.assert_close(compiled(images), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.cost.spent, spent)
+    torch.compiler.reset()
+
+
+class Waits(TorchDispatchMode):
+    """The operators that make a host wait for its accelerator, or copy from one to the other."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        assert not any(part in name for part in ('_local_scalar', 'nonzero', 'unique')), name
+        out = function(*args, **(kwargs or {}))
+        assert len({x.device for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}) < 2, name
+        return out
+
+
+@pytest.mark.parametrize('budget', [0.5, None])
+def test_exact_budget_waits_for_no_accelerator(budget, model):
+    """Seen on tensors without numbers, which may be of devices that are not there. Without a budget there is a wait."""
+    model.set_budget(budget)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        weights = {name: torch.empty_like(weight, device='cuda') for name, weight in model.named_parameters()}
+        images = torch.empty(2, 3, 52, 52, device='cuda')
+        with pytest.raises(AssertionError, match='_local_scalar') if budget is None else nullcontext(), Waits():
+            out = torch.func.functional_call(model, weights, images)
+            assert out[0].device.type == 'cuda'
 
 
 def test_layers_that_cannot_spend_so_little_take_from_the_others(make_backbone):
@@ -150,7 +188,7 @@ def test_budget_of_a_copy_on_another_device_goes_with_it(model):
         (1.1, {}, 'budget=1.1 cannot be reached'),
         ('half', {}, "budget='half': give a query ratio, a number such as 0.4, or None"),
         (True, {}, 'budget=True: give a query ratio'),
-        (0.5, dict(mode='median'), "budget mode='median': choose 'exact' or 'average'"),
+        (0.5, dict(mode='median'), r"budget mode='median': choose from \('exact', 'average'\)"),
         (0.5, dict(mode='average'), "An average budget needs prices that were measured: give prices='prices.json'"),
         (0.5, dict(mode='average', prices='none.json'), "prices='none.json' cannot be read: No such file"),
         (

@@ -524,6 +524,7 @@ def test_flops_metric_averages_over_images_of_which_some_stop(make_cfvit):
 def test_cost_before_any_forward_pass(make_cfvit):
     with pytest.raises(ValueError, match='CFViT has not run yet: call it on images before you ask for its cost'):
         make_cfvit().cost
+    assert not hasattr(make_cfvit(), 'cost')
 
 
 @pytest.mark.parametrize('arch', ['deit-tiny', 'deit-small', 'deit-base', 'lvvit-small', 'lvvit-medium'])
@@ -563,10 +564,10 @@ def test_image_must_fit_the_coarse_size(side, make_cfvit):
     'options, message',
     [
         (dict(img_size=32), 'img_size=32 does not fit coarse_size=3: twice 3 patches of 4 pixels are 24. Write im'),
-        (dict(alpha=-0.1), 'alpha=-0.1 must be in [0, 1]'),
-        (dict(alpha=1.5), 'alpha=1.5 must be in [0, 1]'),
-        (dict(ema_decay=1.5), 'ema_decay=1.5 must be in [0, 1]'),
-        (dict(alpha=float('nan')), 'alpha=nan must be in [0, 1]'),
+        (dict(alpha=-0.1), 'alpha=-0.1: give a number in [0, 1]'),
+        (dict(alpha=1.5), 'alpha=1.5: give a number in [0, 1]'),
+        (dict(ema_decay=1.5), 'ema_decay=1.5: give a number in [0, 1]'),
+        (dict(alpha=float('nan')), 'alpha=nan: give a number in [0, 1]'),
         (dict(score='best'), "score='best': choose from ('global', 'last', 'random', 'negative')"),
         (dict(reuse='none'), "reuse='none': choose from ('mlp', 'linear', 'class_token', 'uninformative', None)"),
         (dict(out_type='featmap'), "out_type='featmap': choose 'cls_token' or 'raw'; a fine sequence is no map"),

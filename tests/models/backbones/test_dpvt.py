@@ -170,8 +170,8 @@ def test_unfit_options(options, message, make_backbone):
 @pytest.mark.parametrize(
     'size, message',
     [
-        ((3, 32), 'An input of 3 x 32 is smaller than one patch of 4 x 4'),
-        ((32, 7), 'An input of 8 x 1 is smaller than one patch of 2 x 2'),
+        ((3, 32), 'Images of 3 x 32 pixels are too small for the DPVT, which needs 8 x 8: resize'),
+        ((32, 7), 'Images of 32 x 7 pixels are too small for the DPVT, which needs 8 x 8: resize'),
     ],
 )
 def test_image_smaller_than_the_stride(size, message, make_backbone):

@@ -188,8 +188,10 @@ def test_unfit_options(options, message, make_backbone):
         make_backbone('pvt', **options)
 
 
-def test_map_smaller_than_the_reduction():
-    with pytest.raises(ValueError, match='A map of 1 x 8 cells is too small for sr_ratio=2: use a larger image'):
+def test_image_smaller_than_the_reduction():
+    with pytest.raises(
+        ValueError, match='Images of 4 x 32 pixels are too small for the PVT, which needs 8 x 8: resize'
+    ):
         PVT(SMALL, 32)(torch.randn(1, 3, 4, 32))
 
 

@@ -337,8 +337,8 @@ def test_a_step_of_training_reaches_all_weights(family, coarse_loss, make_model)
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(test_cfg=dict(threshold=1.1)), r'test_cfg threshold=1.1, a confidence, must be in \[0, 1\]'),
-        (dict(test_cfg=dict(threshold=-0.1)), r'test_cfg threshold=-0.1, a confidence, must be in \[0, 1\]'),
+        (dict(test_cfg=dict(threshold=1.1)), r'test_cfg threshold=1.1: give a number in \[0, 1\], a confidence'),
+        (dict(test_cfg=dict(threshold=-0.1)), r'test_cfg threshold=-0.1: give a number in \[0, 1\], a confidence'),
         (dict(test_cfg=dict(eta=0.5)), r"test_cfg has no option \['eta'\]: it takes threshold and every_stage"),
         (dict(coarse_loss='mse'), r"coarse_loss='mse': choose from \('kl', 'ce'\)"),
     ],

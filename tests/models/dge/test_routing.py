@@ -130,6 +130,24 @@ def test_routing_by_hand():
     ]
 
 
+@pytest.mark.parametrize('room', [0, 1, 5])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_places_that_are_left_over_are_of_no_token(layout, room):
+    """With a capacity, an image's queries are those without, and then nothing; and so are the tokens' changes."""
+    shape, phis, region, num_extra = layout
+    choice, tokens = random_choice(shape, phis, region), torch.randn(3, num_extra + math.prod(shape), 4)
+    expected = route(choice, *layout)
+    capacity = max(expected.lengths) + room
+    routing = route(choice, *layout, capacity)
+    assert routing.lengths == [capacity] * 3
+
+    queries, change = routing.compress(tokens).split(capacity), torch.randn(3 * capacity, 4)
+    for of_image, filled in zip(queries, expected.compress(tokens).split(expected.lengths)):
+        assert torch.equal(of_image[: len(filled)], filled) and not of_image[len(filled) :].any()
+    packed = torch.cat([of_image[:num] for of_image, num in zip(change.split(capacity), expected.lengths)])
+    assert torch.equal(routing.decompress(change, tokens), expected.decompress(packed, tokens))
+
+
 def test_means_come_back_to_the_cells_of_their_patches():
     """What was compressed and is handed to zeros again is the un-pooled mean."""
     tokens, phis = torch.randn(2, 35, 3), (1, 2, 4)
