@@ -66,9 +66,7 @@ def layers_with_regions(backbone: DynamicStages) -> list[LayerGates]:
     ]
 
 
-def run_with_gates(
-    model: nn.Module, backbone: DynamicStages, cfg: Config, files: Iterable[Path]
-) -> Iterator[GatedRun]:
+def run_with_gates(model: nn.Module, backbone: DynamicStages, cfg: Config, files: Iterable[Path]) -> Iterator[GatedRun]:
     """Run a model on each image, and tell what its layers decided.
 
     Raises:
