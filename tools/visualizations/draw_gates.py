@@ -3,10 +3,12 @@
 Writes a row of pictures for each image: the image as the network sees it, with --predictions what the model predicts,
 drawn by its framework, then each DGE layer whose map has more than one region. Red is the finest granularity, then
 green, blue, yellow. With --masks, folders of the same names, the object's outline is drawn and the share of pixels that
-the finest granularity serves is printed, on objects and on background, over all images.
+the finest granularity serves is printed, on objects and on background, over all images; and the difference of the two,
+the layer's selectivity, and how much of the variance of its choice lies within images.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import cv2
@@ -17,6 +19,7 @@ import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pipeline_without_annotations, run_on_images
 from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
 from mmdyn.visualization import (
+    Selectivity,
     build_visualizer,
     describe_label,
     draw_gates,
@@ -65,6 +68,7 @@ def main() -> str:
     parser.add_argument('--out', required=True, help='folder of the pictures')
     parser.add_argument('--num', type=int, default=16, help='number of pictures')
     parser.add_argument('--side', type=int, default=160, help='height of a picture in pixels')
+    parser.add_argument('--json', action='store_true', help='print what --masks tells as JSON')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()
 
@@ -80,7 +84,7 @@ def main() -> str:
 
     files, out = image_files(args.images), output_folder(args.out)
     drawn = set(files[:: max(1, len(files) // args.num)][: args.num])
-    finest = {}
+    selectivity = Selectivity()
     for run in run_on_images(model, cfg, files if args.masks else sorted(drawn)):
         path, (height, width) = run.path, run.view.shape[-2:]
         image, mask = np.ascontiguousarray(run.view.numpy()[::-1].transpose(1, 2, 0)), None
@@ -102,9 +106,7 @@ def main() -> str:
             # Models pad at the bottom and on the right.
             phi = granularity_of_pixels(encoder, shape, padded[-1])[:height, :width]
             if mask is not None:
-                fine = phi == min(p for p in encoder.granularities if p)
-                counts = finest.setdefault(name, np.zeros(4))
-                counts += fine[mask].sum(), mask.sum(), fine[~mask].sum(), (~mask).sum()
+                selectivity.add(name, phi == min(filter(None, encoder.granularities)), mask)
             if path in drawn:
                 row.append(labelled(draw_gates(image, phi, encoder.granularities, mask), name, args.side))
         if path in drawn:
@@ -112,13 +114,17 @@ def main() -> str:
                 str(out / f'{"-".join(path.relative_to(args.images).with_suffix("").parts)}.png'),
                 cv2.cvtColor(np.concatenate(row, axis=1), cv2.COLOR_RGB2BGR),
             )
+    layers = selectivity.result()
+    if args.json:
+        return json.dumps(dict(pictures=len(drawn), out=str(out), layers=layers))
     return '\n'.join(
         [
             f'{len(drawn)} pictures in {out}',
             *(
-                f'{name:12} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the '
-                'background'
-                for name, (on, objects, off, background) in finest.items()
+                f'{name:12} finest granularity on {found["object"]:6.1%} of the object, {found["background"]:6.1%} of '
+                f'the background: selectivity {found["selectivity"]:+.3f}, {found["within_images"]:.0%} of the '
+                'variance within images'
+                for name, found in layers.items()
             ),
         ]
     )

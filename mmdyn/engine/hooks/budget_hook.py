@@ -27,9 +27,10 @@ class BudgetHook(LossHook):
     ``start`` to ``budget`` in the first ``share`` of the iterations and stays there. It follows from the number of the
     iteration alone, also after resuming, and is logged as ``budget``.
 
-    Each ``log_interval`` iterations a line of the log, and the visualizer's scalars ``query_ratio/<layer>``, tell the
-    query ratio of each layer in that iteration. A warning names the layers in which nearly all regions have chosen one
-    granularity for ``patience`` iterations, since when, and what to try.
+    Each ``log_interval`` iterations a line of the log, and the visualizer's scalars ``query_ratio/<layer>`` and
+    ``within_images/<layer>``, tell the query ratio of each layer in that iteration, and how much of the variance of its
+    choice lies within images: near 0 a layer treats all regions of an image alike. A warning names the layers in which
+    nearly all regions have chosen one granularity for ``patience`` iterations, since when, and what to try.
 
     Args:
         budget: gamma, the aspired ratio of the dynamic layers' complexity to that without DGE, in (0, 1].
@@ -132,16 +133,17 @@ class BudgetHook(LossHook):
         if self._meter is None or not self.every_n_train_iters(runner, self.log_interval):
             return
         iteration, layers = runner.iter + 1, look(self._backbones)
-        ratios = {name: ratio for name, (ratio, _) in layers.items()}
         runner.logger.info(
-            f'query_ratio by layer in iteration {iteration}: '
-            + ', '.join(f'{name} {ratio:.3f}' for name, ratio in ratios.items())
+            f'query_ratio by layer in iteration {iteration} (share of its choice that varies within images): '
+            + ', '.join(f'{name} {layer.query_ratio:.3f} ({layer.within_images:.2f})' for name, layer in layers.items())
         )
-        runner.visualizer.add_scalars({f'query_ratio/{name}': ratio for name, ratio in ratios.items()}, step=iteration)
+        for title in ('query_ratio', 'within_images'):
+            scalars = {f'{title}/{name}': getattr(layer, title) for name, layer in layers.items()}
+            runner.visualizer.add_scalars(scalars, step=iteration)
         if self.target(runner.iter) != self.budget:
             return  # the finest granularity everywhere is what was asked for
         # The message hub is part of the checkpoints.
         watch = CollapseWatch(self.patience, runner.message_hub.get_info('collapse', {}))
-        for warning in watch.warnings(iteration, {name: shares for name, (_, shares) in layers.items()}):
+        for warning in watch.warnings(iteration, {name: layer.shares for name, layer in layers.items()}):
             runner.logger.warning(warning)
         runner.message_hub.update_info('collapse', watch.state)

@@ -10,12 +10,20 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..cost import BackboneCost, CostMeter, stage_cost
-from ..dge import DynamicGrainedEncoder
+from ..dge import DynamicGrainedEncoder, share_of_finest
 from ..dge.prices import Prices
 from ..layers import DeformableAttention, EncoderBlock
 from ..stage import Stage
 from ..thread_local import ThreadLocal
-from .budget import check_budget, check_layers, decide_by, dynamic_layers, prices_of_layers, shares_of_layers
+from .budget import (
+    check_budget,
+    check_layers,
+    decide_by,
+    dynamic_layers,
+    encoders_of,
+    prices_of_layers,
+    shares_of_layers,
+)
 from .checkpoint import fit_checkpoint, note_grids
 
 
@@ -104,9 +112,13 @@ class DynamicBackbone(BaseModule):
         if self.last_pass is None:
             raise ValueError(f'{type(self).__name__} has not run yet: call it on images before you ask for its cost.')
         images, shapes = self.last_pass
-        return self._cost_of(
+        cost = self._cost_of(
             shapes, lambda encoder, bounds: encoder.decision.queries if encoder else bounds[1:] * images
         )
+        dynamic = [layer for layer in cost.layers if layer.dynamic]
+        for layer, encoder in zip(dynamic, encoders_of(self), strict=True):
+            layer.finest = share_of_finest(encoder.decision, encoder.granularities)
+        return cost
 
     def ratio_bounds(self) -> tuple[float, float]:
         """Least and greatest query ratio that the granularities allow on images of ``img_size``."""

@@ -1,8 +1,8 @@
 """Whether a layer chooses by region: figure 4 of the DGE paper as numbers.
 
 A region asks for the finest granularity or not. By the law of total variance the variance of that choice is the mean
-variance within images plus the variance of the images' shares. A layer that tells regions apart has it within images, one
-that tells easy images from difficult ones between them, and one that always chooses the same has none.
+variance within images plus the variance of the images' shares. A layer that tells regions apart has it within images,
+one that tells easy images from difficult ones between them, and one that always chooses the same has none.
 """
 
 from collections.abc import Sequence
