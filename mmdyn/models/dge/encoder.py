@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..thread_local import ThreadLocal
 from .router import Router, choose, straight_through_gates
-from .routing import centres, count_patches, grid, pool, route, unpool
+from .routing import Routing, centres, count_patches, grid, pool, route, unpool
 
 
 def check_granularities(granularities: Sequence[int], region_size: int | None = None) -> tuple[int, ...]:
@@ -69,8 +68,9 @@ class DynamicGrainedEncoder(nn.Module):
         granularities: sides of the candidate patches in cells, ascending; 0 skips the region.
         region_size: side of a region in cells. Defaults to the largest granularity.
         routing: ``'region'``, or ``'layer'`` for one decision per image.
-        train_mode: ``'dense'`` also runs the granularities that were not chosen, without their gradients, so that each
-            logit learns from all; ``'sparse'`` runs the chosen ones alone (eq. 6), which is cheaper and compares none.
+        train_mode: ``'dense'`` also runs the granularities that were not chosen, so that each logit learns what its
+            granularity would have changed; ``'pair'`` runs one of them, drawn for each region, in place of all;
+            ``'sparse'`` runs the chosen ones alone (eq. 6) and compares nothing.
         tau: temperature of eq. 5.
 
     Attributes:
@@ -94,7 +94,7 @@ class DynamicGrainedEncoder(nn.Module):
         self.region = region_size or max(self.granularities)
         for name, value, allowed in (
             ('routing', routing, ('region', 'layer')),
-            ('train_mode', train_mode, ('sparse', 'dense')),
+            ('train_mode', train_mode, ('sparse', 'pair', 'dense')),
         ):
             if value not in allowed:
                 raise ValueError(f'dge {name}={value!r}: choose from {allowed}.')
@@ -133,27 +133,60 @@ class DynamicGrainedEncoder(nn.Module):
             (B, E + H*W, C), but for rounding the block's own output where the granularity is 1.
         """
         gates, choice, logits = self._decide(tokens, shape, num_extra)
+        others = []
+        if logits is not None and torch.is_grad_enabled():
+            others = self._others(choice, logits.shape[:-1])
+        changes = [self._change_without_graph(block, tokens, shape, num_extra, other) for other in others]
+        routing, residual = self._run(block, tokens, shape, num_extra, choice)
+        if gates is None:
+            self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
+            return routing.decompress(residual, tokens)
+        if self.train_mode == 'sparse':
+            gates = gates * F.one_hot(choice, len(self.granularities))
+            of_cells = unpool(gates.sum(-1, keepdim=True), self.region, shape).flatten(1, 2)
+            residual = residual * routing.compress(F.pad(of_cells, (0, 0, num_extra, 0), value=1.0)).type_as(residual)
+        self.decision = Decision(choice, self._count(gates, shape, num_extra), logits)
+        output = routing.decompress(residual, tokens)
+        for other, change in zip(others, changes):
+            # A gate of 0, whose gradient is what the other choice would have changed for the better. Where one of
+            # several is compared, it stands for all.
+            gate = (gates - gates.detach()).gather(-1, other[..., None]) * ((len(self.granularities) - 1) / len(others))
+            of_cells = F.pad(unpool(gate, self.region, shape).flatten(1, 2), (0, 0, num_extra, 0))
+            output = output + of_cells.type_as(change) * (change - routing.spread(residual.detach()))
+        return output
+
+    def _others(self, choice: Tensor, decisions: torch.Size) -> list[Tensor]:
+        """The choices that training compares with the one that was made, each (B, rows, columns)."""
+        num = len(self.granularities)
+        if self.train_mode == 'sparse' or num == 1:
+            return []
+        if self.train_mode == 'pair':
+            return [(choice + torch.randint(1, num, decisions, device=choice.device)) % num]
+        return [(choice + shift) % num for shift in range(1, num)]
+
+    @torch.no_grad()
+    def _change_without_graph(
+        self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int, choice: Tensor
+    ) -> Tensor:
+        """(B, E + H*W, C) what a choice would change.
+
+        A gate of 0 lets no gradient through to the block, only to the logits: what lies behind needs no graph.
+        """
+        # The random numbers are those of the choice that was made: what drops out, drops out of both.
+        with torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
+            routing, residual = self._run(block, tokens, shape, num_extra, choice)
+        return routing.spread(residual)
+
+    def _run(
+        self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int, choice: Tensor
+    ) -> tuple[Routing, Tensor]:
+        """Run the block on the queries of a choice: its routing, and what the block adds to them, (N, C)."""
         routing = route(choice, shape, self.granularities, self.region, num_extra)
-        changes = None
-        if gates is not None and self.train_mode == 'dense' and torch.is_grad_enabled():
-            changes = self._changes_of_all(block, tokens, shape, num_extra)
         points = None
         if getattr(block, 'uses_points', False):
             points = routing.compress(F.pad(centres(shape, tokens.device), (0, 0, num_extra, 0)))
         queries = routing.compress(tokens)
-        residual = block(queries, tokens, shape, num_extra, routing.lengths, points) - queries
-        if gates is None:
-            self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
-            return routing.decompress(residual, tokens)
-        if changes is not None:
-            self.decision = Decision(choice, self._count(gates, shape, num_extra), logits)
-            change = self._select(gates - gates.detach(), changes, shape)
-            return routing.decompress(residual, tokens) + F.pad(change, (0, 0, num_extra, 0))
-        gates = gates * F.one_hot(choice, len(self.granularities))
-        self.decision = Decision(choice, self._count(gates, shape, num_extra), logits)
-        of_cells = unpool(gates.sum(-1, keepdim=True), self.region, shape).flatten(1, 2)
-        residual = residual * routing.compress(F.pad(of_cells, (0, 0, num_extra, 0), value=1.0)).type_as(residual)
-        return routing.decompress(residual, tokens)
+        return routing, block(queries, tokens, shape, num_extra, routing.lengths, points) - queries
 
     def _decide(
         self, tokens: Tensor, shape: tuple[int, int], num_extra: int
@@ -173,32 +206,3 @@ class DynamicGrainedEncoder(nn.Module):
     def _count(self, gates: Tensor, shape: tuple[int, int], num_extra: int) -> Tensor:
         """(B) queries of the gates, the sum in the numerator of eq. 7 for one layer."""
         return num_extra + (gates * count_patches(shape, self.granularities, self.region, gates.device)).sum((1, 2, 3))
-
-    @torch.no_grad()
-    def _changes_of_all(
-        self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int
-    ) -> dict[int, Tensor]:
-        """What the block would change if all regions chose a granularity: (B, rows, columns, C) of its patches.
-
-        A gate of 0 lets no gradient through to the block: the logits alone learn from these, so they have no graph.
-        """
-        sides = [phi for phi in self.granularities if phi]
-        queries = torch.cat([pool(tokens, shape, side, num_extra).flatten(1, 2) for side in sides], dim=1)
-        points = None
-        if getattr(block, 'uses_points', False):
-            places = [pool(centres(shape, tokens.device), shape, side).flatten(1, 2) for side in sides]
-            points = torch.cat(places, 1)[0].repeat(len(tokens), 1)
-        # The same random numbers as in the pass of the chosen queries: what drops out, drops out of both.
-        with torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
-            changes = block(queries, tokens, shape, num_extra, points=points) - queries
-        parts = changes.split([math.prod(grid(side, shape)) for side in sides], dim=1)
-        return {side: part.unflatten(1, grid(side, shape)) for side, part in zip(sides, parts)}
-
-    def _select(self, gates: Tensor, changes: dict[int, Tensor], shape: tuple[int, int]) -> Tensor:
-        """(B, H*W, C) change of the cells: of each granularity's patches, times the gate of its region."""
-        of_cells = []
-        for side, change in changes.items():
-            k = self.granularities.index(side)
-            gate = unpool(gates[..., k : k + 1], self.region // side, grid(side, shape))
-            of_cells.append(unpool(change * gate.type_as(change), side, shape))
-        return reduce(torch.add, of_cells).flatten(1, 2)

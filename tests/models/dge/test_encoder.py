@@ -14,7 +14,9 @@ from mmdyn.models.dge.routing import grid
 from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
 from mmdyn.models.stage import run_blocks
 
-MODES = ['eval', 'sparse', 'dense']
+MODES = ['eval', 'sparse', 'pair', 'dense']
+# Passes for comparison of three granularities.
+OTHERS = dict(eval=0, sparse=0, pair=1, dense=2)
 OPTIONS = [
     dict(granularities=(1, 2, 4)),
     dict(granularities=(1, 2)),
@@ -60,7 +62,7 @@ def random_choice(encoder, shape):
 
 @pytest.mark.parametrize('shape, num_extra, sr_ratio', LAYOUTS)
 @pytest.mark.parametrize('options', OPTIONS, ids=lambda options: '-'.join(map(str, options.values())))
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', ['eval', 'sparse', 'dense'])
 def test_equals_the_loops_of_the_paper(mode, options, shape, num_extra, sr_ratio, slow_dge):
     """In output, number of queries, and all gradients. In float64: only the router rounds to float32."""
     encoder, block = (module.double() for module in make(mode, sr_ratio, **options))
@@ -99,7 +101,7 @@ def test_inference_in_float32_equals_the_loops_of_the_paper(options, shape, num_
         assert torch.equal(encoder.decision.queries, counts)
 
 
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', ['eval', 'sparse', 'dense'])
 @pytest.mark.parametrize(
     'options', [dict(granularities=(0, 1, 2)), dict(granularities=(1, 2, 4), routing='layer')], ids=['region', 'layer']
 )
@@ -183,7 +185,7 @@ def test_a_hook_of_the_router_sees_the_means_and_decides(mode, grad):
 @pytest.mark.parametrize('grad', [False, True])
 @pytest.mark.parametrize('mode', MODES)
 def test_hooks_of_the_block_and_its_attention_see_the_queries(mode, grad):
-    """The packed ones, and before them all that dense training compares; what a hook of the block returns counts."""
+    """The packed ones, and before them those that training compares; what a hook of the block returns counts."""
     encoder, block = make(mode, granularities=(1, 2, 4))
     tokens, seen = torch.randn(3, 2 + 35, DIM), []
     block.register_forward_pre_hook(lambda _, args: seen.append(args))
@@ -192,18 +194,15 @@ def test_hooks_of_the_block_and_its_attention_see_the_queries(mode, grad):
     stage = SimpleNamespace(blocks=[block], dge=[encoder], num_extra=2)
     with torch.set_grad_enabled(grad):
         output = run_blocks(stage, tokens.clone(), (5, 7))
-    lengths = encoder.decision.queries.tolist()
-    passes = [((sum(lengths), DIM), [lengths, None])]
-    if mode == 'dense' and grad:
-        passes.insert(0, ((3, 35 + 12 + 4, DIM), [None, None]))
-    assert len(seen) == 2 * len(passes)
-    for (shape, wanted), of_block, of_attention in zip(passes, seen[::2], seen[1::2]):
-        for queries, keys, map_shape, num_extra, *rest in (of_block, of_attention):
-            assert queries.shape == shape and keys.shape == tokens.shape and map_shape == (5, 7) and num_extra == 2
-            assert (rest or [None, None]) == wanted
+    assert len(seen) == 2 * (1 + grad * OTHERS[mode])
+    for of_block, of_attention in zip(seen[::2], seen[1::2]):
+        for queries, keys, map_shape, num_extra, lengths, points in (of_block, of_attention):
+            assert queries.shape == (sum(lengths), DIM) and keys.shape == tokens.shape and points is None
+            assert map_shape == (5, 7) and num_extra == 2
         assert torch.equal(of_block[1], tokens)
         torch.testing.assert_close(of_attention[0], block.norm1(of_block[0]))
         torch.testing.assert_close(of_attention[1], block.norm1(tokens))
+    assert lengths == encoder.decision.queries.tolist()
     torch.testing.assert_close(output, tokens + 1)
 
 
@@ -285,12 +284,11 @@ def test_points_are_the_places_of_the_queries(mode, num_extra):
     for block in blocks:
         assert torch.equal(encoder(block, tokens, (5, 7), num_extra), tokens)
     calls, without = (block.calls for block in blocks)
-    assert len(calls) == len(without) == 1 + (mode == 'dense') and all(none is None for _, none in without)
+    assert len(calls) == len(without) == 1 + OTHERS[mode] and all(none is None for _, none in without)
     assert set(encoder.decision.choice.flatten().tolist()) == {0, 1, 2}
-    for (queries, points), extra in zip(calls[::-1], (num_extra, 0)):
-        queries = queries.flatten(0, -2)
+    for queries, points in calls:
         cells = queries[:, 2] == 0
-        assert len(points) == len(queries) and (~cells).sum() == 8 * extra
+        assert len(points) == len(queries) and (~cells).sum() == 8 * num_extra
         torch.testing.assert_close(points[cells], queries[cells][:, :2], rtol=1e-6, atol=1e-6)
 
 
@@ -314,26 +312,59 @@ def test_sparse_and_dense_training_have_the_same_output(drop_path_rate):
     assert not torch.equal(decision.choice, run(sparse, 4)[1].choice)
 
 
-def test_dense_training_keeps_little_more_than_sparse_training_for_the_backward_pass():
-    """The changes to compare, but none of the activations behind them."""
-    kept = {}
-    for mode in ('sparse', 'dense'):
+@pytest.mark.parametrize('num_extra, sr_ratio', [(1, 2), (0, None)])
+@pytest.mark.parametrize(
+    'options', [dict(granularities=(0, 1, 2)), dict(granularities=(1, 2, 4), routing='layer')], ids=['region', 'layer']
+)
+def test_a_pair_is_dense_training_on_average(options, num_extra, sr_ratio, monkeypatch):
+    """Each of the others is as likely: where all regions compare with the next one, and all with the one after it."""
+    encoder, block = (module.double() for module in make('pair', sr_ratio, drop_path_rate=0.3, **options))
+    tokens = torch.randn(4, num_extra + 35, DIM, dtype=torch.double, requires_grad=True)
+    weigh, leaves = torch.randn_like(tokens), [tokens, *block.parameters(), *encoder.parameters()]
+
+    def gradients(mode, shift=None):
+        encoder.train_mode = mode
+        monkeypatch.setattr(torch, 'randint', lambda low, high, size, device: torch.full(size, shift))
         torch.manual_seed(0)
-        encoder, block = make(mode)
-        storages = {}
+        loss = (weigh * encoder(block, tokens, (5, 7), num_extra)).sum() + encoder.decision.queries.sum()
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+    dense, pairs = gradients('dense'), [gradients('pair', shift) for shift in (1, 2)]
+    assert not torch.allclose(pairs[0][-1], pairs[1][-1])
+    torch.testing.assert_close([(one + other) / 2 for one, other in zip(*pairs)], list(dense), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pair_draws_the_other_evenly():
+    encoder, block = make('pair', granularities=(1, 2, 4))
+    block.register_forward_pre_hook(lambda _, args: lengths.append(args[4]))
+    encoder.forced, lengths = torch.full((8, 8), 2), []
+    encoder(block, torch.randn(4, 32 * 32, DIM), (32, 32))
+    (compared, made), regions = lengths, 4 * 64
+    assert made == [64] * 4
+    # 4 or 16 queries of a region, each half of the time: four standard errors of 6 / 16
+    assert sum(compared) / regions == pytest.approx(10, abs=4 * 6 / 16)
+
+
+@pytest.mark.parametrize('mode', ['pair', 'dense'])
+def test_comparing_keeps_no_activations(mode):
+    """For the backward pass: one difference and one gate of each cell and other branch, and none of what is behind."""
+    kept = {}
+    for train_mode in ('sparse', mode):
+        torch.manual_seed(0)
+        encoder, block = make(train_mode)
+        encoder.forced, storages = torch.zeros(4, 4, dtype=torch.long), {}
 
         def pack(tensor, storages=storages):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
+        tokens = torch.randn(2, 16 * 16, DIM, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = encoder(block, torch.randn(2, 16 * 16, DIM, requires_grad=True), (16, 16))
-        kept[mode], queries = sum(storages.values()), encoder.decision.queries.sum().item()
+            output = encoder(block, tokens, (16, 16))
+        kept[train_mode] = sum(storages.values())
         del output
-    tokens = 2 * 16 * 16
-    # Each query leaves about 14 vectors of C numbers; each cell 1 + 1/4 + 1/16 changes and as many gates.
-    assert kept['dense'] - kept['sparse'] < 4 * DIM * tokens * 2 * (1 + 1 / 4 + 1 / 16)
-    assert 4 * DIM * (tokens * (1 + 1 / 4 + 1 / 16) - queries) * 14 > 2 * (kept['dense'] - kept['sparse'])
+    cells = 2 * 16 * 16
+    assert kept[mode] - kept['sparse'] < 4 * cells * (DIM + 4) * OTHERS[mode]
 
 
 def test_without_gradients_there_is_nothing_to_compare():
@@ -413,9 +444,9 @@ def test_with_cp_recomputes_the_block_and_changes_nothing(mode):
         output.square().sum().backward()
         results.append([output, tokens.grad] + [p.grad for p in (*block.parameters(), *encoder.parameters())])
     torch.testing.assert_close(*results, rtol=0, atol=0)
-    # Tokens and queries have a call each. What dense training compares has no graph, and so nothing to recompute.
-    others = 2 if mode == 'dense' else 0
-    assert calls == (2 + others) * [False] + (4 + others) * [True]
+    # Tokens and queries have a call each. What is compared has no graph, and so nothing to recompute.
+    others = 2 * OTHERS[mode]
+    assert calls == (others + 2) * [False] + (others + 4) * [True]
 
 
 @pytest.mark.parametrize('sr_ratio', [1, None])
@@ -463,7 +494,7 @@ def test_compiles(mode):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('mode', MODES)
-def test_synchronises_once(mode):
+def test_synchronises_once_for_each_choice(mode):
     encoder, block = (module.cuda() for module in make(mode, sr_ratio=2))
     tokens = torch.randn(3, 1 + 35, DIM, device='cuda')
     encoder(block, tokens, (5, 7), 1)  # the first call sets up the libraries
@@ -471,10 +502,11 @@ def test_synchronises_once(mode):
     try:
         with pytest.warns(UserWarning, match='synchronizing') as warnings:  # noqa: PT031
             encoder(block, tokens, (5, 7), 1)
-            torch.ones(1, device='cuda').item()  # dense training may have none of its own
+            torch.ones(1, device='cuda').item()
     finally:
         torch.cuda.set_sync_debug_mode('default')
-    assert len([warning for warning in warnings if 'synchronizing' in str(warning.message)]) <= 2
+    # Of the choice that was made, and of each that it is compared with.
+    assert len([warning for warning in warnings if 'synchronizing' in str(warning.message)]) <= 2 + OTHERS[mode]
 
 
 def test_query_bounds_by_hand():
@@ -522,7 +554,7 @@ def test_unfit_granularities(granularities, region_size, message):
     'option, message',
     [
         (dict(routing='image'), r"dge routing='image': choose from \('region', 'layer'\)"),
-        (dict(train_mode='soft'), r"dge train_mode='soft': choose from \('sparse', 'dense'\)"),
+        (dict(train_mode='soft'), r"dge train_mode='soft': choose from \('sparse', 'pair', 'dense'\)"),
         (dict(tau=0.0), r'dge tau=0.0: the temperature must be greater than 0'),
     ],
 )
