@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..cost import LayerCost
 from ..dge import DynamicGrainedEncoder
 from ..dge.budget import queries_of_region, share_budget
 from ..dge.prices import Prices
+from ..dge.routing import count_patches
 
 if TYPE_CHECKING:
     from .base import DynamicBackbone
@@ -102,13 +104,55 @@ def shares_of_layers(backbone: 'DynamicBackbone', budget: float, prices: Prices 
     )
 
 
+def prices_of_granularities(encoder: DynamicGrainedEncoder, price: float) -> Tensor:
+    """(K,) what each granularity's logit is lowered by at a price of a query."""
+    queries = queries_of_region(encoder.granularities, encoder.region)
+    return encoder.router.bias.new_tensor([price * count for count in queries], dtype=torch.float32)
+
+
 def decide_by(
     backbone: 'DynamicBackbone', prices: Sequence[float] | None = None, shares: Sequence[float] | None = None
 ) -> None:
     """Set the price of a query, or the share of the dense queries, of each layer; neither lets the routers decide."""
     for index, encoder in enumerate(encoders_of(backbone)):
-        router, queries = encoder.router, queries_of_region(encoder.granularities, encoder.region)
-        router.share = None if shares is None else shares[index]
-        router.price = None
-        if prices is not None:
-            router.price = router.bias.new_tensor([prices[index] * count for count in queries], dtype=torch.float32)
+        encoder.router.share = None if shares is None else shares[index]
+        encoder.router.price = None if prices is None else prices_of_granularities(encoder, prices[index])
+
+
+def train_by(backbone: 'DynamicBackbone', price: float | None) -> None:
+    """Set the price under which gates are drawn in training, as :meth:`DynamicBackbone.set_price` does in inference."""
+    prices = None if price is None else prices_of_layers(backbone, price)
+    for index, encoder in enumerate(encoders_of(backbone)):
+        encoder.router.training_price = None if prices is None else prices_of_granularities(encoder, prices[index])
+
+
+def expected_ratios(backbone: 'DynamicBackbone', prices: Tensor) -> Tensor:
+    """Query ratios that gates drawn under some prices have on average, by the logits of the last training pass.
+
+    Args:
+        prices: (P) lambda.
+
+    Returns:
+        (P) beta of eq. 7, with the probabilities softmax(h - lambda c) in place of the gates.
+    """
+    layers = [layer for layer in backbone.cost.layers if layer.dynamic]
+    shapes = [
+        (stage, shape)
+        for (stage, _), shape in zip(backbone.named_stages(), backbone.last_shapes)
+        for encoder in stage.dge
+        if encoder is not None
+    ]
+    of_layers, spent = prices_of_layers(backbone, 1.0), prices.new_zeros(len(prices))
+    for layer, encoder, (stage, shape), price in zip(layers, encoders_of(backbone), shapes, of_layers, strict=True):
+        if encoder.decision.logits is None:  # frozen
+            spent = spent + layer.per_query * layer.queries.to(prices).mean()
+            continue
+        logits = encoder.decision.logits.to(prices)
+        if encoder.router.training_price is not None:
+            logits = logits + encoder.router.training_price
+        of_granularities = prices_of_granularities(encoder, price)
+        probabilities = (logits - prices.view(-1, 1, 1, 1, 1) * of_granularities).softmax(-1)
+        patches = count_patches(shape, encoder.granularities, encoder.region, prices.device)
+        queries = stage.num_extra + (probabilities * patches).sum((2, 3, 4)).mean(1)
+        spent = spent + layer.per_query * queries
+    return spent / sum(layer.per_query * layer.dense_queries for layer in layers)
