@@ -16,7 +16,7 @@ ADVICE = {
     True: 'the routers feel too little of the budget. Lower budget or raise weight of BudgetHook, or let the routers '
     "learn faster: optim_wrapper=dict(paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=10.)})).",
     False: 'the budget outweighs the task. Raise budget or lower weight of BudgetHook, start from a checkpoint of the '
-    "dense model, or give each granularity a gradient: dge=dict(train_mode='dense').",
+    "dense model, or let routers learn from what they did not choose: dge=dict(train_mode='dense'), the default.",
 }
 
 

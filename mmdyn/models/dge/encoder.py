@@ -86,7 +86,7 @@ class DynamicGrainedEncoder(nn.Module):
         granularities: Sequence[int] = (1, 2, 4),
         region_size: int | None = None,
         routing: str = 'region',
-        train_mode: str = 'sparse',
+        train_mode: str = 'dense',
         tau: float = 1.0,
     ):
         super().__init__()
