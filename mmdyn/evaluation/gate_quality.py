@@ -17,7 +17,7 @@ from mmengine.evaluator import BaseMetric
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..models.backbones.base import DynamicBackbone
+from ..models.backbones.base import DynamicStages
 from ..models.dge import DynamicGrainedEncoder
 from ..models.dge.routing import grid, pool
 from ..registry import METRICS
@@ -226,20 +226,21 @@ class GateQuality(BaseMetric):
         weakly = weakref.ref(self)
 
         def listen(module: nn.Module, inputs: tuple) -> None:
-            if isinstance(module, (DynamicBackbone, DynamicGrainedEncoder)) and (metric := weakly()) is not None:
-                metric._note(module, inputs)
+            stages = stages_entered_by(module)
+            if (stages is not None or isinstance(module, DynamicGrainedEncoder)) and (metric := weakly()) is not None:
+                metric._note(module, inputs, stages)
 
         weakref.finalize(self, register_module_forward_pre_hook(listen).remove)
 
     @torch.no_grad()
-    def _note(self, module: nn.Module, inputs: tuple) -> None:
+    def _note(self, module: nn.Module, inputs: tuple, stages: DynamicStages | None) -> None:
         """Begin a pass, or keep the score of a layer."""
         if module.training:
             return
-        if isinstance(module, DynamicBackbone):
+        if stages is not None:
             names = {
                 id(encoder): f'{prefix}blocks.{i}'
-                for stage, prefix in module.named_stages()
+                for stage, prefix in stages.named_stages()
                 for i, encoder in enumerate(stage.dge)
             }
             self._passes.append(_Pass(tuple(inputs[0].shape[-2:]), names, {}))
@@ -285,6 +286,12 @@ class GateQuality(BaseMetric):
             for name in names
             for metric, value in summarise([counts[name] for counts in results if name in counts]).items()
         )
+
+
+def stages_entered_by(module: nn.Module) -> DynamicStages | None:
+    """The stages whose images a module is given: its own, or those that DGE was added to it with; None for others."""
+    candidates = (module, *module._modules.values())
+    return next((other for other in candidates if isinstance(other, DynamicStages) and other.entry is module), None)
 
 
 def finest_score(

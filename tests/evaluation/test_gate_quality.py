@@ -10,6 +10,7 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+import mmdyn
 from mmdyn.evaluation import GateQuality
 from mmdyn.evaluation.gate_quality import ForegroundMasks, as_seen, compare, finest_score, summarise
 
@@ -185,6 +186,29 @@ def test_metric_of_a_model(example):
     assert found['gates/random/accuracy'] == pytest.approx(50, abs=3)
     layers = {key.split('/')[1] for key in found}
     assert layers == {'random', 'stages.0.blocks.0', 'stages.0.blocks.1', 'stages.1.blocks.0'}
+
+
+@torch.no_grad()
+def test_models_of_other_libraries(example):
+    """A model that DGE was added to has the same metrics, by the names of its layers."""
+    timm = pytest.importorskip('timm')
+    _, batch, folder = example
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+    model = mmdyn.apply_dge(model, granularities=(1, 2)).eval()
+    encoders = [module for module in model.modules() if hasattr(module, 'router')]
+    seen = {}
+    for name, encoder in zip(('blocks.0', 'blocks.1'), encoders):
+        nn.init.normal_(encoder.router.weight, std=10.0), nn.init.zeros_(encoder.router.bias)
+        encoder.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[1:]}))
+    metric = GateQuality(str(folder))
+    model(torch.stack(batch['inputs']).float() / 64 - 2)
+    metric.process(batch, [sample.to_dict() for sample in batch['data_samples']])
+    for i, counts in enumerate(metric.results):
+        mask = cv2.imread(str(folder / f'{i}.png'), 0)
+        assert set(counts) == {'random', 'blocks.0', 'blocks.1'}
+        for name, encoder in zip(('blocks.0', 'blocks.1'), encoders):
+            score = finest_score(encoder, *seen[name], size=(32, 32))[i].numpy()
+            assert counts[name] == compare(score, mask)
 
 
 def test_layers_that_were_asked_for(example):
