@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.runner import CheckpointLoader
 
 import mmdyn
 
@@ -217,5 +218,6 @@ def test_the_safe_loader_stays_on(trained, tmp_path):
             return os.system, ('true',)
 
     torch.save(dict(state_dict=Evil()), tmp_path / 'evil.pth')
-    with pytest.raises(Exception, match='Weights only load failed'):
-        torch.load(tmp_path / 'evil.pth')
+    for load in (torch.load, CheckpointLoader.load_checkpoint):
+        with pytest.raises(Exception, match='Weights only load failed'):
+            load(str(tmp_path / 'evil.pth'))
