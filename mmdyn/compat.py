@@ -8,7 +8,7 @@ import torch
 from packaging.version import Version
 
 # Module: least and first unfit version. Forks keep the names of the modules and go on with their versions.
-REQUIRED = {'mmengine': ('0.10.0', '1.0.0'), 'mmcv': ('2.1.0', '3.0.0')}
+REQUIRED = {'mmengine': ('0.10.3', '1.0.0'), 'mmcv': ('2.1.0', '3.0.0')}
 
 
 def installed_version(module: str) -> str:
