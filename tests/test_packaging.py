@@ -47,6 +47,10 @@ def test_wheel_says_that_it_has_types(wheel):
     assert 'mmdyn/py.typed' in wheel.namelist()
 
 
+def test_wheel_holds_the_page_of_reports(wheel):
+    assert 'mmdyn/visualization/page.html' in wheel.namelist()
+
+
 def test_metadata_of_the_wheel(wheel):
     folder = f'mmdyn-{mmdyn.__version__}.dist-info'
     metadata = message_from_bytes(wheel.read(f'{folder}/METADATA'))
@@ -55,7 +59,7 @@ def test_metadata_of_the_wheel(wheel):
     assert b'Apache License, Version 2.0' in wheel.read(f'{folder}/licenses/{metadata["License-File"]}')
     assert metadata['Requires-Python'] == '>=3.10'
     assert {'torch>=2.6', 'numpy>=1.26.4', 'packaging'} <= set(metadata.get_all('Requires-Dist'))
-    assert set(metadata.get_all('Provides-Extra')) == {'mim', 'cls', 'det', 'seg', 'demo', 'tests', 'all'}
+    assert set(metadata.get_all('Provides-Extra')) == {'mim', 'cls', 'det', 'seg', 'analysis', 'demo', 'tests', 'all'}
     assert metadata.get_payload().strip() == (ROOT / 'README.md').read_text().strip()
 
 

@@ -6,6 +6,4 @@ _base_ = [
 ]
 
 load_from = 'work_dirs/deit-base_8xb16_in1k-256px/epoch_300.pth'
-model = dict(
-    backbone=dict(arch='base', dge=dict(granularities=(1, 2, 4), train_mode='dense')), head=dict(in_channels=768)
-)
+model = dict(backbone=dict(arch='base', dge=dict(granularities=(1, 2, 4))), head=dict(in_channels=768))

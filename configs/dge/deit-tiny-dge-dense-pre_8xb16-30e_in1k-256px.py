@@ -6,6 +6,4 @@ _base_ = [
 ]
 
 load_from = 'work_dirs/deit-tiny_8xb16_in1k-256px/epoch_300.pth'
-model = dict(
-    backbone=dict(arch='tiny', dge=dict(granularities=(1, 2, 4), train_mode='dense')), head=dict(in_channels=192)
-)
+model = dict(backbone=dict(arch='tiny', dge=dict(granularities=(1, 2, 4))), head=dict(in_channels=192))

@@ -2,7 +2,6 @@
 _base_ = './fpn_pvt-s-dge_8xb4-80k_ade20k-512x512.py'
 
 load_from = 'work_dirs/fpn_pvt-s_8xb4-80k_ade20k-512x512/iter_80000.pth'
-model = dict(backbone=dict(dge=dict(train_mode='dense')))
 optim_wrapper = dict(
     optimizer=dict(lr=1e-5), paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=50.0, decay_mult=0.0)})
 )

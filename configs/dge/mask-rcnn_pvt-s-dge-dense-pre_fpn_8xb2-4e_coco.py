@@ -2,7 +2,6 @@
 _base_ = './mask-rcnn_pvt-s-dge_fpn_1x_coco.py'
 
 load_from = 'work_dirs/mask-rcnn_pvt-s_fpn_1x_coco/epoch_12.pth'
-model = dict(backbone=dict(dge=dict(train_mode='dense')))
 optim_wrapper = dict(
     optimizer=dict(lr=1e-5), paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=50.0, decay_mult=0.0)})
 )

@@ -6,4 +6,4 @@ _base_ = [
 ]
 
 load_from = 'work_dirs/pvt-medium_8xb16_in1k-256px/epoch_300.pth'
-model = dict(backbone=dict(arch='medium', drop_path_rate=0.3, dge=dict(granularities=(1, 2, 4), train_mode='dense')))
+model = dict(backbone=dict(arch='medium', drop_path_rate=0.3, dge=dict(granularities=(1, 2, 4))))

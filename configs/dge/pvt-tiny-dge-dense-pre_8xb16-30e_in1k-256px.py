@@ -6,4 +6,4 @@ _base_ = [
 ]
 
 load_from = 'work_dirs/pvt-tiny_8xb16_in1k-256px/epoch_300.pth'
-model = dict(backbone=dict(arch='tiny', dge=dict(granularities=(1, 2, 4), train_mode='dense')))
+model = dict(backbone=dict(arch='tiny', dge=dict(granularities=(1, 2, 4))))

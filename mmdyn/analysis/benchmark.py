@@ -188,7 +188,7 @@ def backbone_cases(suite: str, arch: str, images: Tensor, options: Options) -> d
     dense = build(arch, img_size)
     dynamic = dynamic_like(dense, arch, img_size, shape, options)
     if suite == 'train':
-        models = {f'DGE {mode}': dynamic(options.patterns[0], train_mode=mode) for mode in ('sparse', 'dense')}
+        models = {f'DGE {mode}': dynamic(options.patterns[0], train_mode=mode) for mode in ('sparse', 'pair', 'dense')}
         return {
             name: backbone_case(model, images, autocast, step=training_step)
             for name, model in {'dense': dense, **models}.items()

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,10 @@ from .latency import synchronise
 
 # The first price that is tried, the factor to the next, and the last.
 FIRST, FACTOR, LAST = 0.01, 4.0, 1e5
+BUDGETS = [round(0.1 * tenth, 1) for tenth in range(2, 11)]
+MODES = ('average', 'exact', 'equal')
+# What a row of a sweep tells beside the metrics of the evaluator.
+COLUMNS = ('checkpoint', 'mode', 'budget', 'threshold', 'query_ratio', 'gflops', 'milliseconds', 'layers')
 
 
 class Spent(NamedTuple):
@@ -128,14 +133,74 @@ def calibrate(
     )
 
 
-def evaluate(model: nn.Module, batches: Iterable[Any], evaluator: Evaluator) -> dict[str, float]:
+def budgets_of(backbone: DynamicStages, given: Sequence[float] | None) -> list[float]:
+    """The budgets that were asked, or those of :data:`BUDGETS` that the granularities reach, ascending."""
+    least, most = backbone.ratio_bounds()
+    return sorted(given or [budget for budget in BUDGETS if least <= budget <= most + 1e-6])
+
+
+def modes_of(backbone: DynamicStages, given: Sequence[str] | None) -> list[str]:
+    """The modes that were asked, or those of :data:`MODES` that the model has."""
+    by_layer = any(getattr(module, 'routing', 'region') == 'layer' for module in backbone.modules())
+    return list(given or [mode for mode in MODES if mode == 'average' or not by_layer])
+
+
+def measure_prices(model: nn.Module, batches: Iterable[Any], budgets: Sequence[float], most: int) -> Prices:
+    """The prices of some budgets, measured on at least ``most`` images if there are so many."""
+    backbone = dynamic_backbone(model)
+
+    def at_price(price: float) -> Spent:
+        backbone.set_price(price)
+        return spend(model, batches, most)
+
+    return calibrate(at_price, budgets)
+
+
+def set_mode(backbone: DynamicStages, mode: str, budget: float | None, prices: Prices) -> None:
+    """Set a budget in one of :data:`MODES`; ``'router'`` lets the routers decide."""
+    settings = {
+        'average': partial(backbone.set_budget, mode='average', prices=prices),
+        'exact': partial(backbone.set_budget, mode='exact', prices=prices),
+        'equal': partial(backbone.set_budget, mode='exact'),
+    }
+    settings.get(mode, backbone.set_budget)(budget)
+
+
+def sweep(
+    model: nn.Module,
+    batches: Iterable[Any],
+    evaluator: Evaluator,
+    budgets: Sequence[float],
+    modes: Sequence[str],
+    prices: Prices,
+) -> Iterator[dict[str, Any]]:
+    """Test a model as its routers decide, then in each mode at each budget.
+
+    Yields:
+        ``mode`` and ``budget``, and what :func:`evaluate` returns.
+    """
+    for mode, budget in [('router', None), *((mode, budget) for mode in modes for budget in budgets)]:
+        set_mode(dynamic_backbone(model), mode, budget, prices)
+        yield dict(mode=mode, budget=budget, **evaluate(model, batches, evaluator))
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[Any], evaluator: Evaluator, backbone: DynamicStages | None = None
+) -> dict[str, Any]:
     """Accuracy and cost of a model.
 
+    Args:
+        model: of any task.
+        batches: of its test set.
+        evaluator: whose metrics tell the accuracy.
+        backbone: whose cost counts. Defaults to the one with DGE.
+
     Returns:
-        ``query_ratio``; ``gflops``, multiply-adds of the backbone for an image in 1e9; ``milliseconds`` of the whole
-        model for an image, the median of the batches behind the first; and the numbers that the evaluator finds.
+        ``query_ratio``; ``layers``, that of each layer with DGE; ``gflops``, multiply-adds of the backbone for an image
+        in 1e9; ``milliseconds`` of the whole model for an image, the median of the batches behind the first; and the
+        numbers that the evaluator finds.
     """
-    backbone, seconds, images = dynamic_backbone(model), [], 0
+    backbone, seconds, images = backbone or dynamic_backbone(model), [], 0
     meter, device = CostMeter(training=False, backbones=[backbone]), next(model.parameters()).device
     for batch in batches:
         synchronise(device)
@@ -150,7 +215,22 @@ def evaluate(model: nn.Module, batches: Iterable[Any], evaluator: Evaluator) -> 
     metrics = {name: float(value) for name, value in evaluator.evaluate(images).items() if not isinstance(value, str)}
     return dict(
         query_ratio=spent.query_ratio,
+        layers=spent.layers,
         gflops=spent.macs / 1e9,
         milliseconds=1e3 * statistics.median(seconds[1:] or seconds),
         **metrics,
     )
+
+
+def metric_of(rows: list[dict], asked: str | None) -> str:
+    """The metric to show: the one that was asked; by default mIoU, or else the first that the evaluator found.
+
+    Raises:
+        ValueError: if there is none, or not the one that was asked.
+    """
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in COLUMNS]
+    if not names:
+        raise ValueError('The test evaluator found nothing to show: does the model predict anything?')
+    if asked and asked not in names:
+        raise ValueError(f'The test evaluator has no metric {asked}: choose from {names}.')
+    return asked or ('mIoU' if 'mIoU' in names else names[0])

@@ -28,7 +28,11 @@ Outputs = torch.Tensor | Sequence[torch.Tensor]
 
 
 def interleaved_times(
-    cases: dict[str, Callable[[], object]], rounds: int = 5, warmup: int = 1, device: str | torch.device = 'cpu'
+    cases: dict[str, Callable[[], object]],
+    rounds: int = 5,
+    warmup: int = 1,
+    device: str | torch.device = 'cpu',
+    prepare: Callable[[str], object] | None = None,
 ) -> dict[str, list[float]]:
     """Run the cases in turns, A B A B, so that whatever else the machine does meets all of them.
 
@@ -37,6 +41,7 @@ def interleaved_times(
         rounds: measured runs of each case.
         warmup: runs of each case before.
         device: what they run on; its queue is empty when a clock is read.
+        prepare: called with a case's name before each of its runs, outside of what is measured.
 
     Returns:
         seconds of each measured run, by name.
@@ -45,20 +50,22 @@ def interleaved_times(
     check_integer('rounds', rounds, 1, MOST, 'the measured runs of each case')
     check_integer('warmup', warmup, 0, MOST, 'the runs of each case before')
 
-    def timed(run):
+    def timed(name, run):
+        if prepare is not None:
+            prepare(name)
         synchronise(device)
         start = time.perf_counter()
         run()
         synchronise(device)
         return time.perf_counter() - start
 
-    for run in cases.values():
+    for name, run in cases.items():
         for _ in range(warmup):
-            run()
+            timed(name, run)
     times = {name: [] for name in cases}
     for _ in range(rounds):
         for name, run in cases.items():
-            times[name].append(timed(run))
+            times[name].append(timed(name, run))
     return times
 
 

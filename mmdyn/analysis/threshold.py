@@ -1,10 +1,12 @@
 """What CF-ViT's confidence threshold trades: accuracy against multiply-adds."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from mmengine.config import Config
+from torch import Tensor, nn
 
 from ..values import check_number
 
@@ -17,16 +19,64 @@ class Curve(NamedTuple):
         exit_share: (T,) share of the images, in [0, 1], that stop after the coarse stage.
         top1: (T,) accuracy in per cent.
         macs: (T,) multiply-adds of an image on average.
+        coarse_right, fine_right: (T,) images that are classified correctly where they stop, at the coarse and at the
+            fine stage (figure 8 of the paper).
     """
 
     threshold: Tensor
     exit_share: Tensor
     top1: Tensor
     macs: Tensor
+    coarse_right: Tensor
+    fine_right: Tensor
 
     def point(self, index: int) -> dict:
         """The numbers at one threshold."""
         return {name: values[index].item() for name, values in self._asdict().items()}
+
+
+def run_both_stages(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
+    """Run both stages of a CoarseToFineClassifier on labelled images.
+
+    Returns:
+        the arguments of :func:`curve`, but for the thresholds.
+
+    Raises:
+        ValueError: if the images have no labels.
+    """
+    before, model.test_cfg = model.test_cfg, dict(threshold=1.0, every_stage=True)
+    coarse, fine, labels = [], [], []
+    for batch in batches:
+        with torch.inference_mode():
+            samples = model.test_step(batch)
+        if any('gt_label' not in sample for sample in samples):
+            raise ValueError('the images of the test set have no labels.')
+        coarse += [sample.coarse_score.cpu() for sample in samples]
+        fine += [sample.fine_score.cpu() for sample in samples]
+        labels += [sample.gt_label.cpu() for sample in samples]
+    model.test_cfg = before
+    coarse_macs, fine_macs = model.backbone.stage_macs()
+    return dict(
+        coarse_scores=torch.stack(coarse),
+        fine_scores=torch.stack(fine),
+        labels=torch.cat(labels),
+        coarse_macs=coarse_macs,
+        fine_macs=fine_macs,
+    )
+
+
+def check_has_threshold(cfg: Config) -> None:
+    """Raise ValueError if the model of a config has no stages to stop between."""
+    if not has_threshold(cfg):
+        raise ValueError(
+            f'the model is a {cfg.model.type}: give the config of an mmdyn.CoarseToFineClassifier, which '
+            'has a threshold.'
+        )
+
+
+def has_threshold(cfg: Config) -> bool:
+    """Whether the model of a config stops by a confidence."""
+    return cfg.model.type.split('.')[-1] == 'CoarseToFineClassifier'
 
 
 def curve(
@@ -56,11 +106,11 @@ def curve(
     # The images that go on are the least confident ones. As in the classifier, a threshold has the scores' precision.
     goes_on = torch.searchsorted(confidence, thresholds.to(confidence))
     goes_on[thresholds >= 1] = num
-    right = torch.cat([none, fine_right.cumsum(0)])[goes_on] + (
-        coarse_right.sum() - torch.cat([none, coarse_right.cumsum(0)])[goes_on]
-    )
-    right, goes_on = right.double(), goes_on.double()
-    return Curve(thresholds, (num - goes_on) / num, 100 * right / num, coarse_macs + fine_macs * (goes_on / num))
+    fine_right = torch.cat([none, fine_right.cumsum(0)])[goes_on]
+    coarse_right = coarse_right.sum() - torch.cat([none, coarse_right.cumsum(0)])[goes_on]
+    right, goes_on = (fine_right + coarse_right).double(), goes_on.double()
+    macs = coarse_macs + fine_macs * (goes_on / num)
+    return Curve(thresholds, (num - goes_on) / num, 100 * right / num, macs, coarse_right, fine_right)
 
 
 def operating_points(coarse_scores: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Layers in which nearly all regions choose one granularity for long: they have stopped to decide by the image."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
 from ..models.backbones.base import DynamicStages
-from ..models.dge import DynamicGrainedEncoder
+from ..models.dge import DynamicGrainedEncoder, share_within_images
 
 # Routers start with the finest granularity at a probability of 0.95.
 NEARLY_ALL = 0.99
@@ -16,7 +16,7 @@ ADVICE = {
     True: 'the routers feel too little of the budget. Lower budget or raise weight of BudgetHook, or let the routers '
     "learn faster: optim_wrapper=dict(paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=10.)})).",
     False: 'the budget outweighs the task. Raise budget or lower weight of BudgetHook, start from a checkpoint of the '
-    "dense model, or give each granularity a gradient: dge=dict(train_mode='dense').",
+    "dense model, or let routers learn from what they did not choose: dge=dict(train_mode='dense'), the default.",
 }
 
 
@@ -30,27 +30,43 @@ def count_choices(choice: Tensor, num: int) -> Tensor:
     return (choice.flatten()[:, None] == torch.arange(num, device=choice.device)).sum(0)
 
 
-def look(backbones: list[DynamicStages]) -> dict[str, tuple[float, dict[int, float]]]:
-    """What each layer decided in the last forward pass, over the images of all processes.
+class LayerView(NamedTuple):
+    """What a layer decided on some images.
 
-    Returns:
-        For each layer its query ratio and, of each granularity, the share of the regions that chose it.
+    Attributes:
+        query_ratio: mean of its query ratios.
+        shares: of each granularity, the share of the regions that chose it.
+        within_images: see :func:`~mmdyn.models.dge.share_within_images`.
     """
+
+    query_ratio: float
+    shares: dict[int, float]
+    within_images: float
+
+
+def look(backbones: list[DynamicStages]) -> dict[str, LayerView]:
+    """What each layer decided in the last forward pass, over the images of all processes, by its name."""
     rows, phis = {}, {}
     for number, backbone in enumerate(backbones):
         layers = [layer for layer in backbone.cost.layers if layer.dynamic]
         for layer, encoder in zip(layers, encoders_of(backbone), strict=True):
             name = layer.name if len(backbones) == 1 else f'{number}.{layer.name}'
             ratio, phis[name], decision = layer.query_ratio.detach(), encoder.granularities, encoder.decision
-            assert decision is not None  # or there would be no cost
+            assert decision is not None and layer.finest is not None  # or there would be no cost
             counts = count_choices(decision.choice, len(phis[name])).to(ratio)
-            rows[name] = torch.cat([ratio.sum()[None], ratio.new_tensor([len(ratio)]), counts])
+            finest = layer.finest.to(ratio)
+            sums = [ratio.sum(), ratio.new_tensor(len(ratio)), finest.sum(), finest.square().sum()]
+            rows[name] = torch.cat([torch.stack(sums), counts])
     together = torch.cat([*rows.values()])
     all_reduce(together)
     result = {}
     for name, values in zip(rows, together.split([len(row) for row in rows.values()])):
-        total, images, *counts = values.tolist()
-        result[name] = (total / images, {phi: count / sum(counts) for phi, count in zip(phis[name], counts)})
+        total, images, finest, squares, *counts = values.tolist()
+        result[name] = LayerView(
+            total / images,
+            {phi: count / sum(counts) for phi, count in zip(phis[name], counts)},
+            share_within_images(finest / images, squares / images),
+        )
     return result
 
 

@@ -10,6 +10,7 @@ from mmengine.logging import MessageHub, print_log
 from torch import Tensor
 
 from ..models.cost import BackboneCost, CostMeter
+from ..models.dge import share_within_images
 from ..registry import METRICS
 from ..values import check_choice, check_type
 from .coarse_to_fine import COLLECT_DEVICES
@@ -54,6 +55,8 @@ class DynamicFLOPs(BaseMetric):
     DGE, ``query_ratio`` beta of eq. 7, and ``query_ratio/<layer>`` for each layer with DGE. All forward passes of an
     image count, as in test-time augmentation and slide inference; ``gflops`` is their sum, and a ratio their mean. Each
     image has a cost of its own, so that the averages depend neither on the batch size nor on the number of processes.
+    ``within_images/<layer>`` tells how much of the variance of the layer's choice lies within images, see
+    :func:`~mmdyn.models.dge.share_within_images`: near 0 it treats all regions of an image alike.
 
     After a test, a warning in the log names the layers that spent the same on nearly all images.
 
@@ -95,7 +98,7 @@ class DynamicFLOPs(BaseMetric):
                     total = torch.zeros(num).double().index_add_(0, owner, values)
                 sums[name], counts[name] = sums.get(name, 0) + total, counts.get(name, 0) + share
         for name in sums:
-            if name.startswith('query_ratio'):
+            if name.startswith(('query_ratio', 'finest')):
                 sums[name] = sums[name] / counts[name]
         # One entry for each image: mmengine cuts what was gathered from all processes to the size of the data set.
         if sums:
@@ -105,13 +108,15 @@ class DynamicFLOPs(BaseMetric):
     def _columns(cost: BackboneCost) -> dict[str, Tensor]:
         """What is reported of a pass, each with (B,) values of its images."""
         layers = [layer for layer in cost.layers if layer.dynamic]
-        names = ['gflops', 'gflops_dense', 'query_ratio', *(f'query_ratio/{layer.name}' for layer in layers)]
+        of_layers = [f'{kind}/{layer.name}' for kind in ('query_ratio', 'finest') for layer in layers]
+        names = ['gflops', 'gflops_dense', 'query_ratio', *of_layers]
         ratio = cost.query_ratio.double()
         columns = [
             cost.spent / 1e9,
             torch.full_like(ratio, cost.dense / 1e9),
             ratio,
             *(layer.query_ratio.double() for layer in layers),
+            *(layer.finest.to(ratio) for layer in layers),
         ]
         return dict(zip(names, torch.stack(columns).detach().cpu()))
 
@@ -132,10 +137,19 @@ class DynamicFLOPs(BaseMetric):
         columns = {name: [result[name] for result in results] for name in results[0]}
         # A validation is part of a training, whose hooks look at the routers and know for how long.
         if MessageHub.get_current_instance().get_info('loop_stage') != 'val':
-            self._warn_of_collapse({name.partition('/')[2]: values for name, values in columns.items() if '/' in name})
-        return OrderedDict(
-            (name, sum(values) / len(values)) for name, values in columns.items() if self.per_layer or '/' not in name
-        )
+            self._warn_of_collapse(
+                {name.partition('/')[2]: values for name, values in columns.items() if name.startswith('query_ratio/')}
+            )
+        means = OrderedDict()
+        for name, values in columns.items():
+            kind, _, layer = name.partition('/')
+            mean = sum(values) / len(values)
+            if kind == 'finest' and self.per_layer:
+                square = sum(value**2 for value in values) / len(values)
+                means[f'within_images/{layer}'] = share_within_images(mean, square)
+            elif kind != 'finest' and (self.per_layer or not layer):
+                means[name] = mean
+        return means
 
     @staticmethod
     def _warn_of_collapse(ratios: dict[str, list[float]]) -> None:

@@ -29,6 +29,7 @@ class LayerCost:
         queries: (B,) queries of each image, extra tokens included.
         dense_queries: queries of an image without DGE.
         dynamic: whether the block has a router.
+        finest: (B,) share of each image's regions that ask for the finest granularity; None without a router.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerCost:
     queries: Tensor
     dense_queries: int
     dynamic: bool
+    finest: Tensor | None = None
 
     @property
     def spent(self) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from ..models.dge import DynamicGrainedEncoder, check_granularities
+from ..models.dge import DynamicGrainedEncoder, check_granularities, share_within_images
 from ..values import check_number
 
 # RGB for the granularities from fine to coarse; black for skipped regions.
@@ -30,6 +30,54 @@ def granularity_of_pixels(
     cells = np.asarray(encoder.granularities)[choice].repeat(encoder.region, 0).repeat(encoder.region, 1)
     rows, columns = (np.arange(side) * count // side for side, count in zip(size, shape))
     return cells[np.ix_(rows, columns)]
+
+
+class Selectivity:
+    """Where the layers choose the finest granularity: on objects, on background, and how much within images."""
+
+    def __init__(self) -> None:
+        # Of each layer for each image: pixels of the object and of the background, and the finest ones among them.
+        self._pixels: dict[str, list[tuple[int, int, int, int]]] = {}
+
+    def add(self, layer: str, is_finest: np.ndarray, mask: np.ndarray) -> None:
+        """Note an image.
+
+        Args:
+            layer: name.
+            is_finest: (H, W) whether the finest granularity serves a pixel.
+            mask: (H, W) whether a pixel is of an object.
+        """
+        counts = mask.sum(), (~mask).sum(), (is_finest & mask).sum(), (is_finest & ~mask).sum()
+        self._pixels.setdefault(layer, []).append(tuple(map(int, counts)))
+
+    def result(self) -> dict[str, dict[str, float]]:
+        """Of each layer, from all pixels of all images.
+
+        Returns:
+            ``object`` and ``background``, the shares of their pixels that the finest granularity serves;
+            ``selectivity``, the first less the second; ``within_images``, see
+            :func:`~mmdyn.models.dge.share_within_images`.
+
+        Raises:
+            ValueError: if there is no object, or no background, in any image.
+        """
+        found = {}
+        for layer, pixels in self._pixels.items():
+            counts = np.array(pixels, float)
+            objects, background, on, off = counts.sum(0)
+            if not (objects and background):
+                raise ValueError(
+                    f'The masks have {objects:.0f} pixels of objects and {background:.0f} of background: give masks '
+                    'that have both, and the value of their background.'
+                )
+            shares = counts[:, 2:].sum(1) / counts[:, :2].sum(1)
+            found[layer] = dict(
+                object=on / objects,
+                background=off / background,
+                selectivity=on / objects - off / background,
+                within_images=share_within_images(shares.mean(), np.square(shares).mean()),
+            )
+        return found
 
 
 def draw_gates(

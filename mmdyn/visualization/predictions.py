@@ -1,5 +1,8 @@
 """Pictures of what a model predicts, drawn by the visualizer of its own framework."""
 
+from pathlib import Path
+
+import cv2
 import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, VISUALIZERS
@@ -7,6 +10,7 @@ from mmengine.structures import BaseDataElement, PixelData
 from mmengine.visualization import Visualizer
 
 from ..values import check_integer, check_number
+from .regions import labelled
 
 
 def build_visualizer(cfg: Config, dataset_meta: dict | None = None) -> Visualizer:
@@ -47,6 +51,30 @@ def draw_prediction(
     options = dict(pred_score_thr=score_thr) if 'pred_instances' in sample else {}
     visualizer.add_datasample('prediction', image, sample, draw_gt=False, **options)
     return visualizer.get_image()
+
+
+def prediction_panel(
+    visualizer: Visualizer,
+    path: str | Path,
+    sample: BaseDataElement,
+    side: int,
+    score_thr: float = 0.3,
+    title: str = 'prediction',
+) -> np.ndarray:
+    """A picture of what was predicted, ``side`` pixels high below its title; a class is told in words.
+
+    Args:
+        visualizer: of the model's framework.
+        path: of the image.
+        sample: what the model returned for it.
+        side: height of the picture.
+        score_thr: instances with a lower score are left out.
+        title: over instances and segmentations.
+    """
+    image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    if 'pred_label' in sample:
+        return labelled(image, describe_label(sample, visualizer.dataset_meta), side)
+    return labelled(draw_prediction(visualizer, image, sample, score_thr, max(1, side // image.shape[0])), title, side)
 
 
 def _enlarged(sample: BaseDataElement, times: int) -> BaseDataElement:

@@ -86,3 +86,10 @@ def with_title(picture: np.ndarray, title: str, colour: tuple[int, int, int] = (
     line = np.full((18, picture.shape[1], 3), 255, np.uint8)
     cv2.putText(line, title, (2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
     return np.pad(np.concatenate([line, picture]), ((0, 4), (0, 4), (0, 0)), constant_values=255)
+
+
+def labelled(picture: np.ndarray, text: str, side: int) -> np.ndarray:
+    """A picture (H, W, 3) enlarged or reduced to ``side`` pixels of height, below a line of text."""
+    interpolation = cv2.INTER_NEAREST if picture.shape[0] <= side else cv2.INTER_AREA
+    size = round(picture.shape[1] * side / picture.shape[0]), side
+    return with_title(cv2.resize(picture, size, interpolation=interpolation), text)

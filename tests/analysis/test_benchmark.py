@@ -116,8 +116,8 @@ def test_attention_alone():
 
 def test_training():
     rows = measure('train', 'PVT-tiny', (256, 320), 1, ONCE)['rows']
-    assert list(rows) == ['dense', 'DGE sparse', 'DGE dense']
-    for name in ('DGE sparse', 'DGE dense'):
+    assert list(rows) == ['dense', 'DGE sparse', 'DGE pair', 'DGE dense']
+    for name in ('DGE sparse', 'DGE pair', 'DGE dense'):
         assert 0.5 < rows[name]['macs_ratio'] < 0.7
     # Gradients of 12.7 million weights and more.
     assert all(row['peak_memory'] > 4 * 12.7e6 for row in rows.values())

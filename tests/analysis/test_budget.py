@@ -7,7 +7,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdyn.analysis.budget import Spent, average, calibrate, dynamic_backbone, evaluate, spend
+from mmdyn.analysis.budget import Spent, average, calibrate, dynamic_backbone, evaluate, metric_of, spend
 from mmdyn.models.cost import CostMeter
 
 
@@ -105,7 +105,7 @@ def test_evaluation(model):
     assert [count for count, _ in seen] == [2, 2, 1] and all(a is b for (_, a), b in zip(seen, batches))
     spent = spend(model, batches, 5)
     assert found.pop('milliseconds') > 0
-    assert found == dict(query_ratio=spent.query_ratio, gflops=spent.macs / 1e9, accuracy=5)
+    assert found == dict(query_ratio=spent.query_ratio, layers=spent.layers, gflops=spent.macs / 1e9, accuracy=5)
 
 
 def test_models_without_one_dynamic_backbone(backbone_config):
@@ -115,3 +115,13 @@ def test_models_without_one_dynamic_backbone(backbone_config):
     for parts, number in ((dense, 0), (nn.ModuleList(dynamic), 2)):
         with pytest.raises(ValueError, match=f'The model has {number} backbones with DGE: give the config of one'):
             dynamic_backbone(parts)
+
+
+def test_metric_to_show():
+    rows = [dict(mode='router', budget=None, gflops=1.0, layers={}, aAcc=80.0, mIoU=40.0)]
+    assert metric_of(rows, None) == 'mIoU' and metric_of(rows, 'aAcc') == 'aAcc'
+    assert metric_of([dict(rows[0], top1=1.0, mIoU=None)], None) == 'mIoU' and metric_of([dict(b=1, a=2)], None) == 'b'
+    with pytest.raises(ValueError, match=r"no metric top1: choose from \['aAcc', 'mIoU'\]"):
+        metric_of(rows, 'top1')
+    with pytest.raises(ValueError, match='The test evaluator found nothing to show'):
+        metric_of([dict(mode='router', gflops=1.0)], None)

@@ -27,6 +27,18 @@ def test_runs_in_turns_after_a_warm_up():
     assert {name: len(of) for name, of in times.items()} == dict(a=3, b=3)
 
 
+def test_each_run_is_prepared_outside_of_its_time():
+    calls = []
+
+    def prepare(name):
+        time.sleep(0.05)
+        calls.append(f'<{name}>')
+
+    cases = dict(a=lambda: calls.append('a'), b=lambda: calls.append('b'))
+    times = interleaved_times(cases, rounds=1, warmup=1, prepare=prepare)
+    assert ''.join(calls) == '<a>a<b>b' * 2 and max(times['a'] + times['b']) < 0.05
+
+
 def test_ratio_is_the_median_of_neighbours():
     assert ratio(dict(a=[1.0, 4.0, 3.0], b=[1.0, 2.0, 1.0]), 'a', 'b') == 2.0
 

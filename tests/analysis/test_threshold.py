@@ -71,7 +71,11 @@ def test_choices():
     assert of.top1.tolist() == pytest.approx([200 / 3, 100, 200 / 3, 200 / 3])
     assert most_accurate(of, 199) == 0 and most_accurate(of, 200) == 1 and most_accurate(of, 1000) == 1
     assert cheapest(of, 10) == 0 and cheapest(of, 66.7) == 1 and cheapest(of, 100) == 1
-    assert of.point(1) == dict(threshold=0.7, exit_share=pytest.approx(2 / 3), top1=100, macs=200)
+    assert of.point(1) == dict(
+        threshold=0.7, exit_share=pytest.approx(2 / 3), top1=100, macs=200, coarse_right=2, fine_right=1
+    )
+    # Coarse alone mistakes the first; fine alone the second.
+    assert (of.coarse_right.tolist(), of.fine_right.tolist()) == ([2, 2, 1, 0], [0, 1, 1, 2])
 
 
 def test_unreachable():

@@ -30,11 +30,23 @@ def test_look(backbone, encoders):
     backbone.train()(torch.rand(6, 3, 32, 32))
     seen = look([backbone])
     assert list(seen) == ['stages.0.blocks.0', 'stages.0.blocks.1', 'stages.1.blocks.0']
-    assert seen['stages.0.blocks.0'] == (1 / 16, {1: 0, 2: 0, 4: 1})
-    ratio, shares = seen['stages.0.blocks.1']
+    assert seen['stages.0.blocks.0'] == (1 / 16, {1: 0, 2: 0, 4: 1}, 0)
+    ratio, shares, within = seen['stages.0.blocks.1']
+    assert within == 0
     fine = sum(choice.flatten()[0].item() == 0 for choice in encoders(backbone)[1].decision.choice) / 6
     assert shares == pytest.approx({1: fine, 2: 1 - fine, 4: 0})
     assert ratio == pytest.approx(fine + (1 - fine) / 4)
+
+
+def test_look_tells_how_much_of_the_choice_varies_within_images():
+    """Shares of 1/4, 1/4, 3/4 and 3/4 of the regions: 3/16 within images of 1/4 in all, whatever the gates drew."""
+    model = PVT(dict(ARCH, depths=(1, 1)), img_size=32, dge=dict(granularities=(1, 2, 4))).train()
+    model(torch.rand(4, 3, 32, 32))
+    finest, logits = torch.tensor([1, 1, 3, 3])[:, None] > torch.arange(4), torch.zeros(4, 2, 2, 3)
+    logits[..., 0] = torch.where(finest.view(4, 2, 2), 1.0, -1.0)
+    encoder = model.stages[0].dge[0]
+    encoder.decision = encoder.decision._replace(logits=logits)
+    assert look([model])['stages.0.blocks.0'].within_images == pytest.approx(3 / 4)
 
 
 def test_warns_once_of_each_layer_after_long():
@@ -85,7 +97,7 @@ def test_the_hook_tells_the_log_the_visualizer_and_the_next_run(backbone, caplog
         iter=0,
         logger=logger,
         message_hub=hub,
-        visualizer=SimpleNamespace(add_scalars=lambda values, step: scalars.update({step: values})),
+        visualizer=SimpleNamespace(add_scalars=lambda values, step: scalars.setdefault(step, {}).update(values)),
     )
 
     def train(begin, end):
@@ -100,8 +112,12 @@ def test_the_hook_tells_the_log_the_visualizer_and_the_next_run(backbone, caplog
     with caplog.at_level(logging.INFO, 'test_collapse'):
         train(0, 20)
     assert list(scalars) == [10, 20] and scalars[10]['query_ratio/stages.0.blocks.0'] == 1 / 16
+    assert scalars[10]['within_images/stages.0.blocks.0'] == 0
     assert [record.levelname for record in caplog.records] == ['INFO', 'INFO']
-    assert 'query_ratio by layer in iteration 10: stages.0.blocks.0 0.062, stages.0.' in caplog.records[0].message
+    assert (
+        'query_ratio by layer in iteration 10 (share of its choice that varies within images): '
+        'stages.0.blocks.0 0.062 (0.00), stages.0.'
+    ) in caplog.records[0].message
     caplog.clear()
     state = hub.state_dict()
     hub.update_info('collapse', {})
@@ -125,8 +141,8 @@ def _worker(rank, world):
             torch.nn.init.zeros_(encoder.router.weight)
             encoder.router.bias.data = torch.tensor([1e4, 0.0] if rank == 0 else [0.0, 1e4])
     model.train()(torch.rand(1 + 2 * rank, 3, 32, 32))
-    for ratio, shares in look([model]).values():
-        assert ratio == (1 + 3 / 4) / 4 and shares == {1: 1 / 4, 2: 3 / 4}
+    # One image that is fine everywhere, and three that are nowhere: nothing varies within an image.
+    assert all(seen == ((1 + 3 / 4) / 4, {1: 1 / 4, 2: 3 / 4}, 0) for seen in look([model]).values())
 
 
 def test_images_of_all_processes_count(run_distributed):

@@ -6,6 +6,7 @@ import torch
 import mmdyn  # noqa: F401
 from mmdyn.evaluation import DynamicFLOPs
 from mmdyn.models import PVT
+from mmdyn.models.dge.encoder import Decision
 
 ARCH = dict(embed_dims=(16, 32), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1))
 
@@ -59,7 +60,25 @@ def test_means_over_the_images():
     assert 0 < wanted['flops/query_ratio'] < 1
     for name, value in wanted.items():
         assert result[name] == pytest.approx(value), name
-    assert len(result) == 5
+    assert len(result) == 7
+
+
+@torch.no_grad()
+def test_share_of_the_choice_that_varies_within_images():
+    """Shares of 1, 0, 1/2 and 1/2 of the regions: 1/8 within images of 1/4 in all, also in passes of their own."""
+    model, metric = backbone(), DynamicFLOPs()
+    finest = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0]]).view(4, 2, 2)
+    for choices in (finest[:1], finest[1:]):
+        model(images(len(choices)))
+        model.stages[0].dge[0].decision = Decision(2 - 2 * choices, torch.ones(len(choices)))
+        model.account(*model.last_pass)
+        metric._meter.costs = metric._meter.costs[-1:]  # that of the choices
+        metric.process(None, [{}] * len(choices))
+    result = metric.evaluate(4)
+    assert result['flops/within_images/stages.0.blocks.0'] == pytest.approx(1 / 2)
+    # The second stage has one region.
+    assert result['flops/within_images/stages.1.blocks.0'] == 0
+    assert not any('finest' in name for name in result)
 
 
 @torch.no_grad()

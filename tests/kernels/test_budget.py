@@ -86,7 +86,7 @@ def test_stage(kind, num_extra, shape, phis, region, make_block, stage_of, avx51
         encoder.router.share = share
         out = encode_blocks(stage, tokens.clone(), shape)
         assert not isinstance(out, Refused), out
-        choice, queries = encoder.decision
+        choice, queries, _ = encoder.decision
         spent = num_extra + patches.expand(3, -1, -1, -1).gather(-1, choice[..., None]).flatten(1).sum(1)
         assert torch.equal(queries, spent)
         if share is None:

@@ -137,7 +137,7 @@ class TestValues:
         stage = stage_of(make_block(kind), dge=[encoder], num_extra=num_extra)
         tokens = torch.randn(3, num_extra + math.prod(shape), 12)
         out = encode(stage, tokens, shape)
-        choice, queries = encoder.decision
+        choice, queries, _ = encoder.decision
         assert choice.unique().tolist() == [*range(len(phis))]
         # But for rounding errors between logits that are nearly alike.
         logits = encoder.router(

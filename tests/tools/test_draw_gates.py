@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def test_images_of_other_sizes_are_drawn_without_their_padding(config, draw):
     assert printed.count('finest granularity on 100.0% of the object, 100.0% of the background') == 6
     assert picture.shape[0] == 160 + 18 + 4
     assert abs(picture.shape[1] - (2 + 6) * (240 + 4)) <= 2 + 6
+
+
+def test_json_tells_of_each_layer(draw):
+    printed, _ = draw('pvt-mini-dge_digits', '--json')
+    found = json.loads(printed)
+    assert found['pictures'] == 1 and len(found['layers']) == 5
+    assert all(
+        layer == dict(object=1, background=1, selectivity=0, within_images=0) for layer in found['layers'].values()
+    )
 
 
 def test_dense_model_has_nothing_to_draw(draw):

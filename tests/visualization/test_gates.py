@@ -1,9 +1,10 @@
 import numpy as np
+import pytest
 import torch
 
 from mmdyn.models.dge import DynamicGrainedEncoder
 from mmdyn.models.dge.encoder import Decision
-from mmdyn.visualization import draw_gates, draw_outline, granularity_of_pixels
+from mmdyn.visualization import Selectivity, draw_gates, draw_outline, granularity_of_pixels
 from mmdyn.visualization.gates import COLOURS
 
 
@@ -29,3 +30,24 @@ def test_outline_is_white_and_on_the_object_only():
     drawn = draw_outline(image, mask)
     assert (drawn[2, 2:7] == 255).all() and (drawn[4, 4] == 0).all() and (drawn[mask == 0] == 0).all()
     assert (image == 0).all()
+
+
+def test_selectivity_by_hand():
+    """3 of 4 pixels of the objects are finest, 1 of 12 of the background; half of the first image, none of the next."""
+    meter, top = Selectivity(), np.zeros((2, 4), bool)
+    top[0] = True
+    fine = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
+    meter.add('a', fine, top)
+    meter.add('a', np.zeros((2, 4), bool), np.zeros((2, 4), bool))
+    (layer,) = meter.result().items()
+    # Shares of 1/2 and 0: 1/8 within images, of 1/4 * 3/4 in all.
+    expected = dict(object=3 / 4, background=1 / 12, selectivity=2 / 3, within_images=2 / 3)
+    assert layer == ('a', pytest.approx(expected))
+
+
+@pytest.mark.parametrize('value, counts', [(False, '0 pixels of objects and 8'), (True, '8 pixels of objects and 0')])
+def test_masks_without_objects_or_background(value, counts):
+    meter = Selectivity()
+    meter.add('a', np.ones((2, 4), bool), np.full((2, 4), value))
+    with pytest.raises(ValueError, match=counts + ' of background: give masks that have both'):
+        meter.result()

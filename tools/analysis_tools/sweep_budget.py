@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -21,29 +20,13 @@ from mmengine.config import DictAction
 from mmengine.runner import Runner
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.budget import calibrate, dynamic_backbone, evaluate, spend
+from mmdyn.analysis.budget import MODES, budgets_of, dynamic_backbone, measure_prices, metric_of, modes_of, sweep
 from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
 from mmdyn.engine.launch import build_runner
 from mmdyn.evaluation import DynamicFLOPs
 
-BUDGETS = [round(0.1 * tenth, 1) for tenth in range(2, 11)]
-MODES = ('average', 'exact', 'equal')
-COLUMNS = ('checkpoint', 'mode', 'budget', 'query_ratio', 'gflops', 'milliseconds')
 
-
-def budgets_of(backbone, given: list[float] | None) -> list[float]:
-    """The budgets that were asked, or those of the default that the granularities reach."""
-    least, most = backbone.ratio_bounds()
-    return sorted(given or [budget for budget in BUDGETS if least <= budget <= most + 1e-6])
-
-
-def modes_of(backbone, given: list[str] | None) -> list[str]:
-    """The modes that were asked, or all that the model has."""
-    by_layer = any(getattr(module, 'routing', 'region') == 'layer' for module in backbone.modules())
-    return given or [mode for mode in MODES if mode == 'average' or not by_layer]
-
-
-def sweep(runner: Runner, args: argparse.Namespace, checkpoint: str, prices_file: Path) -> list[dict]:
+def sweep_checkpoint(runner: Runner, args: argparse.Namespace, checkpoint: str, prices_file: Path) -> list[dict]:
     """Calibrate and test one checkpoint."""
     runner.load_checkpoint(checkpoint, map_location='cpu')
     model, loop = runner.model.eval(), runner.test_loop
@@ -54,35 +37,13 @@ def sweep(runner: Runner, args: argparse.Namespace, checkpoint: str, prices_file
     if set(modes) - {'average'}:
         for budget in budgets:  # to say what is wrong before the work
             backbone.set_budget(budget)
-
-    def at_price(price: float):
-        backbone.set_price(price)
-        return spend(model, loop.dataloader, args.images)
-
-    prices = calibrate(at_price, budgets)
+    prices = measure_prices(model, loop.dataloader, budgets, args.images)
     prices_file.write_text(json.dumps(dict(prices._asdict(), checkpoint=Path(checkpoint).name, images=args.images)))
-    settings = {
-        'average': partial(backbone.set_budget, mode='average', prices=prices),
-        'exact': partial(backbone.set_budget, mode='exact', prices=prices),
-        'equal': partial(backbone.set_budget, mode='exact'),
-    }
     rows = []
-    for mode, budget in [('router', None), *((mode, budget) for mode in modes for budget in budgets)]:
-        settings.get(mode, backbone.set_budget)(budget)
-        found = evaluate(model, loop.dataloader, loop.evaluator)
-        rows.append(dict(checkpoint=Path(checkpoint).stem, mode=mode, budget=budget, **found))
+    for found in sweep(model, loop.dataloader, loop.evaluator, budgets, modes, prices):
+        rows.append(dict(checkpoint=Path(checkpoint).stem, **found))
         metric_of(rows, args.metric)
     return rows
-
-
-def metric_of(rows: list[dict], asked: str | None) -> str:
-    """The metric to show: the first that the evaluator found, or the one that was asked."""
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in COLUMNS]
-    if not names:
-        raise ValueError('The test evaluator found nothing to show: does the model predict anything?')
-    if asked and asked not in names:
-        raise ValueError(f'The test evaluator has no metric {asked}: choose from {names}.')
-    return asked or names[0]
 
 
 def line(row: dict, metric: str) -> str:
@@ -127,7 +88,7 @@ def main() -> str:
     )
     parser.add_argument('--modes', nargs='+', choices=MODES, help='default: all')
     parser.add_argument('--images', type=int, default=256, help='that prices are measured on (default: 256)')
-    parser.add_argument('--metric', help='to show (default: the first that the evaluator finds)')
+    parser.add_argument('--metric', help='to show (default: mIoU, or the first that the evaluator finds)')
     parser.add_argument('--out', help='folder of the results (default: work_dirs/<name of the config>/budget)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()
@@ -146,12 +107,13 @@ def main() -> str:
     runner, rows = build_runner(cfg), []
     for place, checkpoint in enumerate(args.checkpoint):
         name = 'prices.json' if len(args.checkpoint) == 1 else f'prices_{place}_{Path(checkpoint).stem}.json'
-        rows += sweep(runner, args, checkpoint, out / name)
+        rows += sweep_checkpoint(runner, args, checkpoint, out / name)
 
     metric = metric_of(rows, args.metric)
     (out / 'sweep.json').write_text(json.dumps(dict(images=args.images, metric=metric, rows=rows), indent=1))
     with open(out / 'sweep.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+        columns = dict.fromkeys(name for row in rows for name in row if name != 'layers')
+        writer = csv.DictWriter(file, columns, extrasaction='ignore')
         writer.writeheader()
         writer.writerows(rows)
     draw(rows, metric, out / 'sweep.png')

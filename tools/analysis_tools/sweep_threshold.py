@@ -12,10 +12,18 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.threshold import Curve, cheapest, curve, most_accurate, operating_points
+from mmdyn.analysis.threshold import (
+    Curve,
+    cheapest,
+    check_has_threshold,
+    curve,
+    most_accurate,
+    operating_points,
+    run_both_stages,
+)
 from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
 from mmdyn.engine.launch import build_runner
 
@@ -28,39 +36,6 @@ def macs(text: str) -> int:
         return round(float(text[:-1]) * UNITS[text[-1]])
     except (ValueError, KeyError, IndexError):
         raise argparse.ArgumentTypeError(f'{text!r}: give a number and K, M or G, e.g. 2.0G') from None
-
-
-def run_both_stages(cfg: Config, checkpoint: str, work_dir: Path) -> dict:
-    """The arguments of :func:`~mmdyn.analysis.threshold.curve`, but for the thresholds."""
-    if cfg.model.type.split('.')[-1] != 'CoarseToFineClassifier':
-        raise ValueError(
-            f'the model is a {cfg.model.type}: give the config of an mmdyn.CoarseToFineClassifier, which '
-            'has a threshold.'
-        )
-    if cfg.get('test_dataloader') is None:
-        raise ValueError('the config has no test_dataloader, whose images are needed.')
-    cfg.model.test_cfg = dict(threshold=1.0, every_stage=True)
-    cfg.load_from, cfg.work_dir = checkpoint, str(work_dir)
-    runner = build_runner(cfg)
-    runner.load_or_resume()
-    runner.model.eval()
-    coarse, fine, labels = [], [], []
-    for batch in runner.build_dataloader(cfg.test_dataloader):
-        with torch.inference_mode():
-            samples = runner.model.test_step(batch)
-        if any('gt_label' not in sample for sample in samples):
-            raise ValueError('the images of the test set have no labels.')
-        coarse += [sample.coarse_score.cpu() for sample in samples]
-        fine += [sample.fine_score.cpu() for sample in samples]
-        labels += [sample.gt_label.cpu() for sample in samples]
-    coarse_macs, fine_macs = runner.model.backbone.stage_macs()
-    return dict(
-        coarse_scores=torch.stack(coarse),
-        fine_scores=torch.stack(fine),
-        labels=torch.cat(labels),
-        coarse_macs=coarse_macs,
-        fine_macs=fine_macs,
-    )
 
 
 def line(point: dict) -> str:
@@ -107,8 +82,13 @@ def main() -> str:
     cfg = read_config(args.config, args.cfg_options)
     check_checkpoint(args.checkpoint)
     out = output_folder(args.out or Path('work_dirs') / Path(args.config).stem / 'threshold')
-    chosen, unreachable = {}, []
-    run = run_both_stages(cfg, args.checkpoint, out)
+    check_has_threshold(cfg)
+    if cfg.get('test_dataloader') is None:
+        raise ValueError('the config has no test_dataloader, whose images are needed.')
+    cfg.load_from, cfg.work_dir = args.checkpoint, str(out)
+    runner, chosen, unreachable = build_runner(cfg), {}, []
+    runner.load_or_resume()
+    run = run_both_stages(runner.model.eval(), runner.build_dataloader(cfg.test_dataloader))
     swept = curve(**run, thresholds=torch.arange(1001, dtype=torch.double) / 1000)
     every = curve(**run, thresholds=operating_points(run['coarse_scores']))
     for name, wanted, find in (('flops', args.flops, most_accurate), ('top1', args.top1, cheapest)):

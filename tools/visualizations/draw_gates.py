@@ -3,10 +3,12 @@
 Writes a row of pictures for each image: the image as the network sees it, with --predictions what the model predicts,
 drawn by its framework, then each DGE layer whose map has more than one region. Red is the finest granularity, then
 green, blue, yellow. With --masks, folders of the same names, the object's outline is drawn and the share of pixels that
-the finest granularity serves is printed, on objects and on background, over all images.
+the finest granularity serves is printed, on objects and on background, over all images; and the difference of the two,
+the layer's selectivity, and how much of the variance of its choice lies within images.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import cv2
@@ -14,41 +16,18 @@ import numpy as np
 from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pipeline_without_annotations, run_on_images
+from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pipeline_without_annotations
+from mmdyn.analysis.gates import run_with_gates
 from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
 from mmdyn.visualization import (
+    Selectivity,
     build_visualizer,
-    describe_label,
     draw_gates,
     draw_outline,
-    draw_prediction,
     granularity_of_pixels,
-    with_title,
+    labelled,
+    prediction_panel,
 )
-
-
-def dge_layers(backbone, shapes):
-    """(name, encoder, shape of its map) of the layers that have something to show."""
-    for (stage, prefix), shape in zip(backbone.named_stages(), shapes):
-        for i, encoder in enumerate(stage.dge):
-            if encoder is not None and encoder.decision.choice[0].numel() > 1:
-                yield f'{prefix}{i}', encoder, shape
-
-
-def labelled(picture: np.ndarray, text: str, side: int) -> np.ndarray:
-    """The picture enlarged to ``side`` pixels of height below a line of text."""
-    interpolation = cv2.INTER_NEAREST if picture.shape[0] <= side else cv2.INTER_AREA
-    size = round(picture.shape[1] * side / picture.shape[0]), side
-    return with_title(cv2.resize(picture, size, interpolation=interpolation), text)
-
-
-def prediction(visualizer, run, args) -> np.ndarray:
-    """The picture of a run's prediction; a class is told in words."""
-    image = cv2.cvtColor(cv2.imread(str(run.path)), cv2.COLOR_BGR2RGB)
-    if 'pred_label' in run.sample:
-        return labelled(image, describe_label(run.sample, visualizer.dataset_meta), args.side)
-    drawn = draw_prediction(visualizer, image, run.sample, args.score_thr, max(1, args.side // image.shape[0]))
-    return labelled(drawn, 'prediction', args.side)
 
 
 @command
@@ -65,6 +44,7 @@ def main() -> str:
     parser.add_argument('--out', required=True, help='folder of the pictures')
     parser.add_argument('--num', type=int, default=16, help='number of pictures')
     parser.add_argument('--side', type=int, default=160, help='height of a picture in pixels')
+    parser.add_argument('--json', action='store_true', help='print what --masks tells as JSON')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()
 
@@ -75,20 +55,14 @@ def main() -> str:
     if backbone is None or not backbone.has_dge:
         raise ValueError(f'the model of {args.config} has no DGE, so there is nothing to draw.')
     visualizer = build_visualizer(cfg, checkpoint.get('meta', {}).get('dataset_meta')) if args.predictions else None
-    pipeline, padded = pipeline_without_annotations(cfg), []
-    backbone.register_forward_pre_hook(lambda _, inputs: padded.append(inputs[0].shape[-2:]))
+    pipeline = pipeline_without_annotations(cfg)
 
     files, out = image_files(args.images), output_folder(args.out)
     drawn = set(files[:: max(1, len(files) // args.num)][: args.num])
-    finest = {}
-    for run in run_on_images(model, cfg, files if args.masks else sorted(drawn)):
-        path, (height, width) = run.path, run.view.shape[-2:]
-        image, mask = np.ascontiguousarray(run.view.numpy()[::-1].transpose(1, 2, 0)), None
-        if padded[-1][0] < height or padded[-1][1] < width:
-            raise ValueError(
-                f'the model looks at parts of {path}, not at all of it at once. For slide '
-                'inference give --cfg-options model.test_cfg.mode=whole.'
-            )
+    selectivity = Selectivity()
+    for gated in run_with_gates(model, backbone, cfg, files if args.masks else sorted(drawn)):
+        run, image, mask = gated.run, gated.image, None
+        path, (height, width) = run.path, image.shape[:2]
         if args.masks:
             mask_file = Path(args.masks) / path.relative_to(args.images)
             if not mask_file.exists():
@@ -97,14 +71,11 @@ def main() -> str:
             mask = pipeline(dict(img_path=str(mask_file), img_id=0))['inputs'].numpy()[0] != args.background
         row = [labelled(image if mask is None else draw_outline(image, mask), path.stem, args.side)]
         if visualizer and path in drawn:
-            row.append(prediction(visualizer, run, args))
-        for name, encoder, shape in dge_layers(backbone, backbone.last_shapes):
-            # Models pad at the bottom and on the right.
-            phi = granularity_of_pixels(encoder, shape, padded[-1])[:height, :width]
+            row.append(prediction_panel(visualizer, path, run.sample, args.side, args.score_thr))
+        for name, encoder, shape in gated.layers:
+            phi = granularity_of_pixels(encoder, shape, gated.size)[:height, :width]
             if mask is not None:
-                fine = phi == min(p for p in encoder.granularities if p)
-                counts = finest.setdefault(name, np.zeros(4))
-                counts += fine[mask].sum(), mask.sum(), fine[~mask].sum(), (~mask).sum()
+                selectivity.add(name, phi == min(filter(None, encoder.granularities)), mask)
             if path in drawn:
                 row.append(labelled(draw_gates(image, phi, encoder.granularities, mask), name, args.side))
         if path in drawn:
@@ -112,13 +83,17 @@ def main() -> str:
                 str(out / f'{"-".join(path.relative_to(args.images).with_suffix("").parts)}.png'),
                 cv2.cvtColor(np.concatenate(row, axis=1), cv2.COLOR_RGB2BGR),
             )
+    layers = selectivity.result()
+    if args.json:
+        return json.dumps(dict(pictures=len(drawn), out=str(out), layers=layers))
     return '\n'.join(
         [
             f'{len(drawn)} pictures in {out}',
             *(
-                f'{name:12} finest granularity on {on / objects:6.1%} of the object, {off / background:6.1%} of the '
-                'background'
-                for name, (on, objects, off, background) in finest.items()
+                f'{name:18} finest granularity on {found["object"]:6.1%} of the object, {found["background"]:6.1%} of '
+                f'the background: selectivity {found["selectivity"]:+.3f}, {found["within_images"]:.0%} of the '
+                'variance within images'
+                for name, found in layers.items()
             ),
         ]
     )

@@ -15,6 +15,7 @@ from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pipeline_without_annotations, run_on_images
+from mmdyn.analysis.gates import image_of
 from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
 from mmdyn.models import CFViT
 from mmdyn.visualization import build_visualizer, describe_stages, draw_regions, split_pixels, with_title
@@ -24,7 +25,7 @@ RED, BLACK = (200, 0, 0), (0, 0, 0)
 
 def row_of(run, name: str, coarse_size: int, side: int, dataset_meta: dict) -> np.ndarray:
     """The pictures of an image side by side."""
-    image = np.ascontiguousarray(run.view.numpy()[::-1].transpose(1, 2, 0))
+    image = image_of(run)
     image = cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST if len(image) <= side else cv2.INTER_AREA)
     titles = describe_stages(run.sample, dataset_meta)
     colours = [RED if stage == run.sample.exit_stage else BLACK for stage in (0, 1)]

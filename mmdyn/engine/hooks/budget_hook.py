@@ -1,19 +1,24 @@
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.runner import Runner
 
 from ...models.backbones.base import find_backbones
+from ...models.backbones.budget import expected_ratios, train_by
 from ...models.checks import has_backbone
 from ...models.cost import CostMeter
 from ...models.dge.budget import budget_loss, mean_over_processes
 from ...registry import HOOKS
 from ...values import check_choice, check_integer, check_number
 from ..collapse import CollapseWatch, look
+from ..price_curve import PriceCurve
 from .loss_hook import LossHook
 
 SCHEDULES = 'constant', 'linear', 'cosine'
+PRICE_CURVE = 'price_curve'
 ROUNDING = 1e-6  # of a query ratio, which is a sum over layers
 
 
@@ -28,12 +33,20 @@ class BudgetHook(LossHook):
     ``start`` to ``budget`` in the first ``share`` of the iterations and stays there. It follows from the number of the
     iteration alone, also after resuming, and is logged as ``budget``.
 
-    Each ``log_interval`` iterations a line of the log, and the visualizer's scalars ``query_ratio/<layer>``, tell the
-    query ratio of each layer in that iteration. A warning names the layers in which nearly all regions have chosen one
-    granularity for ``patience`` iterations, since when, and what to try.
+    A checkpoint that is to serve any budget is trained for many: with ``budget=(0.25, 1.0)`` each iteration draws one,
+    uniformly, by the run's seed and its own number. A price of queries makes it: before the gates are drawn, logits are
+    lowered by lambda c_k, as ``backbone.set_budget`` does in inference. The price follows from the logits of the
+    iterations before. ``loss_budget`` then holds what the routers would spend at no price in the middle of the range,
+    about which a test without a budget spends. ``budget`` and ``price`` are logged.
+
+    Each ``log_interval`` iterations a line of the log, and the visualizer's scalars ``query_ratio/<layer>`` and
+    ``within_images/<layer>``, tell the query ratio of each layer in that iteration, and how much of the variance of its
+    choice lies within images: near 0 a layer treats all regions of an image alike. A warning names the layers in which
+    nearly all regions have chosen one granularity for ``patience`` iterations, since when, and what to try.
 
     Args:
-        budget: gamma, the aspired ratio of the dynamic layers' complexity to that without DGE, in (0, 1].
+        budget: gamma, the aspired ratio of the dynamic layers' complexity to that without DGE, in (0, 1]; or the least
+            and the greatest of those that are drawn.
         weight: lambda.
         log_interval: iterations from one look at the layers to the next.
         patience: iterations before the warning, which counts those with the budget itself.
@@ -42,14 +55,18 @@ class BudgetHook(LossHook):
         schedule: ``'constant'``, or how the target moves: ``'linear'``, or by half a period of a ``'cosine'``.
 
     Raises:
-        ValueError: for a budget or start outside of (0, 1], a share outside of (0, 1), an unknown schedule, or
-            intervals that are no positive integers; before training for a model without DGE, one whose granularities
-            cannot reach the budget or the start, or a training that has no iteration with the budget.
+        ValueError: for a budget or start outside of (0, 1], a range of budgets that is none, a share outside of (0, 1),
+            an unknown schedule, or intervals that are no positive integers; before training for a model without DGE,
+            one whose granularities cannot reach a budget or the start, or a training that has no iteration with the
+            budget.
     """
+
+    _meter: CostMeter | None = None
+    _curve: PriceCurve | None = None
 
     def __init__(
         self,
-        budget: float = 0.5,
+        budget: float | tuple[float, float] = 0.5,
         weight: float = 1.0,
         log_interval: int = 100,
         patience: int = 1000,
@@ -57,8 +74,16 @@ class BudgetHook(LossHook):
         share: float = 0.4,
         schedule: str = 'constant',
     ) -> None:
-        for name, value in (('budget', budget), ('start', start)):
+        self.draws = isinstance(budget, (tuple, list))
+        pair: Sequence[float] = budget if isinstance(budget, (tuple, list)) else (budget, budget)
+        allowed = 'give one, or the least and the greatest to draw from, e.g. (0.25, 1.0).'
+        if len(pair) != 2:
+            raise ValueError(f'BudgetHook: budget={budget}: {allowed}')
+        for name, value in (('budget', pair[0]), ('budget', pair[1]), ('start', start)):
             check_number(f'BudgetHook: {name}', value, '(0, 1]', 'the share of the cost without DGE')
+        if self.draws and not pair[0] < pair[1]:
+            raise ValueError(f'BudgetHook: budget={budget}: {allowed}')
+        self.budget, self.range = budget, (pair[0], pair[1])
         check_number('BudgetHook: weight', weight, '[0, inf)')
         for name, value in (('log_interval', log_interval), ('patience', patience)):
             check_integer(f'BudgetHook: {name}', value, 1, what='a number of iterations')
@@ -66,13 +91,12 @@ class BudgetHook(LossHook):
         check_number(
             'BudgetHook: share', share, '(0, 1)', 'a part of the iterations; the rest trains with the budget itself'
         )
-        self.budget, self.weight, self.log_interval, self.patience = budget, weight, log_interval, patience
+        self.weight, self.log_interval, self.patience = weight, log_interval, patience
         self.start, self.share, self.schedule = start, share, schedule
 
     def prepare(self, runner: Runner, model: torch.nn.Module) -> None:
         """Check the budget against the model, and the schedule against the training."""
-        self._runner = runner
-        self._meter: CostMeter | None = None
+        self._runner, self._meter, self._curve = runner, None, None
         if not has_backbone(model, 'BudgetHook'):
             return
         backbones = [backbone for backbone in find_backbones(model) if backbone.has_dge]
@@ -83,8 +107,8 @@ class BudgetHook(LossHook):
             )
         for backbone in backbones:
             least, most = backbone.ratio_bounds()
-            targets = {'budget': self.budget} | ({} if self.schedule == 'constant' else {'start': self.start})
-            for name, target in targets.items():
+            targets = [('budget', target) for target in dict.fromkeys(self.range)]
+            for name, target in targets + ([] if self.schedule == 'constant' else [('start', self.start)]):
                 if not least - ROUNDING <= target <= most + ROUNDING:
                     raise ValueError(
                         f'BudgetHook: {name}={target} cannot be reached: on images of img_size the granularities of '
@@ -92,33 +116,68 @@ class BudgetHook(LossHook):
                         f'Choose a {name} between them, or {"a coarser largest" if target < least else "a finer"} '
                         'granularity.'
                     )
-        if self.schedule != 'constant' and self.target(runner.max_iters - 1) != self.budget:
+        if self.progress(0) < 1 and self.progress(runner.max_iters - 1) < 1:
             raise ValueError(
                 f'BudgetHook: the {self.schedule} schedule never reaches budget={self.budget}: share='
                 f'{self.share} of the {runner.max_iters} iterations leaves none of them to train with it. '
                 'Choose a lower share, or train longer.'
             )
         self._backbones, self._meter = backbones, CostMeter(training=True, backbones=backbones)
+        if self.draws:  # the message hub is part of the checkpoints
+            self._curve = PriceCurve(runner.message_hub.get_info(PRICE_CURVE, None))
+
+    def progress(self, iteration: int) -> float:
+        """Of the schedule, at least 1 where it has reached the budget, in an iteration counted from 0."""
+        return 1.0 if self.schedule == 'constant' else iteration / (self.share * self._runner.max_iters)
+
+    def towards(self, budget: float, iteration: int) -> float:
+        """What the schedule makes of a budget in an iteration."""
+        progress = self.progress(iteration)
+        if progress >= 1:
+            return budget
+        part = progress if self.schedule == 'linear' else (1 - math.cos(math.pi * progress)) / 2
+        return self.start + part * (budget - self.start)
 
     def target(self, iteration: int) -> float:
-        """The budget of an iteration, counted from 0."""
-        progress = 1.0 if self.schedule == 'constant' else iteration / (self.share * self._runner.max_iters)
-        if progress >= 1:
-            return self.budget
-        part = progress if self.schedule == 'linear' else (1 - math.cos(math.pi * progress)) / 2
-        return self.start + part * (self.budget - self.start)
+        """The budget of an iteration, the same in all processes."""
+        budget = self.range[0]
+        if self.draws:
+            budget = np.random.default_rng((self._runner.seed, iteration)).uniform(*self.range)
+        return self.towards(budget, iteration)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Set the price of the budget that the iteration draws."""
+        if self._curve is not None:
+            self._set_price(self._curve.price(self.target(runner.iter)))
+
+    def _set_price(self, price: float | None) -> None:
+        self._price = price
+        for backbone in self._backbones:
+            train_by(backbone, price)
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave the model as it was."""
+        super().after_train(runner)
+        if self._curve is not None:
+            self._set_price(None)
 
     def on_forward(self, model: torch.nn.Module, losses: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
         """Add ``loss_budget`` and ``query_ratio``."""
         costs = self._meter.take() if self._meter else []
-        if costs and losses is not None:
-            ratio = mean_over_processes(torch.cat([cost.query_ratio for cost in costs]))
-            target = self.budget
-            if self.schedule != 'constant':
-                target = self.target(self._runner.iter)
-                losses['budget'] = ratio.new_full((), target)
-            losses['loss_budget'] = self.weight * budget_loss(ratio, target)
-            losses['query_ratio'] = ratio.detach()
+        if not costs or losses is None:
+            return
+        ratio = mean_over_processes(torch.cat([cost.query_ratio for cost in costs]))
+        iteration = self._runner.iter
+        if self.draws or self.schedule != 'constant':
+            losses['budget'] = ratio.new_full((), self.target(iteration))
+        losses['query_ratio'], target = ratio.detach(), self.towards(sum(self.range) / 2, iteration)
+        if self._curve is not None:
+            losses['price'] = ratio.new_full((), self._price or 0.0)
+            self._curve.update(self._backbones)
+            self._runner.message_hub.update_info(PRICE_CURVE, self._curve.ratios)
+            no_price = ratio.new_zeros(1)
+            ratio = mean_over_processes(torch.cat([expected_ratios(each, no_price) for each in self._backbones]))
+        losses['loss_budget'] = self.weight * budget_loss(ratio, target)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
@@ -127,16 +186,17 @@ class BudgetHook(LossHook):
         if self._meter is None or not self.every_n_train_iters(runner, self.log_interval):
             return
         iteration, layers = runner.iter + 1, look(self._backbones)
-        ratios = {name: ratio for name, (ratio, _) in layers.items()}
         runner.logger.info(
-            f'query_ratio by layer in iteration {iteration}: '
-            + ', '.join(f'{name} {ratio:.3f}' for name, ratio in ratios.items())
+            f'query_ratio by layer in iteration {iteration} (share of its choice that varies within images): '
+            + ', '.join(f'{name} {layer.query_ratio:.3f} ({layer.within_images:.2f})' for name, layer in layers.items())
         )
-        runner.visualizer.add_scalars({f'query_ratio/{name}': ratio for name, ratio in ratios.items()}, step=iteration)
-        if self.target(runner.iter) != self.budget:
+        for title in ('query_ratio', 'within_images'):
+            scalars = {f'{title}/{name}': getattr(layer, title) for name, layer in layers.items()}
+            runner.visualizer.add_scalars(scalars, step=iteration)
+        if self.progress(runner.iter) < 1:
             return  # the finest granularity everywhere is what was asked for
         # The message hub is part of the checkpoints.
         watch = CollapseWatch(self.patience, runner.message_hub.get_info('collapse', {}))
-        for warning in watch.warnings(iteration, {name: shares for name, (_, shares) in layers.items()}):
+        for warning in watch.warnings(iteration, {name: layer.shares for name, layer in layers.items()}):
             runner.logger.warning(warning)
         runner.message_hub.update_info('collapse', watch.state)

@@ -57,6 +57,9 @@ class PatchRouting(Routing):
     def compress(self, tokens: Tensor) -> Tensor:
         return Compress.apply(tokens, self) if self._is_known(tokens) else super().compress(tokens)
 
+    def spread(self, change: Tensor) -> Tensor:
+        return Spread.apply(change, self) if self._is_known(change) else super().spread(change)
+
     def decompress(self, change: Tensor, tokens: Tensor) -> Tensor:
         if not (self._is_known(change) and self._is_known(tokens)):
             return super().decompress(change, tokens)
@@ -80,7 +83,7 @@ class PatchRouting(Routing):
         )
         return out
 
-    def spread(self, change: Tensor, share: bool, tokens: Tensor | None = None) -> Tensor:
+    def hand_out(self, change: Tensor, share: bool, tokens: Tensor | None = None) -> Tensor:
         """What each token's query has, or an equal share of it, plus the token: (N, C) -> (B, E + H*W, C)."""
         change, total = change.contiguous(), self.query.numel()
         tokens = None if tokens is None else tokens.contiguous()
@@ -117,8 +120,21 @@ class Compress(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, of_means: Tensor) -> tuple[Tensor, None]:
-        of_tokens = ctx.routing.spread(of_means, share=True)
+        of_tokens = ctx.routing.hand_out(of_means, share=True)
         return (of_tokens if len(of_tokens) == ctx.images else of_tokens.sum(0, keepdim=True)), None
+
+
+class Spread(torch.autograd.Function):
+    """:meth:`Routing.spread`: the gradient of a change is the sum of its tokens'."""
+
+    @staticmethod
+    def forward(ctx, change: Tensor, routing: PatchRouting) -> Tensor:
+        ctx.routing = routing
+        return routing.hand_out(change, share=False)
+
+    @staticmethod
+    def backward(ctx, of_outputs: Tensor) -> tuple[Tensor, None]:
+        return ctx.routing.reduce(of_outputs, mean=False), None
 
 
 class Decompress(torch.autograd.Function):
@@ -127,7 +143,7 @@ class Decompress(torch.autograd.Function):
     @staticmethod
     def forward(ctx, change: Tensor, tokens: Tensor, routing: PatchRouting) -> Tensor:
         ctx.routing, ctx.dtype = routing, change.dtype
-        return routing.spread(change, share=False, tokens=tokens)
+        return routing.hand_out(change, share=False, tokens=tokens)
 
     @staticmethod
     def backward(ctx, of_outputs: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..dge import DynamicGrainedEncoder, Routing, route
-from ..dge.routing import grid
+from ..dge import DynamicGrainedEncoder, Routing
 from ..stage import run_blocks
-from .parts import pack, weights
+from .parts import weights
 
 if TYPE_CHECKING:
     from .apply import AppliedDGE
@@ -239,32 +238,16 @@ class Adapter:
     ) -> Tensor:
         """As :class:`~mmdyn.models.layers.EncoderBlock`.
 
-        With ``uses_routing``, packed queries come with their routing. Others are (B, n, C): the patches of all
-        granularities, one granularity after another.
+        With ``uses_routing``, packed queries come with their routing.
         """
-        if self.uses_routing and routing is None:
-            return self._of_all_granularities(queries, tokens, shape, num_extra, context)
-        packed, lengths = pack(queries, lengths)
+        packed = queries.flatten(0, -2)
+        lengths = [queries.shape[1]] * len(queries) if lengths is None else lengths
         return self._encode(packed, tokens, shape, num_extra, lengths, routing, **context).view_as(queries)
 
     def _encode(self, *args: Any, **context: Any) -> Tensor:
         if getattr(self.block, 'with_cp', False) and torch.is_grad_enabled():
             return checkpoint(self.encode, *args, use_reentrant=False, **context)
         return self.encode(*args, **context)
-
-    def _of_all_granularities(
-        self, queries: Tensor, tokens: Tensor, shape: tuple[int, int], num_extra: int, context: dict[str, Any]
-    ) -> Tensor:
-        encoder, done = self.encoder, []
-        phis = [phi for phi in encoder.granularities if phi]
-        counts = [math.prod(grid(phi, shape)) for phi in phis]
-        extra = queries.shape[1] - sum(counts)  # they come first, once
-        for phi, part in zip(phis, queries.split([extra + counts[0], *counts[1:]], dim=1)):
-            choice = torch.zeros(len(tokens), *grid(phi, shape), dtype=torch.long, device=tokens.device)
-            routing = route(choice, shape, (phi,), phi, 0 if done else extra)
-            packed, lengths = pack(part, None)
-            done.append(self._encode(packed, tokens, shape, num_extra, lengths, routing, **context).view_as(part))
-        return torch.cat(done, dim=1)
 
 
 class Call(NamedTuple):

@@ -17,13 +17,6 @@ def weights(module: nn.Module) -> int:
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
 
 
-def pack(queries: Tensor, lengths: list[int] | None) -> tuple[Tensor, list[int]]:
-    """Queries one after the other, (N, C), and how many are of each image; (B, n, C) has as many of each."""
-    if lengths is not None:
-        return queries, lengths
-    return queries.flatten(0, 1), [queries.shape[1]] * len(queries)
-
-
 def is_plain(layer: nn.Module) -> bool:
     """Whether a linear layer or convolution is only its parameters: a user's hook or layer has to be called."""
     known = type(layer) in (nn.Linear, nn.Conv2d) or type(layer).__module__ == 'mmcv.cnn.bricks.wrappers'

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...values import check_choice, check_number, check_type
 from ..cost import BackboneCost, CostMeter, stage_cost
-from ..dge import DynamicGrainedEncoder
+from ..dge import DynamicGrainedEncoder, share_of_finest
 from ..dge.prices import Prices
 from ..layers import ConvStem, DeformableAttention, EncoderBlock
 from ..stage import Stage
@@ -106,9 +106,13 @@ class DynamicStages(nn.Module):
         if self.last_pass is None:
             raise NoPassError.of(self)
         images, shapes = self.last_pass
-        return self._cost_of(
+        cost = self._cost_of(
             shapes, lambda encoder, bounds: encoder.decision.queries if encoder else bounds[1:] * images
         )
+        dynamic = [layer for layer in cost.layers if layer.dynamic]
+        for layer, encoder in zip(dynamic, encoders_of(self), strict=True):
+            layer.finest = share_of_finest(encoder.decision, encoder.granularities)
+        return cost
 
     def ratio_bounds(self) -> tuple[float, float]:
         """Least and greatest query ratio that the granularities allow on images of ``img_size``."""

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...values import is_number
 from ..cost import LayerCost
 from ..dge import DynamicGrainedEncoder
 from ..dge.budget import queries_of_region, share_budget
 from ..dge.prices import Prices
+from ..dge.routing import count_patches
 
 if TYPE_CHECKING:
     from .base import DynamicStages
@@ -101,16 +103,59 @@ def shares_of_layers(backbone: 'DynamicStages', budget: float, prices: Prices | 
     )
 
 
+def prices_of_granularities(encoder: DynamicGrainedEncoder, price: float, device: torch.device) -> Tensor:
+    """(K,) what each granularity's logit is lowered by at a price of a query."""
+    queries = queries_of_region(encoder.granularities, encoder.region)
+    return torch.tensor([price * count for count in queries], dtype=torch.float32, device=device)
+
+
 def decide_by(
     backbone: 'DynamicStages', prices: Sequence[float] | None = None, shares: Sequence[float] | None = None
 ) -> None:
     """Set the price of a query, or the share of the dense queries, of each layer; neither lets the routers decide."""
     device = next(backbone.entry.parameters()).device
     for index, encoder in enumerate(encoders_of(backbone)):
-        router, queries = encoder.router, queries_of_region(encoder.granularities, encoder.region)
-        router.share = None if shares is None else shares[index]
-        router.price = None
-        if prices is not None:
-            router.price = torch.tensor(
-                [prices[index] * count for count in queries], dtype=torch.float32, device=device
-            )
+        encoder.router.share = None if shares is None else shares[index]
+        encoder.router.price = None if prices is None else prices_of_granularities(encoder, prices[index], device)
+
+
+def train_by(backbone: 'DynamicStages', price: float | None) -> None:
+    """Set the price under which gates are drawn in training, as :meth:`DynamicBackbone.set_price` does in inference."""
+    prices = None if price is None else prices_of_layers(backbone, price)
+    device = next(backbone.entry.parameters()).device
+    for index, encoder in enumerate(encoders_of(backbone)):
+        encoder.router.training_price = (
+            None if prices is None else prices_of_granularities(encoder, prices[index], device)
+        )
+
+
+def expected_ratios(backbone: 'DynamicStages', prices: Tensor) -> Tensor:
+    """Query ratios that gates drawn under some prices have on average, by the logits of the last training pass.
+
+    Args:
+        prices: (P) lambda.
+
+    Returns:
+        (P) beta of eq. 7, with the probabilities softmax(h - lambda c) in place of the gates.
+    """
+    layers = [layer for layer in backbone.cost.layers if layer.dynamic]
+    shapes = [
+        (stage, shape)
+        for (stage, _), shape in zip(backbone.named_stages(), backbone.last_shapes)
+        for encoder in stage.dge
+        if encoder is not None
+    ]
+    of_layers, spent = prices_of_layers(backbone, 1.0), prices.new_zeros(len(prices))
+    for layer, encoder, (stage, shape), price in zip(layers, encoders_of(backbone), shapes, of_layers, strict=True):
+        if encoder.decision.logits is None:  # frozen
+            spent = spent + layer.per_query * layer.queries.to(prices).mean()
+            continue
+        logits = encoder.decision.logits.to(prices)
+        if encoder.router.training_price is not None:
+            logits = logits + encoder.router.training_price
+        of_granularities = prices_of_granularities(encoder, price, prices.device)
+        probabilities = (logits - prices.view(-1, 1, 1, 1, 1) * of_granularities).softmax(-1)
+        patches = count_patches(shape, encoder.granularities, encoder.region, prices.device)
+        queries = stage.num_extra + (probabilities * patches).sum((2, 3, 4)).mean(1)
+        spent = spent + layer.per_query * queries
+    return spent / sum(layer.per_query * layer.dense_queries for layer in layers)

@@ -134,15 +134,19 @@ class PlainViT(DynamicBackbone):
         if self.frozen_stages == len(self.blocks):
             yield self.norm
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) images -> the outputs that ``out_type`` and ``out_indices`` name."""
-        check_sides(self, x.shape)
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, 3, H, W) images -> (B, E + h*w, C) tokens with their position embedding, and (h, w) of the map."""
         tokens, shape = self.patch_embed(x)
         extra = [self.cls_token, self.dist_token] if self.num_extra > 1 else [self.cls_token]
         tokens = torch.cat([*(t.expand(x.shape[0], -1, -1).type_as(tokens) for t in extra), tokens], dim=1)
-        tokens = tokens + resize_position_embedding(
+        return tokens + resize_position_embedding(
             self.pos_embed, self.shape, shape, self.num_extra, self.interpolate_mode
-        )
+        ), shape
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) images -> the outputs that ``out_type`` and ``out_indices`` name."""
+        check_sides(self, x.shape)
+        tokens, shape = self.embed(x)
         outs, start, last = [], 0, len(self.blocks) - 1
         for i in sorted({*self.out_indices, last}):
             # Outputs may share the memory of tokens, which run_blocks may overwrite.

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 
 from ...values import MOST, check_integer, check_number, is_integer
 from ..thread_local import ThreadLocal
-from ..tracing import is_exported, refuse_onnx_by_torchscript
+from ..tracing import is_exported, is_traced, refuse_onnx_by_torchscript
 from .budget import queries_within
 from .router import ROUTERS, choose, straight_through_gates
-from .routing import centres, count_patches, grid, pool, route, unpool
+from .routing import Routing, centres, count_patches, grid, route, unpool
 
 
 def check_granularities(granularities: Sequence[int], region_size: int | None = None) -> tuple[int, ...]:
@@ -51,11 +50,13 @@ class Decision(NamedTuple):
     Attributes:
         choice: (B, rows, columns) index of each region's granularity.
         queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7,
-            otherwise on the CPU, where the lengths are, but for an exact budget, which no device is waited for.
+            otherwise on the CPU, where the lengths are, but where an exact budget makes shapes known beforehand.
+        logits: (B, rows, columns, K) what the gates were drawn from in training, (B, 1, 1, K) if routing is by layer.
     """
 
     choice: Tensor
     queries: Tensor
+    logits: Tensor | None = None
 
 
 class DynamicGrainedEncoder(nn.Module):
@@ -71,8 +72,9 @@ class DynamicGrainedEncoder(nn.Module):
         granularities: sides of the candidate patches in cells, ascending; 0 skips the region.
         region_size: side of a region in cells. Defaults to the largest granularity.
         routing: ``'region'``, or ``'layer'`` for one decision per image.
-        train_mode: ``'sparse'`` runs the chosen granularities (eq. 6), ``'dense'`` runs all of them and lets the gates
-            select afterwards, so that each logit gets a gradient.
+        train_mode: ``'dense'`` also runs the granularities that were not chosen, so that each logit learns what its
+            granularity would have changed; ``'pair'`` runs one of them, drawn for each region, in place of all;
+            ``'sparse'`` runs the chosen ones alone (eq. 6) and compares nothing.
         tau: temperature of eq. 5.
         router: ``'linear'``, the paper's; or one that is not trained and chooses the finest granularity until a budget
             is set: ``'random'``, ``'entropy'`` of the image's pixels, or ``'correlation'`` of tokens with the means of
@@ -91,7 +93,7 @@ class DynamicGrainedEncoder(nn.Module):
         granularities: Sequence[int] = (1, 2, 4),
         region_size: int | None = None,
         routing: str = 'region',
-        train_mode: str = 'sparse',
+        train_mode: str = 'dense',
         tau: float = 1.0,
         router: str = 'linear',
     ):
@@ -101,7 +103,7 @@ class DynamicGrainedEncoder(nn.Module):
         self.region = region_size or max(self.granularities)
         for name, value, allowed in (
             ('routing', routing, ('region', 'layer')),
-            ('train_mode', train_mode, ('sparse', 'dense')),
+            ('train_mode', train_mode, ('sparse', 'pair', 'dense')),
             ('router', router, tuple(ROUTERS)),
         ):
             if value not in allowed:
@@ -140,10 +142,73 @@ class DynamicGrainedEncoder(nn.Module):
             (B, E + H*W, C), but for rounding the block's own output where the granularity is 1.
         """
         refuse_onnx_by_torchscript('the numbers of queries that DGE chooses')
-        gates, choice = self._decide(tokens, shape, num_extra)
-        if gates is not None and self.train_mode == 'dense':
-            return self._all_branches(block, tokens, shape, num_extra, gates, choice)
-        capacity = self._capacity(shape, num_extra) if gates is None else None
+        gates, choice, logits = self._decide(tokens, shape, num_extra)
+        if gates is None or logits is None:
+            capacity = self._capacity(tokens, shape, num_extra)
+            routing, residual = self._run(block, tokens, shape, num_extra, choice, capacity)
+            self._note(choice, routing, shape, num_extra, capacity is not None)
+            return routing.decompress(residual, tokens)
+        others = self._others(choice, logits.shape[:-1]) if torch.is_grad_enabled() else []
+        changes = [self._change_without_graph(block, tokens, shape, num_extra, other) for other in others]
+        routing, residual = self._run(block, tokens, shape, num_extra, choice)
+        if self.train_mode == 'sparse':
+            gates = gates * F.one_hot(choice, len(self.granularities))
+            of_cells = unpool(gates.sum(-1, keepdim=True), self.region, shape).flatten(1, 2)
+            residual = residual * routing.compress(F.pad(of_cells, (0, 0, num_extra, 0), value=1.0)).type_as(residual)
+        self.decision = Decision(choice, self._count(gates, shape, num_extra), logits)
+        output = routing.decompress(residual, tokens)
+        for other, change in zip(others, changes):
+            # A gate of 0, whose gradient is what the other choice would have changed for the better. Where one of
+            # several is compared, it stands for all.
+            gate = (gates - gates.detach()).gather(-1, other[..., None]) * ((len(self.granularities) - 1) / len(others))
+            of_cells = F.pad(unpool(gate, self.region, shape).flatten(1, 2), (0, 0, num_extra, 0))
+            output = output + of_cells.type_as(change) * (change - routing.spread(residual.detach()))
+        return output
+
+    def _note(
+        self, choice: Tensor, routing: Routing, shape: tuple[int, int], num_extra: int, has_places_left: bool
+    ) -> None:
+        """Keep a decision in inference; an export keeps nothing."""
+        if is_exported():
+            return
+        if has_places_left:
+            queries = self._count(F.one_hot(choice, len(self.granularities)), shape, num_extra)
+        else:
+            queries = torch.tensor(routing.lengths, dtype=torch.long, device='cpu')
+        self.decision = Decision(choice, queries)
+
+    def _others(self, choice: Tensor, decisions: torch.Size) -> list[Tensor]:
+        """The choices that training compares with the one that was made, each (B, rows, columns)."""
+        num = len(self.granularities)
+        if self.train_mode == 'sparse' or num == 1:
+            return []
+        if self.train_mode == 'pair':
+            return [(choice + torch.randint(1, num, decisions, device=choice.device)) % num]
+        return [(choice + shift) % num for shift in range(1, num)]
+
+    @torch.no_grad()
+    def _change_without_graph(
+        self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int, choice: Tensor
+    ) -> Tensor:
+        """(B, E + H*W, C) what a choice would change.
+
+        A gate of 0 lets no gradient through to the block, only to the logits: what lies behind needs no graph.
+        """
+        # The random numbers are those of the choice that was made: what drops out, drops out of both.
+        with torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
+            routing, residual = self._run(block, tokens, shape, num_extra, choice)
+        return routing.spread(residual)
+
+    def _run(
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        shape: tuple[int, int],
+        num_extra: int,
+        choice: Tensor,
+        capacity: int | None = None,
+    ) -> tuple[Routing, Tensor]:
+        """Run the block on the queries of a choice: its routing, and what the block adds to them, (N, C)."""
         routing = route(choice, shape, self.granularities, self.region, num_extra, capacity)
         points = None
         if getattr(block, 'uses_points', False):
@@ -151,32 +216,30 @@ class DynamicGrainedEncoder(nn.Module):
         options = dict(routing=routing) if getattr(block, 'uses_routing', False) else {}
         queries = routing.compress(tokens)
         residual = block(queries, tokens, shape, num_extra, routing.lengths, points, **options) - queries
-        if gates is not None:
-            gates = gates * F.one_hot(choice, len(self.granularities))
-            self.decision = Decision(choice, self._count(gates, shape, num_extra))
-            of_cells = unpool(gates.sum(-1, keepdim=True), self.region, shape).flatten(1, 2)
-            residual = residual * routing.compress(F.pad(of_cells, (0, 0, num_extra, 0), value=1.0)).type_as(residual)
-        elif capacity is not None and not is_exported():
-            chosen = F.one_hot(choice, len(self.granularities))
-            self.decision = Decision(choice, self._count(chosen, shape, num_extra))
-        elif not is_exported():
-            self.decision = Decision(choice, torch.tensor(routing.lengths, dtype=torch.long, device='cpu'))
-        return routing.decompress(residual, tokens)
+        return routing, residual
 
-    def _decide(self, tokens: Tensor, shape: tuple[int, int], num_extra: int) -> tuple[Tensor | None, Tensor]:
-        """The gates of all regions in training, (B, rows, columns, K), and the choice."""
+    def _decide(
+        self, tokens: Tensor, shape: tuple[int, int], num_extra: int
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The gates of all regions in training, (B, rows, columns, K), the choice, and in training the logits."""
         side, regions = self.decision_side(shape), grid(self.region, shape)
         forced = None if self.forced is None else self.forced.expand(tokens.shape[0], -1, -1)
         if not (self.training and self.router.is_trained):
             choice = choose(self.router, tokens, shape, side, num_extra)
-            return None, choice.expand(-1, *regions) if forced is None else forced
+            return None, choice.expand(-1, *regions) if forced is None else forced, None
         logits = self.router.logits(tokens, shape, side, num_extra)
+        if self.router.training_price is not None:
+            logits = logits - self.router.training_price
         gates, choice = straight_through_gates(logits, self.tau, forced)
-        return gates.expand(-1, *regions, -1), choice.expand(-1, *regions)
+        return gates.expand(-1, *regions, -1), choice.expand(-1, *regions), logits
 
-    def _capacity(self, shape: tuple[int, int], num_extra: int) -> int | None:
-        """Most queries of an image in inference with an exact budget; None without one."""
-        if self.router.share is None or self.forced is not None:
+    def _capacity(self, tokens: Tensor, shape: tuple[int, int], num_extra: int) -> int | None:
+        """Most queries of an image in inference with an exact budget; None where shapes need not be known beforehand.
+
+        A CPU waits for nothing, and would compute what is left over for nothing.
+        """
+        is_recorded = torch.compiler.is_compiling() or is_traced()
+        if self.router.share is None or self.forced is not None or not (is_recorded or tokens.device.type != 'cpu'):
             return None
         least, most = self.query_bounds(shape, num_extra)
         return min(max(queries_within(self.router.share, shape, num_extra), least), most)
@@ -184,26 +247,3 @@ class DynamicGrainedEncoder(nn.Module):
     def _count(self, gates: Tensor, shape: tuple[int, int], num_extra: int) -> Tensor:
         """(B) queries of the gates, the sum in the numerator of eq. 7 for one layer."""
         return num_extra + (gates * count_patches(shape, self.granularities, self.region, gates.device)).sum((1, 2, 3))
-
-    def _all_branches(
-        self, block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int, gates: Tensor, choice: Tensor
-    ) -> Tensor:
-        """Run the patches of all granularities, and let the gates select from their changes."""
-        sides = [phi for phi in self.granularities if phi]
-        extra, of_side = tokens[:, :num_extra], [pool(tokens, shape, side, num_extra) for side in sides]
-        points = None
-        if getattr(block, 'uses_points', False):
-            places = [pool(centres(shape, tokens.device), shape, side).flatten(1, 2) for side in sides]
-            points = F.pad(torch.cat(places, 1), (0, 0, num_extra, 0))[0].repeat(tokens.shape[0], 1)
-        candidates = torch.cat([extra, *(patches.flatten(1, 2) for patches in of_side)], dim=1)
-        residual = block(candidates, tokens, shape, num_extra, points=points) - candidates
-        self.decision = Decision(choice, self._count(gates, shape, num_extra))
-
-        of_extra, *parts = residual.split([num_extra, *(math.prod(grid(side, shape)) for side in sides)], dim=1)
-        changes = []
-        for side, part in zip(sides, parts):
-            rows_columns, k = grid(side, shape), self.granularities.index(side)
-            gate = unpool(gates[..., k : k + 1], self.region // side, rows_columns)
-            changes.append(unpool(part.unflatten(1, rows_columns) * gate.type_as(part), side, shape))
-        change = reduce(torch.add, changes).flatten(1, 2)
-        return tokens + (torch.cat([of_extra, change], dim=1) if num_extra else change)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..replaceable import replaceable
 from .budget import choose_within, queries_within
 from .routing import count_patches, grid, pool
+from .selectivity import index_of_finest
 from .untrained import CorrelationRouter, EntropyRouter, RandomRouter, UntrainedRouter
 
 
@@ -25,10 +26,12 @@ class Router(nn.Module):
 
     Attributes:
         price: (K,) what each granularity's logit is lowered by when a choice is made in inference, or None.
+        training_price: the same in training, before the gates are drawn.
         share: share of the dense block's queries that each image gets in inference, or None: the router decides.
     """
 
     price: Tensor | None
+    training_price: Tensor | None
     is_trained = True
     images = None
 
@@ -39,9 +42,10 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(num))
         nn.init.normal_(self.weight, std=0.01)
         nn.init.constant_(self.bias, math.log(0.05 / max(num - 1, 1)))
-        finest = next(k for k, phi in enumerate(granularities) if phi)
+        finest = index_of_finest(granularities)
         nn.init.constant_(self.bias[finest : finest + 1], math.log(0.95))
         self.register_buffer('price', None, persistent=False)
+        self.register_buffer('training_price', None, persistent=False)
         self.share: float | None = None
 
     def forward(self, regions: Tensor) -> Tensor:

@@ -87,10 +87,13 @@ class Routing:
         counts = sums.new_zeros(num + 1).index_add(0, index, sums.new_ones(1).expand(index.shape[0]))
         return (sums.narrow(0, 0, num) / counts.narrow(0, 0, num)[:, None].clamp(min=1)).to(tokens.dtype)
 
+    def spread(self, change: Tensor) -> Tensor:
+        """Un-pooling: (N, C) changes of the queries -> (B, E + H*W, C), 0 where no query serves a token."""
+        return F.pad(change, (0, 0, 0, 1)).index_select(0, self.query.flatten()).unflatten(0, self.query.shape)
+
     def decompress(self, change: Tensor, tokens: Tensor) -> Tensor:
         """Un-pooling plus the input: (N, C) changes of the queries, (B, E + H*W, C) -> (B, E + H*W, C)."""
-        spread = F.pad(change, (0, 0, 0, 1)).index_select(0, self.query.flatten())
-        return tokens + spread.view_as(tokens)
+        return tokens + self.spread(change)
 
 
 @replaceable

@@ -57,17 +57,19 @@ class UntrainedRouter(nn.Module):
         granularities: the K sides of patches.
 
     Attributes:
-        price, share: as those of :class:`~mmdyn.models.dge.router.Router`.
+        price, training_price, share: as those of :class:`~mmdyn.models.dge.router.Router`.
         images: what a router that looks at the images sees them by; None for others.
     """
 
     price: Tensor | None
+    training_price: Tensor | None
     is_trained = False
 
     def __init__(self, dim: int, granularities: Sequence[int]):
         super().__init__()
         self.dim, self.granularities = dim, tuple(granularities)
         self.register_buffer('price', None, persistent=False)
+        self.register_buffer('training_price', None, persistent=False)
         self.share: float | None = None
         self.images: SeenImages | None = None
 

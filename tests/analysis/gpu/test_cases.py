@@ -37,7 +37,7 @@ def test_measures_and_goes_on_where_it_was(two, tmp_path, capsys):
     assert 0 < first['rows']['timm']['max_difference'] < 0.1
     cases.run(file, 'cpu', 1, only=2)
     again, second = groups(file)
-    assert again == first and list(second['rows']) == ['dense', 'DGE sparse', 'DGE dense']
+    assert again == first and list(second['rows']) == ['dense', 'DGE sparse', 'DGE pair', 'DGE dense']
     result = json.loads(file.read_text())['benchmark']
     assert result['device'] == 'cpu' and result['environment'] == dict(gpu='Some GPU')
     assert capsys.readouterr().out.count('| DGE clustered ') == 1

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,7 @@ def classification_batch(images=4, side=32):
 
 def watch(model, **kwargs):
     hook = BudgetHook(**kwargs)
-    hook.before_train(SimpleNamespace(model=model))
+    hook.before_train(SimpleNamespace(model=model, iter=0))
     return hook
 
 
@@ -69,7 +70,7 @@ def test_gradient_moves_the_query_ratio_towards_the_budget():
         losses['loss_budget'].backward()
         optimizer.step()
         ratios.append(losses['query_ratio'].item())
-    assert ratios[0] > 0.85
+    assert ratios[0] > 2 * 0.4
     assert abs(sum(ratios[-50:]) / 50 - 0.4) < 0.05
 
 
@@ -209,6 +210,85 @@ def test_layers_that_were_asked_to_be_finest_have_not_collapsed():
     assert 'granularity 1 in stages.0.blocks.0 (since iteration 41)' in said[0]
 
 
+def drawing(model, hub='drawn', seed=0, max_iters=100, **kwargs):
+    """A hook that draws budgets, and its runner."""
+    hook = BudgetHook(budget=(0.25, 1.0), **kwargs)
+    runner = SimpleNamespace(
+        model=model, iter=0, max_iters=max_iters, seed=seed, message_hub=MessageHub(hub or 'drawn')
+    )
+    hook.before_train(runner)
+    return hook, runner
+
+
+def run(hook, runner, iterations):
+    """Forward passes of a training; the log of each."""
+    log = []
+    for runner.iter in iterations:
+        torch.manual_seed(runner.iter)  # as RandomStateHook does
+        hook.before_train_iter(runner, 0)
+        losses = runner.model(**classification_batch(8, 64), mode='loss')
+        log.append({name: losses[name].item() for name in ('budget', 'price', 'query_ratio', 'loss_budget')})
+    return log
+
+
+def undecided(**backbone):
+    """A classifier with 16 and 4 regions, whose routers see the images."""
+    model = classifier(img_size=64, **backbone).train()
+    for stage in model.backbone.stages:
+        torch.nn.init.normal_(stage.dge[0].router.weight)
+    return model
+
+
+def test_budgets_are_drawn_evenly_and_follow_from_seed_and_iteration():
+    hook, _ = drawing(classifier())
+    budgets = torch.tensor([hook.target(i) for i in range(2000)])
+    assert 0.25 <= budgets.min() < 0.26 and 0.99 < budgets.max() < 1
+    assert budgets.mean().item() == pytest.approx(0.625, abs=0.02)  # four standard errors
+    assert [drawing(classifier())[0].target(i) for i in (7, 99)] == [hook.target(i) for i in (7, 99)]
+    assert drawing(classifier(), seed=1)[0].target(7) != hook.target(7)
+
+
+def test_a_schedule_moves_from_the_start_to_what_is_drawn():
+    drawn, (hook, _) = drawing(classifier())[0], drawing(classifier(), share=0.4, schedule='linear')
+    assert hook.target(0) == 1
+    assert hook.target(10) == pytest.approx(0.75 + drawn.target(10) / 4)
+    assert hook.target(40) == drawn.target(40)
+
+
+def test_the_price_makes_the_budget():
+    hook, runner = drawing(undecided())
+    log = run(hook, runner, range(60))[10:]  # the first have no price, or that of few batches
+    budgets, ratios = (torch.tensor([entry[name] for entry in log]) for name in ('budget', 'query_ratio'))
+    # A batch draws 160 gates.
+    assert (ratios - budgets).abs().mean() < 0.04 and (ratios - budgets).mean().abs() < 0.015
+    hook.after_train(runner)
+    assert all(stage.dge[0].router.training_price is None for stage in runner.model.backbone.stages)
+
+
+def test_loss_holds_what_is_spent_at_no_price_in_the_middle():
+    """By hand: probabilities of 1/2, 1/4 and 1/4 for 1, 1/4 and 1/16 of the queries."""
+    model = classifier(img_size=64).train()
+    for stage in model.backbone.stages:
+        torch.nn.init.zeros_(stage.dge[0].router.weight)
+        stage.dge[0].router.bias.data = torch.tensor([math.log(2), 0.0, 0.0])
+    log = run(*drawing(model, weight=2.0), range(3))
+    assert len({entry['budget'] for entry in log}) == 3
+    for entry in log:
+        assert entry['loss_budget'] == pytest.approx(2 * (1 / 2 + 1 / 16 + 1 / 64 - 0.625) ** 2, rel=1e-4)
+
+
+def test_a_resumed_training_has_the_price_of_one_that_was_not_killed():
+    torch.manual_seed(1)
+    model = undecided()
+    log = run(*drawing(model, 'whole'), range(6))
+    hook, runner = drawing(model, 'part')
+    run(hook, runner, range(3))
+    hook, resumed = drawing(model, 'resumed')
+    resumed.message_hub.load_state_dict(runner.message_hub.state_dict())
+    hook.before_train(resumed)
+    assert run(hook, resumed, range(3, 6)) == log[3:]
+
+
 def _distributed_worker(rank, world):
     ratios = [torch.tensor([0.1, 0.4, 0.3]), torch.tensor([0.9])]  # batches of different sizes
     weight = torch.nn.Parameter(torch.tensor(2.0))
@@ -246,6 +326,23 @@ def test_budget_out_of_range(budget):
         ValueError, match=rf'budget={budget}: give a number in \(0, 1\], the share of the cost without DGE'
     ):
         BudgetHook(budget=budget)
+
+
+@pytest.mark.parametrize('budget', [(0.5, 0.5), (1.0, 0.5), (0.25, 0.5, 1.0)])
+def test_range_that_is_none(budget):
+    with pytest.raises(ValueError, match='give one, or the least and the greatest to draw from'):
+        BudgetHook(budget=budget)
+
+
+@pytest.mark.parametrize('budget', [(0, 0.5), (0.5, 1.1)])
+def test_range_out_of_range(budget):
+    with pytest.raises(ValueError, match=r'budget=.*: give a number in \(0, 1\], the share of the cost without DGE'):
+        BudgetHook(budget=budget)
+
+
+def test_range_that_the_granularities_cannot_reach():
+    with pytest.raises(ValueError, match=r'budget=1.0 cannot be reached.* to 0\.25.*budget between them, or a finer'):
+        drawing(classifier(dge=dict(granularities=(2, 4))))
 
 
 def test_negative_weight():

@@ -406,7 +406,7 @@ def _distributed_worker(rank, world):
     path.unlink()
     parallel = DistributedDataParallel(model)
     torch.manual_seed(rank)
-    BudgetHook().before_train(SimpleNamespace(model=model))
+    BudgetHook().before_train(SimpleNamespace(model=model, iter=0))
     losses = parallel(**batch(2), mode='loss')
     model.parse_losses(losses)[0].backward()
     for weight in model.parameters():

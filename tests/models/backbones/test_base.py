@@ -276,7 +276,7 @@ def test_dense_model_compiles_as_one_graph(name, grad, make_backbone):
 def test_dynamic_model_compiles(make_backbone, encoders):
     """With breaks where the number of queries is read; in decisions, too."""
     model, images = make_backbone('deit', dge=DGE).eval(), torch.randn(2, 3, 32, 48)
-    expected, decisions = model(images), [tuple(encoder.decision) for encoder in encoders(model)]
+    expected, decisions = model(images), [encoder.decision[:2] for encoder in encoders(model)]
     torch.testing.assert_close(torch.compile(model, backend='eager')(images), expected, rtol=1e-5, atol=1e-5)
     assert all(
         torch.equal(*pair)
@@ -300,7 +300,7 @@ def test_images_stay_as_they_are(name, dge, make_backbone):
 
 
 @pytest.mark.parametrize('dtype', AUTOCAST)
-@pytest.mark.parametrize('train_mode', ['sparse', 'dense'])
+@pytest.mark.parametrize('train_mode', ['sparse', 'pair', 'dense'])
 def test_all_weights_get_finite_gradients(name, dtype, train_mode, make_backbone):
     model = make_backbone(name, dge=dict(DGE, train_mode=train_mode), drop_path_rate=0.2, out_type='avg_featmap')
     gradients = train_step(model, torch.randn(4, 3, 52, 36), dtype)
@@ -332,7 +332,8 @@ def test_with_cp_recomputes_blocks_and_changes_no_gradient(name, train_mode, mak
         results.append(train_step(model, images))
         runs.append(len(calls))
     torch.testing.assert_close(*results, rtol=0, atol=0)
-    assert runs == [3, 6]
+    others = 3 * {'dense': len(DGE['granularities']) - 1}.get(train_mode, 0)  # which have no backward pass
+    assert runs == [others + 3, others + 6]
 
 
 def test_stochastic_depth_grows_linearly(name, make_backbone):

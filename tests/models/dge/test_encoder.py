@@ -14,7 +14,9 @@ from mmdyn.models.dge.routing import grid
 from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
 from mmdyn.models.stage import run_blocks
 
-MODES = ['eval', 'sparse', 'dense']
+MODES = ['eval', 'sparse', 'pair', 'dense']
+# Passes for comparison of three granularities.
+OTHERS = dict(eval=0, sparse=0, pair=1, dense=2)
 OPTIONS = [
     dict(granularities=(1, 2, 4)),
     dict(granularities=(1, 2)),
@@ -60,7 +62,7 @@ def random_choice(encoder, shape):
 
 @pytest.mark.parametrize('shape, num_extra, sr_ratio', LAYOUTS)
 @pytest.mark.parametrize('options', OPTIONS, ids=lambda options: '-'.join(map(str, options.values())))
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', ['eval', 'sparse', 'dense'])
 def test_equals_the_loops_of_the_paper(mode, options, shape, num_extra, sr_ratio, slow_dge):
     """In output, number of queries, and all gradients. In float64: only the router rounds to float32."""
     encoder, block = (module.double() for module in make(mode, sr_ratio, **options))
@@ -99,7 +101,7 @@ def test_inference_in_float32_equals_the_loops_of_the_paper(options, shape, num_
         assert torch.equal(encoder.decision.queries, counts)
 
 
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', ['eval', 'sparse', 'dense'])
 @pytest.mark.parametrize(
     'options', [dict(granularities=(0, 1, 2)), dict(granularities=(1, 2, 4), routing='layer')], ids=['region', 'layer']
 )
@@ -183,7 +185,7 @@ def test_a_hook_of_the_router_sees_the_means_and_decides(mode, grad):
 @pytest.mark.parametrize('grad', [False, True])
 @pytest.mark.parametrize('mode', MODES)
 def test_hooks_of_the_block_and_its_attention_see_the_queries(mode, grad):
-    """The packed ones, or all that dense training runs; what a hook of the block returns is the queries' new value."""
+    """The packed ones, and before them those that training compares; what a hook of the block returns counts."""
     encoder, block = make(mode, granularities=(1, 2, 4))
     tokens, seen = torch.randn(3, 2 + 35, DIM), []
     block.register_forward_pre_hook(lambda _, args: seen.append(args))
@@ -192,15 +194,15 @@ def test_hooks_of_the_block_and_its_attention_see_the_queries(mode, grad):
     stage = SimpleNamespace(blocks=[block], dge=[encoder], num_extra=2)
     with torch.set_grad_enabled(grad):
         output = run_blocks(stage, tokens.clone(), (5, 7))
-    of_block, of_attention = seen
-    lengths = encoder.decision.queries.tolist()
-    shape = (3, 2 + 35 + 12 + 4, DIM) if mode == 'dense' else (sum(lengths), DIM)
-    for queries, keys, map_shape, num_extra, *rest in seen:
-        assert queries.shape == shape and keys.shape == tokens.shape and map_shape == (5, 7) and num_extra == 2
-        assert rest in ([], [None, None]) if mode == 'dense' else rest == [lengths, None]
-    assert torch.equal(of_block[1], tokens)
-    torch.testing.assert_close(of_attention[0], block.norm1(of_block[0]))
-    torch.testing.assert_close(of_attention[1], block.norm1(tokens))
+    assert len(seen) == 2 * (1 + grad * OTHERS[mode])
+    for of_block, of_attention in zip(seen[::2], seen[1::2]):
+        for queries, keys, map_shape, num_extra, lengths, points in (of_block, of_attention):
+            assert queries.shape == (sum(lengths), DIM) and keys.shape == tokens.shape and points is None
+            assert map_shape == (5, 7) and num_extra == 2
+        assert torch.equal(of_block[1], tokens)
+        torch.testing.assert_close(of_attention[0], block.norm1(of_block[0]))
+        torch.testing.assert_close(of_attention[1], block.norm1(tokens))
+    assert lengths == encoder.decision.queries.tolist()
     torch.testing.assert_close(output, tokens + 1)
 
 
@@ -281,12 +283,13 @@ def test_points_are_the_places_of_the_queries(mode, num_extra):
     tokens[..., 2] = torch.arange(num_extra + 35) < num_extra
     for block in blocks:
         assert torch.equal(encoder(block, tokens, (5, 7), num_extra), tokens)
-    [(queries, points)], [(_, none)] = (block.calls for block in blocks)
-    assert none is None and set(encoder.decision.choice.flatten().tolist()) == {0, 1, 2}
-    queries = queries.flatten(0, -2)
-    cells = queries[:, 2] == 0
-    assert len(points) == len(queries) and (~cells).sum() == 8 * num_extra
-    torch.testing.assert_close(points[cells], queries[cells][:, :2], rtol=1e-6, atol=1e-6)
+    calls, without = (block.calls for block in blocks)
+    assert len(calls) == len(without) == 1 + OTHERS[mode] and all(none is None for _, none in without)
+    assert set(encoder.decision.choice.flatten().tolist()) == {0, 1, 2}
+    for queries, points in calls:
+        cells = queries[:, 2] == 0
+        assert len(points) == len(queries) and (~cells).sum() == 8 * num_extra
+        torch.testing.assert_close(points[cells], queries[cells][:, :2], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('drop_path_rate', [0.0, 0.5])
@@ -307,6 +310,88 @@ def test_sparse_and_dense_training_have_the_same_output(drop_path_rate):
     torch.testing.assert_close(decision.queries, other_decision.queries, rtol=0, atol=0)
     assert torch.equal(one, run(sparse, 3)[0])
     assert not torch.equal(decision.choice, run(sparse, 4)[1].choice)
+
+
+@pytest.mark.parametrize('num_extra, sr_ratio', [(1, 2), (0, None)])
+@pytest.mark.parametrize(
+    'options', [dict(granularities=(0, 1, 2)), dict(granularities=(1, 2, 4), routing='layer')], ids=['region', 'layer']
+)
+def test_a_pair_is_dense_training_on_average(options, num_extra, sr_ratio, monkeypatch):
+    """Each of the others is as likely: where all regions compare with the next one, and all with the one after it."""
+    encoder, block = (module.double() for module in make('pair', sr_ratio, drop_path_rate=0.3, **options))
+    tokens = torch.randn(4, num_extra + 35, DIM, dtype=torch.double, requires_grad=True)
+    weigh, leaves = torch.randn_like(tokens), [tokens, *block.parameters(), *encoder.parameters()]
+
+    def gradients(mode, shift=None):
+        encoder.train_mode = mode
+        monkeypatch.setattr(torch, 'randint', lambda low, high, size, device: torch.full(size, shift))
+        torch.manual_seed(0)
+        loss = (weigh * encoder(block, tokens, (5, 7), num_extra)).sum() + encoder.decision.queries.sum()
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+    dense, pairs = gradients('dense'), [gradients('pair', shift) for shift in (1, 2)]
+    assert not torch.allclose(pairs[0][-1], pairs[1][-1])
+    torch.testing.assert_close([(one + other) / 2 for one, other in zip(*pairs)], list(dense), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pair_draws_the_other_evenly():
+    encoder, block = make('pair', granularities=(1, 2, 4))
+    block.register_forward_pre_hook(lambda _, args: lengths.append(args[4]))
+    encoder.forced, lengths = torch.full((8, 8), 2), []
+    encoder(block, torch.randn(4, 32 * 32, DIM), (32, 32))
+    (compared, made), regions = lengths, 4 * 64
+    assert made == [64] * 4
+    # 4 or 16 queries of a region, each half of the time: four standard errors of 6 / 16
+    assert sum(compared) / regions == pytest.approx(10, abs=4 * 6 / 16)
+
+
+@pytest.mark.parametrize('mode', ['pair', 'dense'])
+def test_comparing_keeps_no_activations(mode):
+    """For the backward pass: one difference and one gate of each cell and other branch, and none of what is behind."""
+    kept = {}
+    for train_mode in ('sparse', mode):
+        torch.manual_seed(0)
+        encoder, block = make(train_mode)
+        encoder.forced, storages = torch.zeros(4, 4, dtype=torch.long), {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        tokens = torch.randn(2, 16 * 16, DIM, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = encoder(block, tokens, (16, 16))
+        kept[train_mode] = sum(storages.values())
+        del output
+    cells = 2 * 16 * 16
+    assert kept[mode] - kept['sparse'] < 4 * cells * (DIM + 4) * OTHERS[mode]
+
+
+def test_without_gradients_there_is_nothing_to_compare():
+    encoder, block = make('dense')
+    calls = []
+    block.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape))
+    with torch.no_grad():
+        encoder(block, torch.randn(2, 35, DIM), (5, 7))
+    assert calls == [(int(encoder.decision.queries.sum()), DIM)]
+
+
+@pytest.mark.parametrize('mode', ['sparse', 'dense'])
+def test_a_price_in_training_lowers_logits_before_the_gates_are_drawn(mode):
+    """Gumbel noise draws with the probabilities of a softmax: 3 : 1 becomes 1 : 1 at the price ln 3 of the first."""
+    encoder, block = make(mode, granularities=(1, 2))
+    nn.init.zeros_(encoder.router.weight)
+    encoder.router.bias.data = torch.tensor([math.log(3), 0.0])
+    tokens, shares = torch.randn(32, 16 * 16, DIM), []
+    for price in (None, torch.tensor([math.log(3), 0.0])):
+        encoder.router.training_price = price
+        encoder(block, tokens, (16, 16))
+        shares.append((encoder.decision.choice == 0).float().mean().item())
+        expected = encoder.router.bias.data - (0 if price is None else price)
+        torch.testing.assert_close(encoder.decision.logits, expected.expand(32, 8, 8, 2))
+    assert shares == pytest.approx([3 / 4, 1 / 2], abs=0.04)  # 2048 regions: four standard errors
+    encoder.eval()(block, tokens, (16, 16))
+    assert encoder.decision.logits is None and (encoder.decision.choice == 0).all()
 
 
 def test_evaluation_has_no_randomness():
@@ -359,8 +444,9 @@ def test_with_cp_recomputes_the_block_and_changes_nothing(mode):
         output.square().sum().backward()
         results.append([output, tokens.grad] + [p.grad for p in (*block.parameters(), *encoder.parameters())])
     torch.testing.assert_close(*results, rtol=0, atol=0)
-    # Tokens and queries have a call each.
-    assert calls == 2 * [False] + 4 * [True]
+    # Tokens and queries have a call each. What is compared has no graph, and so nothing to recompute.
+    others = 2 * OTHERS[mode]
+    assert calls == (others + 2) * [False] + (others + 4) * [True]
 
 
 @pytest.mark.parametrize('sr_ratio', [1, None])
@@ -408,7 +494,7 @@ def test_compiles(mode):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('mode', MODES)
-def test_synchronises_once(mode):
+def test_synchronises_once_for_each_choice(mode):
     encoder, block = (module.cuda() for module in make(mode, sr_ratio=2))
     tokens = torch.randn(3, 1 + 35, DIM, device='cuda')
     encoder(block, tokens, (5, 7), 1)  # the first call sets up the libraries
@@ -416,10 +502,11 @@ def test_synchronises_once(mode):
     try:
         with pytest.warns(UserWarning, match='synchronizing') as warnings:  # noqa: PT031
             encoder(block, tokens, (5, 7), 1)
-            torch.ones(1, device='cuda').item()  # dense training may have none of its own
+            torch.ones(1, device='cuda').item()
     finally:
         torch.cuda.set_sync_debug_mode('default')
-    assert len([warning for warning in warnings if 'synchronizing' in str(warning.message)]) <= 2
+    # Of the choice that was made, and of each that it is compared with.
+    assert len([warning for warning in warnings if 'synchronizing' in str(warning.message)]) <= 2 + OTHERS[mode]
 
 
 def test_query_bounds_by_hand():
@@ -467,7 +554,7 @@ def test_unfit_granularities(granularities, region_size, message):
     'option, message',
     [
         (dict(routing='image'), r"dge routing='image': choose from \('region', 'layer'\)"),
-        (dict(train_mode='soft'), r"dge train_mode='soft': choose from \('sparse', 'dense'\)"),
+        (dict(train_mode='soft'), r"dge train_mode='soft': choose from \('sparse', 'pair', 'dense'\)"),
         (dict(tau=0.0), r'dge tau=0.0: give a number in \(0, inf\), the temperature'),
     ],
 )
