@@ -1,3 +1,4 @@
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -32,6 +33,9 @@ class BuildWithMim(build_py):
             site_packages = Path(self.get_finalized_command('install').install_lib)
             site_packages.mkdir(parents=True, exist_ok=True)
             (site_packages / 'mmdyn-source.pth').write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r})\n')
+            # mim's fork looks into the folder that an editable install is said to be in.
+            url = dict(url=(ROOT / 'mmdyn').as_uri(), dir_info=dict(editable=True))
+            (ROOT / 'mmdyn.egg-info/direct_url.json').write_text(json.dumps(url))
             return
         mim = Path(self.build_lib) / 'mmdyn' / '.mim'
         for folder in ('tools', 'configs'):

@@ -7,12 +7,13 @@ the kernels stand in for what they compute faster.
 from importlib import import_module
 from importlib.util import find_spec
 
-from .compat import allow_mmengine_checkpoints, check_versions, find_configs_of_forks
+from .compat import allow_mmengine_checkpoints, check_versions, find_configs_of_forks, refuse_code_in_checkpoints
 from .version import __version__
 
 check_versions()
 allow_mmengine_checkpoints()
 find_configs_of_forks()
+refuse_code_in_checkpoints()
 
 from . import datasets, engine, evaluation, models  # noqa: E402
 from .apis import get_config, get_model, list_models, tell_mmpretrain  # noqa: E402

@@ -1,13 +1,14 @@
 """What must hold between mmdyn and the packages below it."""
 
 from importlib import import_module, metadata
+from pathlib import Path
 
 import numpy as np
 import torch
 from packaging.version import Version
 
 # Module: least and first unfit version. Forks keep the names of the modules and go on with their versions.
-REQUIRED = {'mmengine': ('0.10.0', '1.0.0'), 'mmcv': ('2.1.0', '3.0.0')}
+REQUIRED = {'mmengine': ('0.10.3', '1.0.0'), 'mmcv': ('2.1.0', '3.0.0')}
 
 
 def installed_version(module: str) -> str:
@@ -76,3 +77,14 @@ def allow_mmengine_checkpoints() -> None:
             *(type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'int32', 'bool')),
         ]
     )
+
+
+def refuse_code_in_checkpoints() -> None:
+    """Let torch's safe loader decide about local files: after it, mmengine's fork would run their code, and warn."""
+    from mmengine.runner import CheckpointLoader
+
+    if is_installed('onedl-mmengine'):
+
+        @CheckpointLoader.register_scheme(prefixes='', force=True)
+        def load_from_local(filename: str, map_location=None):
+            return torch.load(Path(filename).expanduser(), map_location=map_location)

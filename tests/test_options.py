@@ -119,7 +119,7 @@ def measure(price):
     return budget.Spent(1 / (1 + np.exp(price)), {'a': 0.5}, 1.0)
 
 
-CURVE = threshold.Curve(*(torch.linspace(0, 1, 3).double() for _ in threshold.Curve._fields))
+CURVE = threshold.Curve(*(torch.linspace(0, 1, 3).double() for _ in range(6)))
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 MODEL = models.DeiT(PLAIN, 32, patch_size=4)
 MODEL.forward = lambda images, mode: models.DeiT.forward(MODEL, images)

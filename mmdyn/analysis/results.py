@@ -207,10 +207,13 @@ class Results:
         """
         for run in runs:
             cfg = self.configs[run.row.name]
-            root = Path(cfg.train_dataloader.dataset.data_root)
-            if not root.is_dir():
-                brings = cfg.get('data_source', 'docs/data.md tells how to get it')
-                raise ValueError(f'There is no folder {root}, which {run.row.name} trains on: {brings}.')
+            for dataset in (cfg.train_dataloader.dataset, cfg.test_dataloader.dataset):
+                prefix = dataset.get('data_prefix', '')
+                for name in prefix.values() if isinstance(prefix, dict) else [prefix]:
+                    folder = Path(dataset.data_root) / name
+                    if not folder.is_dir():
+                        brings = cfg.get('data_source', 'docs/data.md tells how to get it')
+                        raise ValueError(f'There is no folder {folder}, which {run.row.name} needs: {brings}.')
 
     def run_settings(self, run: Run) -> Config:
         """The config that a run is built by, if it begins."""

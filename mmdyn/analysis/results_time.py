@@ -128,10 +128,23 @@ def time_training(results: Results, run: Run, folder: Path, iterations: int = IT
 
 
 def time_table(results: Results, runs: list[Run], folder: Path) -> dict[str, dict[str, Any]]:
-    """All times of a table's rows, which are done: see :func:`time_tests` and :func:`time_training`."""
-    found: dict[str, dict[str, Any]] = time_tests(results, runs)
+    """All times of a table's rows: see :func:`time_tests` and :func:`time_training`.
+
+    Args:
+        results: where their weights are.
+        runs: of a table, all done. Dense rows of other tables that they are beside are timed with them.
+        folder: for logs.
+    """
+    names = {run.row.name for run in runs}
+    others = [
+        Run(results.rows[name], runs[0].seed)
+        for name in dict.fromkeys(run.row.beside for run in runs if run.row.beside not in (None, *names))
+    ]
+    found: dict[str, dict[str, Any]] = time_tests(
+        results, [*runs, *(run for run in others if results.state(run) == 'done')]
+    )
     for run in runs:
         found[run.row.name]['digest'] = results.digest(run)
         if run.row.train:
             found[run.row.name]['seconds_per_iteration'] = time_training(results, run, folder)
-    return found
+    return {run.row.name: found[run.row.name] for run in runs}

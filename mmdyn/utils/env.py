@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from mmengine.utils.dl_utils import collect_env as collect_base_env
 
-from ..compat import REQUIRED, installed_version
 from ..version import __version__
 
-PACKAGES = ('mmpretrain', 'mmdet', 'mmsegmentation', 'timm', 'openmim', 'numpy', 'safetensors')
+MODULES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg', 'mim', 'timm', 'numpy', 'safetensors')
 VARIABLES = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'KMP_AFFINITY', 'MALLOC_', 'LD_PRELOAD', 'CUDA_VISIBLE_DEVICES')
 # Of mmengine's, what changes from call to call, or takes a page.
 LEFT_OUT = ('numpy_random_seed', 'PyTorch compiling details')
@@ -35,12 +34,11 @@ def collect_env() -> dict[str, str]:
     env = {name: str(value) for name, value in collect_base_env().items() if name not in LEFT_OUT}
     env['glibc'] = ' '.join(platform.libc_ver()) or 'unknown'
     env['threads of torch'] = str(torch.get_num_threads())
-    for module, (distributions, *_) in REQUIRED.items():
-        names = [name for name in distributions if installed_version([name])]
-        env[module] = ', '.join(f'{name} {metadata.version(name)}' for name in names)
+    providers = metadata.packages_distributions()  # of mmcv, it may be onedl-mmcv
+    for module in MODULES:
+        found = [f'{name} {metadata.version(name)}' for name in sorted(set(providers.get(module, [])))]
+        env[module] = ', '.join(found) or 'not installed'
     env['mmcv operators'] = _operators()
-    for name in PACKAGES:
-        env[name] = installed_version([name, f'onedl-{name}']) or 'not installed'
     env['mmdyn'] = f'{__version__} in {Path(__file__).parents[1]}'
     env.update({name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)})
     if find_spec('mmdyn.kernels'):

@@ -10,7 +10,7 @@ from mmdet.apis import DetInferencer
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
-from mmengine.runner import Runner, load_checkpoint
+from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from torch.utils.data import Dataset
 
 from mmdyn.analysis.conversion import load_weights
@@ -100,7 +100,7 @@ def src(folder):
 
 def test_what_is_kept(src, tmp_path):
     (path,) = publish(src, tmp_path / 'new/model.pth')
-    trained, content = torch.load(src), torch.load(path)
+    trained, content = CheckpointLoader.load_checkpoint(str(src), 'cpu'), torch.load(path)
     assert 'optimizer' in trained and set(content) == {'state_dict', 'meta'}
     for name, tensor in trained['state_dict'].items():
         assert torch.equal(content['state_dict'][name], tensor)
@@ -169,7 +169,7 @@ def test_what_is_refused(src, tmp_path):
         publish(src, tmp_path / 'model.onnx')
     with pytest.raises(ValueError, match='There is no checkpoint nowhere.pth'):
         publish('nowhere.pth', tmp_path / 'model.pth')
-    content = torch.load(src)
+    content = CheckpointLoader.load_checkpoint(str(src), 'cpu')
     torch.save(dict(weights=content['state_dict']), tmp_path / 'bare.pth')
     with pytest.raises(ValueError, match=r'bare.pth has no state_dict'):
         publish(tmp_path / 'bare.pth', tmp_path / 'model.pth')

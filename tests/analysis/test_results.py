@@ -129,7 +129,7 @@ def test_missing_data_names_what_brings_them(small, tmp_path):
     runs = choose(results.rows, None)
     results.check_data(runs)
     (tmp_path / 'data').rename(tmp_path / 'elsewhere')
-    with pytest.raises(ValueError, match=r'There is no folder .+/data, which a trains on: ask the test\.'):
+    with pytest.raises(ValueError, match=r'There is no folder .+/data/train, which a needs: ask the test\.'):
         results.check_data(runs)
 
 

@@ -32,10 +32,26 @@ def test_rows_of_a_table_are_timed_side_by_side(small, tmp_path):
     for run in runs:
         results.execute(run)
     assert weights_of(results, runs[2]) == weights_of(results, runs[0])
-    before = {run: sorted(results.folder(run).iterdir()) for run in runs}
+    before = {run.row.name: sorted(results.folder(run).iterdir()) for run in runs}
     times = time_table(results, runs, tmp_path / 'other')
+    assert set(times) == {'a', 'b', 'c'}
     assert set(times['a']) == {'milliseconds', 'digest', 'seconds_per_iteration'}
     assert set(times['b']) == set(times['a']) | {'times_dense'} and set(times['c']) == {'milliseconds', 'digest'}
     assert all(times[run.row.name]['digest'] == results.digest(run) for run in runs)
     assert 0 < times['b']['times_dense'] < 100 and 0 < times['a']['seconds_per_iteration'] < 60
-    assert before == {run: sorted(results.folder(run).iterdir()) for run in runs}
+    assert before == {run.row.name: sorted(results.folder(run).iterdir()) for run in runs}
+
+
+def test_the_dense_row_of_another_table_is_timed_with_those_beside_it(small, monkeypatch, tmp_path):
+    results = small(dict(name='a'), dict(name='b', beside='a'), dict(name='c', beside='d'), dict(name='d'))
+    timed = []
+
+    def time_tests(results, runs):
+        timed.append([run.row.name for run in runs])
+        return {run.row.name: dict(milliseconds=1.0) for run in runs}
+
+    monkeypatch.setattr(results_time, 'time_tests', time_tests)
+    monkeypatch.setattr(results_time, 'time_training', lambda *args: 0.5)
+    monkeypatch.setattr(results, 'state', lambda run: 'open' if run.row.name == 'd' else 'done')
+    times = time_table(results, [Run(results.rows[name], 0) for name in ('b', 'c')], tmp_path)
+    assert timed == [['b', 'c', 'a']] and set(times) == {'b', 'c'}

@@ -31,7 +31,8 @@ def run(tmp_path, monkeypatch):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'c.py').write_text(
         f"model = dict(backbone=dict(type='mmdyn.PVT'))\ndata_source = 'unpack it'\n"
-        f'train_dataloader = dict(dataset=dict(data_root={str(tmp_path / "data")!r}))\ntest_dataloader = dict()'
+        f'train_dataloader = dict(dataset=dict(data_root={str(tmp_path / "data")!r}))\n'
+        'test_dataloader = train_dataloader'
     )
 
     def execute_apart(results, run_):
@@ -135,4 +136,4 @@ def test_missing_data_end_in_a_line(run, tmp_path, capsys):
     (tmp_path / 'data').rmdir()
     with pytest.raises(SystemExit) as error:
         run()
-    assert error.value.code == 2 and capsys.readouterr().err.endswith('which x/base trains on: unpack it.\n')
+    assert error.value.code == 2 and capsys.readouterr().err.endswith('which x/base needs: unpack it.\n')

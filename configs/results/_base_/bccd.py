@@ -25,7 +25,7 @@ model = dict(
 )
 
 # What brings the data, said where they are missing.
-data_source = 'unpack bccd.tar.gz in data/, or see convert_dataset.py bccd in docs/data.md'
+data_source = 'unpack bccd.tar.gz in data/, or run convert_dataset.py bccd (docs/data.md)'
 dataset = dict(
     type='mmdyn.CocoDataset',
     data_root='data/bccd/',

@@ -18,7 +18,7 @@ model = dict(
 )
 
 # What brings the data, said where they are missing.
-data_source = 'unpack camvid.tar.gz in data/, or see convert_dataset.py camvid in docs/data.md'
+data_source = 'unpack camvid.tar.gz in data/, or run convert_dataset.py camvid (docs/data.md)'
 dataset = dict(
     type='mmdyn.BaseSegDataset',
     data_root='data/camvid',

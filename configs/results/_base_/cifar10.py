@@ -10,7 +10,9 @@ train_pipeline = [
 ]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 # What brings the data, said where they are missing.
-data_source = 'unpack cifar10-full.tar.gz in data/, or see convert_dataset.py cifar10 in docs/data.md'
+data_source = (
+    'unpack cifar10-full.tar.gz in data/ and add a val, or let convert_dataset.py cifar10 make it (docs/data.md)'
+)
 data_root = 'data/cifar10-full'
 train_dataloader = dict(dataset=dict(data_root=data_root, data_prefix='train', pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(data_root=data_root, data_prefix='val', pipeline=test_pipeline))

@@ -10,7 +10,9 @@ train_pipeline = [
 ]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 # What brings the data, said where they are missing.
-data_source = 'unpack tiny-imagenet-50.tar.gz in data/, or see convert_dataset.py tiny-imagenet-50 in docs/data.md'
+data_source = (
+    'unpack tiny-imagenet-50.tar.gz in data/, or let convert_dataset.py tiny-imagenet-50 make it (docs/data.md)'
+)
 data_root = 'data/tiny-imagenet-50'
 train_dataloader = dict(dataset=dict(data_root=data_root, data_prefix='train', pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(data_root=data_root, data_prefix='val', pipeline=test_pipeline))

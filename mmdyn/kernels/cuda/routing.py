@@ -158,9 +158,9 @@ def choose_by_logits(
     programs = load_programs(tokens)
     if isinstance(programs, Refused):
         return programs
-    weights = router.weight, router.bias
     if type(router) is not Router or router._forward_hooks or router._forward_pre_hooks:
         return Refused('the router is another than the one that is known, or has forward hooks')
+    weights = router.weight, router.bias
     if any(x.dtype not in DTYPES or x.device != tokens.device for x in (tokens, *weights)) or torch.is_grad_enabled():
         return Refused('gradients are on, or the tokens or the weights of the router are of other types or devices')
     if tokens.shape[2] > MOST_CHANNELS or not tokens.numel():

@@ -33,8 +33,8 @@ class NoPassError(AttributeError, ValueError):
     """There is no cost yet; an AttributeError, so that what lists the attributes of a module passes it by."""
 
     @classmethod
-    def of(cls, backbone: nn.Module) -> 'NoPassError':
-        return cls(f'{type(backbone).__name__} has not run yet: call it on images before you ask for its cost.')
+    def of(cls, backbone: 'DynamicStages') -> 'NoPassError':
+        return cls(f'{type(backbone.entry).__name__} has not run yet: call it on images before you ask for its cost.')
 
 
 class DynamicStages(nn.Module):
@@ -104,7 +104,7 @@ class DynamicStages(nn.Module):
 
     def _cost(self) -> BackboneCost:
         if self.last_pass is None:
-            raise NoPassError.of(self.entry)
+            raise NoPassError.of(self)
         images, shapes = self.last_pass
         cost = self._cost_of(
             shapes, lambda encoder, bounds: encoder.decision.queries if encoder else bounds[1:] * images
@@ -186,35 +186,6 @@ class DynamicStages(nn.Module):
             check_number('price', price, '(-inf, inf)', 'what each query lowers a logit by')
         decide_by(self, prices=None if price is None else prices_of_layers(self, price))
 
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """How deep a parameter lies, for layer-wise decay of the learning rate, as mmpretrain asks for it.
-
-        The first embeddings have depth 0, the blocks 1 to L through all stages, whatever is behind them L + 1. A router
-        is of its block's depth. What a later stage begins with, its embeddings and a class token, is of the depth of
-        the last block before it.
-
-        Args:
-            param_name: name of the parameter.
-            prefix: of the backbone's parameters; others lie behind it.
-
-        Returns:
-            The depth, and the number of depths, L + 2.
-        """
-        stages = list(self.named_stages())
-        num = 2 + sum(len(stage.blocks) for stage, _ in stages)
-        name, before = param_name.removeprefix(prefix), 0
-        if not param_name.startswith(prefix):
-            return num - 1, num
-        for stage, start in stages:
-            part, _, rest = name.removeprefix(start).partition('.')
-            of_stage = name.startswith(start)
-            if of_stage and part in ('blocks', 'dge'):
-                return before + 1 + int(rest.partition('.')[0]), num
-            if (of_stage and part.endswith('_embed')) or (part.endswith('_token') and stage is stages[-1][0]):
-                return before, num
-            before += len(stage.blocks)
-        return num - 1, num
-
     def _cost_of(self, shapes: list[tuple[int, int]], queries_of: Callable) -> BackboneCost:
         """Cost of maps of these shapes; ``queries_of`` takes an encoder or None, and its least and greatest number."""
         device = next(self.entry.parameters()).device
@@ -277,6 +248,35 @@ class DynamicBackbone(DynamicStages, BaseModule):
         """Name of each position embedding, (h, w) of its map, and number of its extra tokens."""
         for (stage, prefix), shape in zip(self.named_stages(), self.stage_shapes):
             yield f'{prefix}pos_embed', shape, stage.num_extra
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """How deep a parameter lies, for layer-wise decay of the learning rate, as mmpretrain asks for it.
+
+        The first embeddings have depth 0, the blocks 1 to L through all stages, whatever is behind them L + 1. A router
+        is of its block's depth. What a later stage begins with, its embeddings and a class token, is of the depth of
+        the last block before it.
+
+        Args:
+            param_name: name of the parameter.
+            prefix: of the backbone's parameters; others lie behind it.
+
+        Returns:
+            The depth, and the number of depths, L + 2.
+        """
+        stages = list(self.named_stages())
+        num = 2 + sum(len(stage.blocks) for stage, _ in stages)
+        name, before = param_name.removeprefix(prefix), 0
+        if not param_name.startswith(prefix):
+            return num - 1, num
+        for stage, start in stages:
+            part, _, rest = name.removeprefix(start).partition('.')
+            of_stage = name.startswith(start)
+            if of_stage and part in ('blocks', 'dge'):
+                return before + 1 + int(rest.partition('.')[0]), num
+            if (of_stage and part.endswith('_embed')) or (part.endswith('_token') and stage is stages[-1][0]):
+                return before, num
+            before += len(stage.blocks)
+        return num - 1, num
 
     def frozen_modules(self) -> Iterator[nn.Module | nn.Parameter]:
         """Modules and parameters that ``frozen_stages`` names."""

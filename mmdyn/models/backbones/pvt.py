@@ -100,7 +100,7 @@ class PVT(DynamicBackbone):
         dge: None for the dense model, or a dict of the options of
             :class:`~mmdyn.models.dge.DynamicGrainedEncoder`, e.g. ``dict(granularities=(1, 2, 4))``. ``test_budget``,
             ``budget_mode`` and ``prices`` set a budget for inference, see
-            :meth:`~mmdyn.models.backbones.base.DynamicBackbone.set_budget`.
+            :meth:`~mmdyn.models.backbones.base.DynamicStages.set_budget`.
             ``dense_layers=('stages.0', 'stages.1.blocks.0')`` names those that stay dense.
         out_type: ``'featmap'`` returns the (B, C, h, w) maps of the stages ``out_indices``. The others add a final
             norm and return the last stage's class token (B, C) for ``'cls_token'``, mean (B, C) of all its tokens for

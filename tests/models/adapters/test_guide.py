@@ -53,7 +53,9 @@ def test_adapter(with_adapter, randomise):
         expected = model(images)
         mmdyn.apply_dge(model, img_size=32)
         torch.testing.assert_close(model(images), expected)
-        mmdyn.set_budget(model, 0.5)
+        for stage in model.mmdyn_apply_dge.stages:
+            for encoder in stage.dge:
+                randomise(encoder.router, std=10.0)
         with (
             FlopCounterMode(display=False) as counter,
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
@@ -61,7 +63,7 @@ def test_adapter(with_adapter, randomise):
             model(images)
     cost = mmdyn.cost(model)
     assert counter.get_total_flops() // 2 == cost.spent.sum().item() + 2 * 16 * 3
-    assert (cost.query_ratio <= 0.5).all()
+    assert (cost.query_ratio < 1).all()
 
 
 def test_families_of_the_page_are_those_that_are_known():
