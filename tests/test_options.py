@@ -130,6 +130,15 @@ TARGETS = {
     'DeiT': backbone(models.DeiT, PLAIN, PlainViT, **PLAIN_OPTIONS),
     'LVViT': backbone(models.LVViT, PLAIN, PlainViT, **PLAIN_OPTIONS),
     'CFViT': backbone(models.CFViT, dict(PLAIN, family='deit'), coarse_size=2, patch_size=4, ema_start=1),
+    'WithDGE': known(
+        models.WithDGE,
+        backbone=dict(
+            type='mmpretrain.VisionTransformer',
+            arch=dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=16),
+            img_size=32,
+            patch_size=8,
+        ),
+    ),
     'DynamicGrainedEncoder': known(DynamicGrainedEncoder, dim=8),
     'check_granularities': known(check_granularities, granularities=(1, 2)),
     'Attention': known(layers.Attention, dim=8, num_heads=2),

@@ -52,7 +52,14 @@ PUBLIC = {
         'WithDGE',
         'PVT',
     ],
-    'engine': ['BudgetHook', 'FineSelectionHook', 'LossGuardHook', 'DenseTeacherHook', 'RandomStateHook'],
+    'engine': [
+        'BudgetHook',
+        'DenseTeacherHook',
+        'FineSelectionHook',
+        'FrozenStartHook',
+        'LossGuardHook',
+        'RandomStateHook',
+    ],
     'evaluation': ['CoarseToFineMetric', 'DynamicFLOPs', 'GateQuality'],
     'datasets': [
         'ADE20KDataset',

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...registry import MODELS
+from ...values import sides
 from ..backbones.base import DynamicBackbone, DynamicStages, find_backbones, make_encoders
 from ..backbones.options import budget_of, dge_of_stages
 from ..cost import BackboneCost
@@ -199,9 +200,7 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 def attach_dge(model: nn.Module, dge: dict | None, img_size: int | Sequence[int] | None = None) -> nn.Module:
     """Give a model DGE by the options of mmdyn's backbones; with None, the account of what it spends alone."""
     host, adapter = find_model(model)
-    sides = image_size(host) if img_size is None else img_size
-    sides = (sides, sides) if isinstance(sides, int) else tuple(sides)
-    AppliedDGE(host, adapter, dge, sides).attach()
+    AppliedDGE(host, adapter, dge, image_size(host) if img_size is None else sides('img_size', img_size)).attach()
     return model
 
 
