@@ -8,7 +8,7 @@ from ..models.backbones.base import DynamicStages
 from ..models.backbones.budget import expected_ratios
 
 # Of a query of a layer of mean complexity, dense around 0; the greatest outweighs any difference of logits.
-PRICES = 4 * np.sinh(np.linspace(-6, 6, 49)) / np.sinh(6)
+PRICES = 50 * np.sinh(np.linspace(-8, 8, 65)) / np.sinh(8)
 
 
 class PriceCurve:
