@@ -2,7 +2,7 @@
 _base_ = './vit-mini_digits.py'
 
 load_from = 'work_dirs/demo/vit-mini_digits/epoch_15.pth'
-max_epochs = 5
+max_epochs = 8
 optim_wrapper = dict(optimizer=dict(lr=5e-4))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=True, end=1, convert_to_iter_based=True),
