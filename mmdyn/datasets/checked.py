@@ -9,7 +9,7 @@ from .loading import image_error
 # What the frameworks' data sets have in common.
 TYPES = dict(
     ann_file=((str, Path), 'the path of a file'),
-    data_prefix=((str, dict), "a folder, or a dict such as dict(img_path='images')"),
+    data_prefix=(dict, "a dict of folders, such as dict(img_path='images')"),
     data_root=((str, Path, type(None)), 'the path of a folder'),
     filter_cfg=((dict, type(None)), 'a dict of options'),
     metainfo=((dict, type(None)), 'a dict such as dict(classes=(...))'),
@@ -50,9 +50,10 @@ class CheckedDataset:
 
     # Options that name other data.
     options = tuple(f'{split}_dataloader.dataset.data_root=DIR' for split in ('train', 'val', 'test'))
+    types = TYPES
 
     def __init__(self, *args, **kwargs):
-        for name, (allowed, what) in TYPES.items():
+        for name, (allowed, what) in self.types.items():
             if name in kwargs:
                 check_type(f'{self.name}: {name}', kwargs[name], allowed, what)
         self._check_classes((kwargs.get('metainfo') or {}).get('classes') or ())

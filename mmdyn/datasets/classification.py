@@ -10,6 +10,9 @@ class CheckedLabels(CheckedDataset):
     """Check the labels of images, whether they come from folders or from a list."""
 
     options = (*CheckedDataset.options, 'train_dataloader.dataset.data_prefix=FOLDER')
+    types = CheckedDataset.types | dict(
+        data_prefix=((str, dict), "a folder, or a dict such as dict(img_path='images')")
+    )
 
     def read_data_list(self) -> list[dict]:
         """mmpretrain's list of images, whose labels are checked."""
