@@ -130,7 +130,7 @@ def test_the_hook_tells_the_log_the_visualizer_and_the_next_run(backbone, caplog
 
 @pytest.mark.parametrize('name, value', [('log_interval', 0), ('patience', -1), ('patience', 1.5)])
 def test_intervals_that_are_none(name, value):
-    with pytest.raises(ValueError, match=f'{name}={value}: give a number of iterations'):
+    with pytest.raises(ValueError, match=f'{name}={value}: give an integer >= 1, a number of iterations'):
         BudgetHook(**{name: value})
 
 

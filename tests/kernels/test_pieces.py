@@ -59,13 +59,13 @@ def test_blocks_in_pieces(kind, num_extra, phis, numbers, make_block, stage_of, 
     out = run_in_pieces(stage, tokens.clone(), SHAPE)
     decisions = [encoder.decision for encoder in encoders]
     for image in range(3):
-        for encoder, (choice, _) in zip(encoders, decisions):
+        for encoder, (choice, *_) in zip(encoders, decisions):
             encoder.forced = choice[image]
         expected = by_double(stage, tokens[image : image + 1])
         torch.testing.assert_close(out[image : image + 1], expected, rtol=1e-4, atol=1e-4)
         alone = run_in_pieces(stage, tokens[image : image + 1].clone(), SHAPE)
         torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-4)
-        for encoder, (_, queries) in zip(encoders, decisions):
+        for encoder, (_, queries, _) in zip(encoders, decisions):
             run_blocks.plain(stage, tokens[image : image + 1], SHAPE)
             assert encoder.decision.queries.tolist() == [queries[image]]
 

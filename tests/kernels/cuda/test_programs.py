@@ -49,6 +49,6 @@ def test_compiles_for_a_gpu(name):
 def test_results_are_those_of_the_plain_functions():
     """By Triton's interpreter, on a CPU."""
     path = Path(__file__).with_name('test_interpreted.py')
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(path)]
+    command = [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', str(path)]
     run = subprocess.run(command, env=os.environ | dict(TRITON_INTERPRET='1'), capture_output=True, text=True)
     assert run.returncode == 0 and ' passed' in run.stdout, run.stdout + run.stderr
