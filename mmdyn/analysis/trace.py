@@ -77,7 +77,7 @@ def trace(run: Callable, device: str, file: Path) -> list[dict]:
     """Run under torch's profiler, write the trace as .json.gz and return its events."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == 'cuda' else [])]
     for _ in range(2):  # the first time the tracer itself takes time
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:
             with record_function(PASS):
                 run()
             synchronise(device)
