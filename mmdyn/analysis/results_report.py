@@ -17,7 +17,7 @@ HEAD = """# Results on real images
 Reprinted by `make results`: it trains and tests all that is not done yet, and then writes this page, results.json and
 results.png; [data.md](data.md) tells how to get the data. `make results-time`, on a machine that does nothing else,
 measures the times. Each row is one of [rows.py](../configs/results/rows.py), which names its config and what it starts
-from, and [results/](results) has the numbers of each run.
+from, and the folder `docs/results` has the numbers of each run.
 
 Accuracies are means over the seeds, on all validation images, after the last iteration; in brackets, the largest less
 the smallest. *MMACs* are millions of multiply-adds of the backbone for an image, and *of dense* their share of those of
@@ -151,10 +151,10 @@ def markdown(lines: list[dict[str, Any]], rows: dict[str, Row]) -> str:
         head = ['row', *titles]
         parts.append('\n'.join('| ' + ' | '.join(cells) + ' |' for cells in [head, ['---'] * len(head), *body]))
     known = {line['name']: len(line['seeds']) for line in lines}
-    absent = {name: len(row.seeds) - known.get(name, 0) for name, row in rows.items()}
-    names = [f'`{name}` ({count})' for name, count in absent.items() if count > 0]
-    if names:
-        parts.append(f'## Not done yet\n\nRows, and of how many seeds: {", ".join(names)}.')
+    absent = sum(max(len(row.seeds) - known.get(name, 0), 0) for name, row in rows.items())
+    if absent:
+        runs = sum(len(row.seeds) for row in rows.values())
+        parts.append(f'{absent} of {runs} runs are not done yet; `results.py --list` names them.')
     return '\n\n'.join(part.strip('\n') for part in parts) + '\n'
 
 

@@ -93,7 +93,7 @@ def test_the_page_has_a_row_for_each_and_what_is_not_done(tmp_path):
         ['`a/dense`: dense', '31.5 (3.0)', '3', '20.0', '', '', '120', '', '', ''],
         ['`a/dge`: DGE 0.5', '30.5 (1.0)', '2', '12.5', '0.62', '0.625', '120', '', '1.50', '0.75'],
     ]
-    assert 'Task B' not in page and page.endswith('of how many seeds: `a/dge` (1), `b/dense` (1).\n')
+    assert 'Task B' not in page and page.endswith('2 of 7 runs are not done yet; `results.py --list` names them.\n')
     content = json.loads((tmp_path / 'results.json').read_text())
     assert [row['name'] for row in content['rows']] == ['a/dense', 'a/dge']
     assert (tmp_path / 'results.png').read_bytes().startswith(b'\x89PNG')

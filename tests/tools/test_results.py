@@ -107,7 +107,7 @@ def test_the_report_is_of_what_is_done(run, tmp_path):
         file.unlink()
     run('--report')
     assert run.done == [] and (tmp_path / 'results/x/base-seed0.json').exists()
-    assert 'Rows, and of how many seeds: `x/base` (1), `x/dge` (2).' in (tmp_path / 'results.md').read_text()
+    assert '3 of 4 runs are not done yet' in (tmp_path / 'results.md').read_text()
 
 
 def test_tables_are_timed_with_the_first_seed_once(run, tmp_path):
