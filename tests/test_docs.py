@@ -192,6 +192,8 @@ def what_is_wrong(command):
 
 def test_commands_exist_with_their_options():
     found = list(all_commands())
+    if not (ROOT / 'mmdyn/kernels').is_dir():  # which may be deleted, with the command that tells of them
+        found = [(page, command) for page, command in found if 'mmdyn.kernels' not in command]
     wrong = [f'{page}: {command}: {why}' for page, command in found for why in what_is_wrong(command)]
     assert len(found) > 80 and wrong == []
 

@@ -126,6 +126,7 @@ def test_training():
 @torch.no_grad()
 def test_recorded_models():
     """On a CPU, where there is nothing to record; the routers decide, within a budget."""
+    pytest.importorskip('mmdyn.kernels')
     dense, dynamic = build('DeiT-tiny', (32, 32)), build('DeiT-tiny', (32, 32), granularities=(1, 2))
     dynamic.dge[0].forced = torch.zeros(1, 1, dtype=torch.long)
     images = torch.randn(1, 3, 32, 32)
