@@ -1,6 +1,5 @@
 """Layers of other libraries, on packed queries."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -95,5 +94,4 @@ def convolve(conv: nn.Module, x: Tensor, shape: tuple[int, int], routing: Routin
     Returns:
         (N, C) the means of the cells of each query.
     """
-    cells = F.pad(x, (0, 0, 0, 1)).index_select(0, routing.query.flatten()).unflatten(0, (-1, math.prod(shape)))
-    return routing.compress(convolution(conv, maps(cells, shape)).flatten(2).transpose(1, 2))
+    return routing.compress(convolution(conv, maps(routing.spread(x), shape)).flatten(2).transpose(1, 2))

@@ -110,24 +110,7 @@ class CFViT(PlainViT):
         out_type = out_type if out_type is not None else ('raw' if family == 'lvvit' else 'cls_token')
         if out_type not in ('raw', 'cls_token'):
             raise ValueError(f"out_type={out_type!r}: choose 'cls_token' or 'raw'; a fine sequence is no map.")
-        super().__init__(
-            family,
-            numbers,
-            side,
-            in_channels,
-            patch_size,
-            out_type=out_type,
-            drop_path_rate=drop_path_rate,
-            frozen_stages=frozen_stages,
-            with_cp=with_cp,
-            interpolate_mode=interpolate_mode,
-            norm_eps=norm_eps,
-            init_cfg=init_cfg,
-        )
-        if not is_integer(ema_start, 1, len(self.blocks)):
-            raise ValueError(f'ema_start={ema_start!r}: choose a block from 1 to {len(self.blocks)}.')
-        self.plain_config = dict(
-            type='mmdyn.LVViT' if family == 'lvvit' else 'mmdyn.DeiT',
+        plain = dict(
             arch=numbers,
             img_size=side,
             in_channels=in_channels,
@@ -136,6 +119,17 @@ class CFViT(PlainViT):
             interpolate_mode=interpolate_mode,
             norm_eps=norm_eps,
         )
+        super().__init__(
+            family,
+            **plain,
+            drop_path_rate=drop_path_rate,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
+        self.plain_config = dict(plain, type='mmdyn.LVViT' if family == 'lvvit' else 'mmdyn.DeiT')
+        if not is_integer(ema_start, 1, len(self.blocks)):
+            raise ValueError(f'ema_start={ema_start!r}: choose a block from 1 to {len(self.blocks)}.')
         self.coarse_size, self.side, self.alpha = coarse_size, side, alpha
         self.score, self.reuse_kind = score, reuse
         self.ema_decay, self.ema_start, self.split_all = ema_decay, ema_start, False
