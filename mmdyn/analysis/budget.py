@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.evaluator import Evaluator
+from mmengine.runner import Runner, TestLoop
 from torch import nn
 
+from ..evaluation import DynamicFLOPs
 from ..models.backbones.base import DynamicStages, find_backbones
 from ..models.cost import CostMeter
 from ..models.dge.prices import Prices
@@ -51,6 +53,17 @@ def dynamic_backbone(model: nn.Module) -> DynamicStages:
             'mmdyn.PVT with dge=dict(granularities=(1, 2, 4)).'
         )
     return found[0]
+
+
+def model_and_loop(runner: Runner, checkpoint: str) -> tuple[nn.Module, TestLoop]:
+    """A checkpoint's model in evaluation mode, and the loop that tests it, without a metric of multiply-adds.
+
+    That would count passes beside the test too, and take time; tools that test at many points tell what each cost.
+    """
+    runner.load_checkpoint(checkpoint, map_location='cpu')
+    loop = runner.test_loop
+    loop.evaluator.metrics = [metric for metric in loop.evaluator.metrics if not isinstance(metric, DynamicFLOPs)]
+    return runner.model.eval(), loop
 
 
 def average(meter: CostMeter, images: int) -> Spent:

@@ -108,6 +108,13 @@ def read_config(path: str | Path, options: dict[str, Any] | None = None) -> Conf
     return cfg
 
 
+def check_has(cfg: Config, why: str, *names: str) -> None:
+    """Raise ValueError unless a config has all of some parts; ``why`` says what for."""
+    for name in names:
+        if cfg.get(name) is None:
+            raise ValueError(f'the config has no {name}, {why}.')
+
+
 def check_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint.
 

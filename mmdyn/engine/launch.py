@@ -69,3 +69,10 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
         prepare_processes_without_devices(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def build_tester(cfg: Config, out: Path) -> Runner:
+    """The runner of a tool that runs tests of its own, with files in the folder ``out``."""
+    cfg.work_dir = str(out)
+    cfg.setdefault('test_cfg', {})
+    return build_runner(cfg)

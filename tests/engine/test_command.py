@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS
 
 import mmdyn
-from mmdyn.engine.command import check_checkpoint, command, load_weights, only_results, output_folder, read_config
+from mmdyn.engine.command import (
+    check_checkpoint,
+    check_has,
+    command,
+    load_weights,
+    only_results,
+    output_folder,
+    read_config,
+)
 
 ROOT = Path(mmdyn.__file__).parents[1]
 NAME = Path(__file__).name
@@ -151,6 +160,13 @@ def test_checkpoints_that_are_none(tmp_path, content, said):
         with pytest.raises(ValueError, match=said) as error:
             load(tmp_path / 'c.pth')
         assert '\n' not in str(error.value)
+
+
+def test_parts_that_a_config_lacks():
+    cfg = Config(dict(test_dataloader={}, test_evaluator=None))
+    check_has(cfg, 'whose images are needed', 'test_dataloader')
+    with pytest.raises(ValueError, match='the config has no test_evaluator, which tells what to test on'):
+        check_has(cfg, 'which tells what to test on', 'test_dataloader', 'test_evaluator')
 
 
 def test_weights(tmp_path):

@@ -14,12 +14,11 @@ from mmengine.config import DictAction
 from mmengine.dataset import pseudo_collate
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.budget import evaluate, metric_of
+from mmdyn.analysis.budget import evaluate, metric_of, model_and_loop
 from mmdyn.analysis.flops import image_files, pipeline_without_annotations
 from mmdyn.analysis.redundancy import measure_redundancy, merging, plain_vit
-from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
-from mmdyn.engine.launch import build_runner
-from mmdyn.evaluation import DynamicFLOPs
+from mmdyn.engine.command import check_checkpoint, check_has, command, only_results, output_folder, read_config
+from mmdyn.engine.launch import build_tester
 from mmdyn.visualization.curves import draw_redundancy
 
 THRESHOLDS = [0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5]
@@ -49,9 +48,7 @@ def main() -> str:
     args = parser.parse_args()
 
     cfg = read_config(args.config, args.cfg_options)
-    for name in ('test_dataloader', 'test_evaluator'):
-        if cfg.get(name) is None:
-            raise ValueError(f'the config has no {name}, which tells what to test on.')
+    check_has(cfg, 'which tells what to test on', 'test_dataloader', 'test_evaluator')
     check_checkpoint(args.checkpoint)
     if args.num < 1:
         raise ValueError(f'--num {args.num}: give the number of images to correlate, at least 1.')
@@ -59,13 +56,9 @@ def main() -> str:
         raise ValueError(f'--thresholds {args.thresholds}: a correlation is in [-1, 1].')
     files = image_files(args.images) if args.images else None
     out = output_folder(args.out or Path('work_dirs') / Path(args.config).stem / 'redundancy')
-    cfg.work_dir = str(out)
-    cfg.setdefault('test_cfg', {})
-    runner = build_runner(cfg)
+    runner = build_tester(cfg, out)
     backbone = plain_vit(runner.model)
-    runner.load_checkpoint(args.checkpoint, map_location='cpu')
-    model, loop = runner.model.eval(), runner.test_loop
-    loop.evaluator.metrics = [metric for metric in loop.evaluator.metrics if not isinstance(metric, DynamicFLOPs)]
+    model, loop = model_and_loop(runner, args.checkpoint)
 
     batches = loop.dataloader
     if files:

@@ -19,7 +19,7 @@ from mmengine.utils import track_iter_progress
 import mmdyn  # noqa: F401
 from mmdyn.analysis.class_attention import accuracy_of_patches, class_attention, coarse_tokens, plain_classifier
 from mmdyn.analysis.flops import image_files, pipeline_without_annotations
-from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
+from mmdyn.engine.command import check_checkpoint, check_has, command, only_results, output_folder, read_config
 from mmdyn.engine.launch import build_runner
 from mmdyn.visualization import draw_attention, with_title
 from mmdyn.visualization.curves import draw_patches
@@ -55,8 +55,7 @@ def main() -> str:
     args = parser.parse_args()
 
     cfg = read_config(args.config, args.cfg_options)
-    if cfg.get('test_dataloader') is None:
-        raise ValueError('the config has no test_dataloader, whose images are needed.')
+    check_has(cfg, 'whose images are needed', 'test_dataloader')
     check_checkpoint(args.checkpoint)
     files = image_files(args.images) if args.images else None
     out = output_folder(args.out or Path('work_dirs') / Path(args.config).stem / 'attention')

@@ -18,7 +18,7 @@ from mmengine.utils import track_iter_progress
 import mmdyn  # noqa: F401
 from mmdyn.analysis.budget import dynamic_backbone
 from mmdyn.analysis.gradcam import gradcam
-from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
+from mmdyn.engine.command import check_checkpoint, check_has, command, only_results, output_folder, read_config
 from mmdyn.engine.launch import build_runner
 from mmdyn.evaluation.gate_quality import ForegroundMasks, as_seen, compare, summarise
 
@@ -68,8 +68,7 @@ def main() -> str:
     args = parser.parse_args()
 
     cfg = read_config(args.config, args.cfg_options)
-    if cfg.get('test_dataloader') is None:
-        raise ValueError('the config has no test_dataloader, whose images are needed.')
+    check_has(cfg, 'whose images are needed', 'test_dataloader')
     check_checkpoint(args.checkpoint)
     options = dict(background=args.background, ignore=args.ignore)
     masks = ForegroundMasks(args.masks, **options)

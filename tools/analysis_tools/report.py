@@ -17,12 +17,12 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 import mmdyn
+from mmdyn.analysis.budget import model_and_loop
 from mmdyn.analysis.latency import environment
 from mmdyn.analysis.model_report import budget_report, gallery_of, threshold_report
 from mmdyn.analysis.threshold import has_threshold
-from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
-from mmdyn.engine.launch import build_runner
-from mmdyn.evaluation import DynamicFLOPs
+from mmdyn.engine.command import check_checkpoint, check_has, command, only_results, output_folder, read_config
+from mmdyn.engine.launch import build_tester
 from mmdyn.visualization import finite, report_page
 
 PROTOCOL = (
@@ -72,9 +72,7 @@ def main() -> str:
     args = parser.parse_args()
 
     cfg = read_config(args.config, args.cfg_options)
-    for name in ('test_dataloader', 'test_evaluator'):
-        if cfg.get(name) is None:
-            raise ValueError(f'the config has no {name}, which tells what to test on.')
+    check_has(cfg, 'which tells what to test on', 'test_dataloader', 'test_evaluator')
     meta = check_checkpoint(args.checkpoint).get('meta', {}).get('dataset_meta')
     given, other = ('budgets', 'thresholds') if has_threshold(cfg) else ('thresholds', 'budgets')
     if getattr(args, given):
@@ -82,13 +80,8 @@ def main() -> str:
     if args.calibrate < 1:
         raise ValueError(f'--calibrate {args.calibrate}: give the number of images, at least 1.')
     out = output_folder(args.out or Path('work_dirs') / Path(args.config).stem / 'report')
-    cfg.work_dir = str(out)
-    cfg.setdefault('test_cfg', {})
-    runner = build_runner(cfg)
-    runner.load_checkpoint(args.checkpoint, map_location='cpu')
-    model, loop = runner.model.eval(), runner.test_loop
-    # It would count the passes of the calibration too, and take time; what it tells is in the report already.
-    loop.evaluator.metrics = [metric for metric in loop.evaluator.metrics if not isinstance(metric, DynamicFLOPs)]
+    runner = build_tester(cfg, out)
+    model, loop = model_and_loop(runner, args.checkpoint)
     gallery = gallery_of(loop.dataloader.dataset, args.images, meta, args.num, args.score_thr)
     options = dict(metric=args.metric, say=partial(print, file=sys.stderr, flush=True))
     if has_threshold(cfg):

@@ -20,19 +20,24 @@ from mmengine.config import DictAction
 from mmengine.runner import Runner
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.budget import MODES, budgets_of, dynamic_backbone, measure_prices, metric_of, modes_of, sweep
-from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
-from mmdyn.engine.launch import build_runner
-from mmdyn.evaluation import DynamicFLOPs
+from mmdyn.analysis.budget import (
+    MODES,
+    budgets_of,
+    dynamic_backbone,
+    measure_prices,
+    metric_of,
+    model_and_loop,
+    modes_of,
+    sweep,
+)
+from mmdyn.engine.command import check_checkpoint, check_has, command, only_results, output_folder, read_config
+from mmdyn.engine.launch import build_tester
 
 
 def sweep_checkpoint(runner: Runner, args: argparse.Namespace, checkpoint: str, prices_file: Path) -> list[dict]:
     """Calibrate and test one checkpoint."""
-    runner.load_checkpoint(checkpoint, map_location='cpu')
-    model, loop = runner.model.eval(), runner.test_loop
+    model, loop = model_and_loop(runner, checkpoint)
     backbone = dynamic_backbone(model)
-    # It would count the passes of the calibration too, and take time; what it tells is in the rows already.
-    loop.evaluator.metrics = [metric for metric in loop.evaluator.metrics if not isinstance(metric, DynamicFLOPs)]
     budgets, modes = budgets_of(backbone, args.budgets), modes_of(backbone, args.modes)
     if set(modes) - {'average'}:
         for budget in budgets:  # to say what is wrong before the work
@@ -94,17 +99,13 @@ def main() -> str:
     args = parser.parse_args()
 
     cfg = read_config(args.config, args.cfg_options)
-    for name in ('test_dataloader', 'test_evaluator'):
-        if cfg.get(name) is None:
-            raise ValueError(f'the config has no {name}, which tells what to test on.')
+    check_has(cfg, 'which tells what to test on', 'test_dataloader', 'test_evaluator')
     for checkpoint in args.checkpoint:
         check_checkpoint(checkpoint)
     if args.images < 1:
         raise ValueError(f'--images {args.images}: give the number of images that prices are measured on, at least 1.')
     out = output_folder(args.out or Path('work_dirs') / Path(args.config).stem / 'budget')
-    cfg.work_dir = str(out)
-    cfg.setdefault('test_cfg', {})
-    runner, rows = build_runner(cfg), []
+    runner, rows = build_tester(cfg, out), []
     for place, checkpoint in enumerate(args.checkpoint):
         name = 'prices.json' if len(args.checkpoint) == 1 else f'prices_{place}_{Path(checkpoint).stem}.json'
         rows += sweep_checkpoint(runner, args, checkpoint, out / name)

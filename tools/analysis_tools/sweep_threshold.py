@@ -24,7 +24,7 @@ from mmdyn.analysis.threshold import (
     operating_points,
     run_both_stages,
 )
-from mmdyn.engine.command import check_checkpoint, command, only_results, output_folder, read_config
+from mmdyn.engine.command import check_checkpoint, check_has, command, only_results, output_folder, read_config
 from mmdyn.engine.launch import build_runner
 
 UNITS = dict(K=1e3, M=1e6, G=1e9)
@@ -83,8 +83,7 @@ def main() -> str:
     check_checkpoint(args.checkpoint)
     out = output_folder(args.out or Path('work_dirs') / Path(args.config).stem / 'threshold')
     check_has_threshold(cfg)
-    if cfg.get('test_dataloader') is None:
-        raise ValueError('the config has no test_dataloader, whose images are needed.')
+    check_has(cfg, 'whose images are needed', 'test_dataloader')
     cfg.load_from, cfg.work_dir = args.checkpoint, str(out)
     runner, chosen, unreachable = build_runner(cfg), {}, []
     runner.load_or_resume()
