@@ -31,7 +31,7 @@ from .registry import expose_bare_names  # noqa: E402
 expose_bare_names()
 tell_mmpretrain()
 if find_spec('mmdyn.kernels'):  # everything but speed is the same without them
-    import_module('mmdyn.kernels')
+    graphed = import_module('mmdyn.kernels').graphed
 
 __all__ = [
     'WithDGE',

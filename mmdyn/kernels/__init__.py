@@ -5,5 +5,6 @@ everything is slower and nothing is different.
 """
 
 from . import accelerators, cuda, functions, pieces, stage, timm_vit
+from .graphs import graphed
 
-__all__ = ['accelerators', 'cuda', 'functions', 'pieces', 'stage', 'timm_vit']
+__all__ = ['accelerators', 'cuda', 'functions', 'graphed', 'pieces', 'stage', 'timm_vit']

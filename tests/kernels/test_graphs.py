@@ -1,9 +1,14 @@
 import pytest
 import torch
 
+import mmdyn
 from mmdyn.kernels.graphs import graphed
 
 DGE = dict(granularities=(1, 2, 4))
+
+
+def test_is_mmdyns():
+    assert mmdyn.graphed is graphed
 
 
 def model_of(make_backbone, name, dge, budget=0.5):
