@@ -86,6 +86,7 @@ def write_queries(
     query,
     patches,
     num,
+    places,
     height,
     width,
     num_extra,
@@ -96,8 +97,9 @@ def write_queries(
 ):
     """Of each region: the query of each of its tokens, and the patch of each of its queries.
 
-    bases: (B), the first query of each image; query: (B, E + H*W), num where there is none; patches: (N, 3), first
-    token through all images, rows, columns. CELLS and EXTRA are no less than a region's cells and the extra tokens.
+    bases: (B), the first query of each image, which has places for so many; query: (B, E + H*W), num where there is
+    none; patches: (N, 3), first token through all images, rows, columns. CELLS and EXTRA are no less than a region's
+    cells and the extra tokens.
     """
     region, image = tl.program_id(0), tl.program_id(1)
     columns = tl.cdiv(width, REGION)
@@ -107,7 +109,8 @@ def write_queries(
     if region == 0:
         extra = tl.arange(0, EXTRA)
         is_extra = extra < num_extra
-        tl.store(query + image * size + extra, base + extra, mask=is_extra)
+        tl.store(query + image * size + extra, tl.where(extra < places, base + extra, num), mask=is_extra)
+        is_extra = is_extra & (extra < places)
         patch = patches + 3 * (base + extra)
         tl.store(patch, image * size + extra, mask=is_extra)
         tl.store(patch + 1, 1, mask=is_extra)
@@ -123,21 +126,20 @@ def write_queries(
     cell = tl.arange(0, CELLS)
     line, column = cell // REGION, cell % REGION
     is_cell = (line < lines) & (column < cells)
-    number = base + tl.load(starts + image * regions + region)
-    number += line // step * tl.cdiv(cells, step) + column // step
+    place = tl.load(starts + image * regions + region) + line // step * tl.cdiv(cells, step) + column // step
+    has_query = (side > 0) & (place < places)
     token = image * size + num_extra + (top + line) * width + left + column
-    tl.store(query + token, tl.where(side > 0, number, num), mask=is_cell)
-    is_first = is_cell & (side > 0) & (line % step == 0) & (column % step == 0)
-    patch = patches + 3 * number
+    tl.store(query + token, tl.where(has_query, base + place, num), mask=is_cell)
+    is_first = is_cell & has_query & (line % step == 0) & (column % step == 0)
+    patch = patches + 3 * (base + place)
     tl.store(patch, token, mask=is_first)
     tl.store(patch + 1, tl.minimum(step, lines - line), mask=is_first)
     tl.store(patch + 2, tl.minimum(step, cells - column), mask=is_first)
 
 
 @triton.jit
-def reduce_tokens(tokens, patches, out, size, image_stride, width, channels, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Of each query: the sum of its tokens, or their mean. tokens: (B, size, C), out: (N, C)."""
-    query = tl.program_id(0)
+def sum_of_patch(tokens, patches, query, size, image_stride, width, channels, BLOCK: tl.constexpr):
+    """The sum of a query's tokens, (BLOCK) in float32, and their number."""
     first, rows = tl.load(patches + 3 * query), tl.load(patches + 3 * query + 1)
     columns = tl.load(patches + 3 * query + 2)
     channel = tl.arange(0, BLOCK)
@@ -147,9 +149,82 @@ def reduce_tokens(tokens, patches, out, size, image_stride, width, channels, MEA
         for column in range(columns):
             offset = (row * width + column) * channels
             total += tl.load(cell + offset, mask=channel < channels, other=0).to(tl.float32)
+    return total, rows * columns
+
+
+@triton.jit
+def reduce_tokens(tokens, patches, out, size, image_stride, width, channels, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each query: the sum of its tokens, or their mean. tokens: (B, size, C), out: (N, C)."""
+    query, channel = tl.program_id(0), tl.arange(0, BLOCK)
+    total, count = sum_of_patch(tokens, patches, query, size, image_stride, width, channels, BLOCK)
     if MEAN:
-        total = total / tl.maximum(rows * columns, 1).to(tl.float32)
+        total = total / tl.maximum(count, 1).to(tl.float32)
     tl.store(out + query.to(tl.int64) * channels + channel, total.to(out.dtype.element_ty), mask=channel < channels)
+
+
+@triton.jit
+def store_normed(value, row, weight, bias, epsilon, normed, statistics, channels, BLOCK: tl.constexpr):
+    """Layer norm of a row (BLOCK) in float32; of ``statistics`` (N, 2) the mean and the inverse deviation."""
+    channel = tl.arange(0, BLOCK)
+    is_channel = channel < channels
+    mean = tl.sum(tl.where(is_channel, value, 0.0), 0) / channels
+    centred = tl.where(is_channel, value - mean, 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(centred * centred, 0) / channels + epsilon)
+    scale = tl.load(weight + channel, mask=is_channel, other=0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=is_channel, other=0).to(tl.float32)
+    address = normed + row.to(tl.int64) * channels + channel
+    tl.store(address, (centred * inverse * scale + shift).to(normed.dtype.element_ty), mask=is_channel)
+    tl.store(statistics + 2 * row, mean)
+    tl.store(statistics + 2 * row + 1, inverse)
+
+
+@triton.jit
+def reduce_and_norm(
+    tokens,
+    patches,
+    weight,
+    bias,
+    out,
+    normed,
+    statistics,
+    size,
+    image_stride,
+    width,
+    channels,
+    epsilon,
+    BLOCK: tl.constexpr,
+):
+    """Of each query: the mean of its tokens, and that after a layer norm. out, normed: (N, C)."""
+    query, channel = tl.program_id(0), tl.arange(0, BLOCK)
+    total, count = sum_of_patch(tokens, patches, query, size, image_stride, width, channels, BLOCK)
+    mean = (total / tl.maximum(count, 1).to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + query.to(tl.int64) * channels + channel, mean, mask=channel < channels)
+    store_normed(mean.to(tl.float32), query, weight, bias, epsilon, normed, statistics, channels, BLOCK)
+
+
+@triton.jit
+def add_and_norm(
+    x,
+    change,
+    weight,
+    bias,
+    total,
+    normed,
+    statistics,
+    channels,
+    epsilon,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of each row: the layer norm of the sum of two, and if it is to be kept the sum. x, change, total: (N, C)."""
+    row, channel = tl.program_id(0), tl.arange(0, BLOCK)
+    place, is_channel = row.to(tl.int64) * channels + channel, channel < channels
+    value = tl.load(x + place, mask=is_channel, other=0).to(tl.float32)
+    value += tl.load(change + place, mask=is_channel, other=0).to(tl.float32)
+    rounded = value.to(total.dtype.element_ty)
+    if KEEP:
+        tl.store(total + place, rounded, mask=is_channel)
+    store_normed(rounded.to(tl.float32), row, weight, bias, epsilon, normed, statistics, channels, BLOCK)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...models.dge.router import Router, choose, choose_greatest
 from ...models.dge.routing import Routing, grid, route
@@ -119,6 +120,7 @@ class Compress(torch.autograd.Function):
         return routing.reduce(tokens, mean=True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, of_means: Tensor) -> tuple[Tensor, None]:
         of_tokens = ctx.routing.hand_out(of_means, share=True)
         return (of_tokens if len(of_tokens) == ctx.images else of_tokens.sum(0, keepdim=True)), None
@@ -133,6 +135,7 @@ class Spread(torch.autograd.Function):
         return routing.hand_out(change, share=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, of_outputs: Tensor) -> tuple[Tensor, None]:
         return ctx.routing.reduce(of_outputs, mean=False), None
 
@@ -146,6 +149,7 @@ class Decompress(torch.autograd.Function):
         return routing.hand_out(change, share=False, tokens=tokens)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, of_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         return ctx.routing.reduce(of_outputs, mean=False).to(ctx.dtype), of_outputs, None
 
@@ -231,7 +235,7 @@ def routing_of(
     else:
         lengths = [capacity] * images
         bases = capacity * torch.arange(images, dtype=torch.int32, device=device)
-    num = sum(lengths)
+    num, places = sum(lengths), num_extra + math.prod(shape) if capacity is None else capacity
     query = torch.empty(images, num_extra + math.prod(shape), dtype=torch.int32, device=device)
     patches = torch.zeros(num, 3, dtype=torch.int32, device=device)
     programs.write_queries[(rows * columns, images)](
@@ -241,6 +245,7 @@ def routing_of(
         query,
         patches,
         num,
+        places,
         *shape,
         num_extra,
         **options,

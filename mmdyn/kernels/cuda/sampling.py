@@ -5,6 +5,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...models.layers import deformable_sampling
 from ...models.replaceable import Refused
@@ -36,6 +37,7 @@ class SamplePoints(torch.autograd.Function):
         return out.flatten(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, of_out: Tensor):
         value, points, weights, image = ctx.saved_tensors
         gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (value, points, weights)]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...values import MOST, check_integer, check_number, is_integer
+from ..replaceable import replaceable
 from ..thread_local import ThreadLocal
 from ..tracing import is_exported, is_traced, refuse_onnx_by_torchscript
 from .budget import queries_within
@@ -50,13 +52,57 @@ class Decision(NamedTuple):
     Attributes:
         choice: (B, rows, columns) index of each region's granularity.
         queries: (B,) queries used, extra tokens included; in training with the straight-through gradient of eq. 7,
-            otherwise on the CPU, where the lengths are, but where an exact budget makes shapes known beforehand.
+            otherwise on the CPU, where the lengths are, but where shapes were known beforehand.
         logits: (B, rows, columns, K) what the gates were drawn from in training, (B, 1, 1, K) if routing is by layer.
     """
 
     choice: Tensor
     queries: Tensor
     logits: Tensor | None = None
+
+
+@dataclass
+class Bound:
+    """How many queries of an image a layer has places for in a pass, before it is known how many there are.
+
+    What a choice makes above that is left out, and the pass is wrong: whoever sets a bound looks at the surplus.
+
+    Attributes:
+        share: places, as a share of the dense block's queries.
+        surplus: of each time that the layer ran, (B,) queries above the places; negative where places are left over.
+    """
+
+    share: float
+    surplus: list[Tensor] = field(default_factory=list)
+
+
+def points_of(block: nn.Module, routing: Routing, shape: tuple[int, int], num_extra: int) -> Tensor | None:
+    """Centres of the queries' patches, (N, 2) in cells, for a block that looks at places."""
+    if not getattr(block, 'uses_points', False):
+        return None
+    return routing.compress(F.pad(centres(shape, routing.query.device), (0, 0, num_extra, 0)))
+
+
+@replaceable
+def encode_queries(
+    block: nn.Module, tokens: Tensor, shape: tuple[int, int], num_extra: int, routing: Routing
+) -> Tensor:
+    """The residual of a block, enc(q) - q, on the queries of a routing.
+
+    Args:
+        block: see :class:`DynamicGrainedEncoder`.
+        tokens: (B, E + H*W, C).
+        shape: (H, W).
+        num_extra: E.
+        routing: of the tokens.
+
+    Returns:
+        (N, C).
+    """
+    options = dict(routing=routing) if getattr(block, 'uses_routing', False) else {}
+    queries, points = routing.compress(tokens), points_of(block, routing, shape, num_extra)
+    residual: Tensor = block(queries, tokens, shape, num_extra, routing.lengths, points, **options) - queries
+    return residual
 
 
 class DynamicGrainedEncoder(nn.Module):
@@ -82,10 +128,12 @@ class DynamicGrainedEncoder(nn.Module):
 
     Attributes:
         decision: the :class:`Decision` of the thread's last forward pass.
+        bound: the :class:`Bound` of the thread's passes in inference; None waits for the number of queries.
         forced: (rows, columns) a choice that counts in place of the router's, for benchmarks.
     """
 
     decision: ThreadLocal[Decision] = ThreadLocal()
+    bound: ThreadLocal[Bound] = ThreadLocal()
 
     def __init__(
         self,
@@ -146,7 +194,7 @@ class DynamicGrainedEncoder(nn.Module):
         if gates is None or logits is None:
             capacity = self._capacity(tokens, shape, num_extra)
             routing, residual = self._run(block, tokens, shape, num_extra, choice, capacity)
-            self._note(choice, routing, shape, num_extra, capacity is not None)
+            self._note(choice, routing, shape, num_extra, capacity)
             return routing.decompress(residual, tokens)
         others = self._others(choice, logits.shape[:-1]) if torch.is_grad_enabled() else []
         changes = [self._change_without_graph(block, tokens, shape, num_extra, other) for other in others]
@@ -166,15 +214,17 @@ class DynamicGrainedEncoder(nn.Module):
         return output
 
     def _note(
-        self, choice: Tensor, routing: Routing, shape: tuple[int, int], num_extra: int, has_places_left: bool
+        self, choice: Tensor, routing: Routing, shape: tuple[int, int], num_extra: int, capacity: int | None
     ) -> None:
         """Keep a decision in inference; an export keeps nothing."""
         if is_exported():
             return
-        if has_places_left:
-            queries = self._count(F.one_hot(choice, len(self.granularities)), shape, num_extra)
-        else:
+        if capacity is None:
             queries = torch.tensor(routing.lengths, dtype=torch.long, device='cpu')
+        else:
+            queries = self._count(F.one_hot(choice, len(self.granularities)), shape, num_extra)
+            if self.bound is not None:
+                self.bound.surplus.append(queries - capacity)
         self.decision = Decision(choice, queries)
 
     def _others(self, choice: Tensor, decisions: torch.Size) -> list[Tensor]:
@@ -210,13 +260,7 @@ class DynamicGrainedEncoder(nn.Module):
     ) -> tuple[Routing, Tensor]:
         """Run the block on the queries of a choice: its routing, and what the block adds to them, (N, C)."""
         routing = route(choice, shape, self.granularities, self.region, num_extra, capacity)
-        points = None
-        if getattr(block, 'uses_points', False):
-            points = routing.compress(F.pad(centres(shape, tokens.device), (0, 0, num_extra, 0)))
-        options = dict(routing=routing) if getattr(block, 'uses_routing', False) else {}
-        queries = routing.compress(tokens)
-        residual = block(queries, tokens, shape, num_extra, routing.lengths, points, **options) - queries
-        return routing, residual
+        return routing, encode_queries(block, tokens, shape, num_extra, routing)
 
     def _decide(
         self, tokens: Tensor, shape: tuple[int, int], num_extra: int
@@ -234,15 +278,19 @@ class DynamicGrainedEncoder(nn.Module):
         return gates.expand(-1, *regions, -1), choice.expand(-1, *regions), logits
 
     def _capacity(self, tokens: Tensor, shape: tuple[int, int], num_extra: int) -> int | None:
-        """Most queries of an image in inference with an exact budget; None where shapes need not be known beforehand.
+        """Places for queries of an image in inference, by a bound or an exact budget; None if the number is waited for.
 
         A CPU waits for nothing, and would compute what is left over for nothing.
         """
         is_recorded = torch.compiler.is_compiling() or is_traced()
-        if self.router.share is None or self.forced is not None or not (is_recorded or tokens.device.type != 'cpu'):
+        if self.bound is not None:
+            share = self.bound.share
+        elif self.router.share is None or self.forced is not None or not (is_recorded or tokens.device.type != 'cpu'):
             return None
+        else:
+            share = self.router.share
         least, most = self.query_bounds(shape, num_extra)
-        return min(max(queries_within(self.router.share, shape, num_extra), least), most)
+        return min(max(queries_within(share, shape, num_extra), least), most)
 
     def _count(self, gates: Tensor, shape: tuple[int, int], num_extra: int) -> Tensor:
         """(B) queries of the gates, the sum in the numerator of eq. 7 for one layer."""

@@ -115,8 +115,8 @@ def route(
         granularities: sides of the patches in cells, 0 for none.
         region: side of a region in cells, a multiple of them.
         num_extra: E.
-        capacity: places for the queries of each image, if it is known that no choice makes more. Then all shapes are
-            known beforehand; otherwise an accelerator has to be waited for.
+        capacity: places for the queries of each image. Then all shapes are known beforehand; otherwise an accelerator
+            has to be waited for. Patches of an image that there is no place for have no query.
     """
     device = choice.device
     side = look_up(granularities, choice).int()
@@ -130,8 +130,9 @@ def route(
     if capacity is None:
         lengths, number = to_integers(begins.sum(1)), (begins.flatten().long().cumsum(0) - 1).view_as(begins)
     else:
+        lengths, place = [capacity] * choice.shape[0], begins.long().cumsum(1) - 1
         starts = capacity * torch.arange(choice.shape[0], device=device)
-        lengths, number = [capacity] * choice.shape[0], starts[:, None] + begins.long().cumsum(1) - 1
+        number = (starts[:, None] + place).where(place < capacity, sum(lengths))
     first = torch.cat(
         [torch.arange(num_extra, device=device).expand(choice.shape[0], -1), num_extra + first.flatten(1)], 1
     )

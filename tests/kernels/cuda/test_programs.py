@@ -14,8 +14,13 @@ REGIONS = dict(REGION=4, GRANULARITIES=(0, 1, 2, 4))
 SIGNATURES = dict(
     rate_regions=([HALF, POINTER, POINTER, POINTER, *['i32'] * 4], dict(SIDE=4, OPTIONS=3, BLOCK=64)),
     number_queries=([LONG, '*i32', '*i32', *['i32'] * 3], dict(**REGIONS, BLOCK=1024)),
-    write_queries=([LONG, *['*i32'] * 4, *['i32'] * 4], dict(**REGIONS, CELLS=16, EXTRA=2)),
+    write_queries=([LONG, *['*i32'] * 4, *['i32'] * 5], dict(**REGIONS, CELLS=16, EXTRA=2)),
     reduce_tokens=([HALF, '*i32', HALF, *['i32'] * 4], dict(MEAN=True, BLOCK=64)),
+    reduce_and_norm=(
+        [HALF, '*i32', POINTER, POINTER, HALF, HALF, POINTER, *['i32'] * 4, 'fp32'],
+        dict(BLOCK=64),
+    ),
+    add_and_norm=([POINTER, HALF, *[POINTER] * 3, HALF, POINTER, 'i32', 'fp32'], dict(KEEP=True, BLOCK=64)),
     spread_queries=(
         [HALF, '*i32', '*i32', POINTER, POINTER, *['i32'] * 3],
         dict(ADD=True, SHARE=True, TOKENS=4, BLOCK=64),
@@ -30,7 +35,7 @@ SIGNATURES = dict(
 
 def test_all_programs_are_tried():
     jitted = {name for name, value in vars(programs).items() if hasattr(value, 'arg_names')}
-    assert jitted == {*SIGNATURES, 'corners'}  # which others call
+    assert jitted == {*SIGNATURES, 'corners', 'store_normed', 'sum_of_patch'}  # which others call
 
 
 @pytest.mark.parametrize('name', SIGNATURES)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdyn.models.dge import DynamicGrainedEncoder, check_granularities
+from mmdyn.models.dge import Bound, DynamicGrainedEncoder, check_granularities
 from mmdyn.models.dge.routing import grid
 from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock
 from mmdyn.models.stage import run_blocks
@@ -227,6 +227,49 @@ def test_decisions_are_the_threads_own(mode):
         2: (2, 2),
         5: (5, 5),
     }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('options', OPTIONS, ids=lambda options: '-'.join(map(str, options.values())))
+@pytest.mark.parametrize('sr_ratio, num_extra', [(2, 1), (None, 0)])
+def test_a_bound_that_is_wide_enough_changes_nothing(options, sr_ratio, num_extra):
+    """For the dense block's queries, and for those of the image that has most."""
+    encoder, block = (module.double() for module in make('eval', sr_ratio, **options))
+    tokens, size = torch.randn(3, num_extra + 35, DIM, dtype=torch.double), num_extra + 35
+    expected, queries = encoder(block, tokens, (5, 7), num_extra), encoder.decision.queries
+    for share in (1.0, queries.max().item() / size):
+        encoder.bound = Bound(share)
+        torch.testing.assert_close(encoder(block, tokens, (5, 7), num_extra), expected, rtol=1e-9, atol=1e-9)
+        assert torch.equal(encoder.decision.queries, queries)
+        (surplus,) = encoder.bound.surplus
+        places = min(round(share * size), encoder.query_bounds((5, 7), num_extra)[1])
+        assert torch.equal(surplus, queries - places) and surplus.max() <= 0
+
+
+@torch.no_grad()
+def test_a_bound_tells_what_there_was_no_place_for():
+    """In each pass; another thread has no bound."""
+    encoder, block = make('eval')
+    encoder.bound, tokens, found = Bound(0.5), torch.randn(2, 36, DIM), []
+    encoder.forced = torch.tensor([[0, 0], [2, 2]])  # 16 + 12 cells, and 2 patches at the edge
+    for _ in range(2):
+        encoder(block, tokens, (5, 7), 1)
+    assert [surplus.tolist() for surplus in encoder.bound.surplus] == [[31 - 18] * 2] * 2
+    assert encoder.decision.queries.tolist() == [31] * 2
+    thread = threading.Thread(target=lambda: found.append(encoder.bound))
+    thread.start(), thread.join()
+    assert found == [None]
+
+
+def test_training_has_no_bound():
+    encoder, block = make('sparse')
+    encoder.bound = Bound(0.0)
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        outputs.append(encoder(block, torch.randn(2, 36, DIM), (5, 7), 1))
+        encoder.bound = None
+    assert torch.equal(*outputs)
 
 
 def test_a_copy_has_no_decision():

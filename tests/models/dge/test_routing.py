@@ -148,6 +148,22 @@ def test_places_that_are_left_over_are_of_no_token(layout, room):
     assert torch.equal(routing.decompress(change, tokens), expected.decompress(packed, tokens))
 
 
+@pytest.mark.parametrize('missing', [1, 3])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_what_there_is_no_place_for_has_no_query(layout, missing):
+    """An image's first queries are those without a capacity; the tokens of the others stay as they are."""
+    shape, phis, region, num_extra = layout
+    choice = random_choice(shape, phis, region)
+    expected = route(choice, *layout)
+    capacity = max(max(expected.lengths) - missing, num_extra)
+    query, start = route(choice, *layout, capacity).query, 0
+    for image, num in enumerate(expected.lengths):
+        of_image = expected.query[image] - start
+        is_served = (of_image < min(num, capacity)) & (expected.query[image] < sum(expected.lengths))
+        assert torch.equal(query[image], torch.where(is_served, of_image + image * capacity, 3 * capacity))
+        start += num
+
+
 def test_means_come_back_to_the_cells_of_their_patches():
     """What was compressed and is handed to zeros again is the un-pooled mean."""
     tokens, phis = torch.randn(2, 35, 3), (1, 2, 4)
