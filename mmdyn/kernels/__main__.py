@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from ..models.dge.encoder import encode_queries
 from ..models.dge.router import Router, choose
 from ..models.dge.routing import route
 from ..models.layers import Attention, EncoderBlock, deformable_sampling, packed_attention, project_patches, to_maps
@@ -20,12 +21,14 @@ def examples(device: str) -> list[tuple[Replaceable, tuple]]:
     dtype = torch.float32 if device == 'cpu' else torch.bfloat16
     with torch.device(device):
         tokens, maps = torch.zeros(2, 16, 16), torch.zeros(2, 3, 8, 8)
-        stage = SimpleNamespace(blocks=[EncoderBlock(16, Attention(16, 2), 2).eval()], dge=[], num_extra=0)
+        block, regions = EncoderBlock(16, Attention(16, 2), 2).eval(), (torch.zeros(2, 2, 2).long(), (4, 4), (1, 2), 2)
+        stage = SimpleNamespace(blocks=[block], dge=[], num_extra=0)
         queries, keys = torch.zeros(5, 2, 8, dtype=dtype), torch.zeros(2, 2, 16, 8, dtype=dtype)
         return [
             (run_blocks, (stage, tokens, (4, 4))),
             (choose, (Router(16, (1, 2)), tokens, (4, 4), 2, 0)),
-            (route, (torch.zeros(2, 2, 2, dtype=torch.long), (4, 4), (1, 2), 2)),
+            (route, regions),
+            (encode_queries, (block, tokens, (4, 4), 0, route(*regions))),
             (project_patches, (maps, nn.Conv2d(3, 16, 2, 2), nn.LayerNorm(16))),
             (to_maps, (tokens, (4, 4))),
             (

@@ -64,6 +64,7 @@ print([new_pages() for _ in range(8)][-1])
 FUNCTIONS = [
     'stage.run_blocks',
     'dge.router.choose',
+    'dge.encoder.encode_queries',
     'layers.embedding.project_patches',
     'layers.embedding.to_maps',
     'layers.deformable.deformable_sampling',

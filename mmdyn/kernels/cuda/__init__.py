@@ -1,5 +1,5 @@
 """On NVIDIA's GPUs, by programs in Triton, which torch brings along."""
 
-from . import routing, sampling
+from . import blocks, routing, sampling
 
-__all__ = ['routing', 'sampling']
+__all__ = ['blocks', 'routing', 'sampling']

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from mmdyn.kernels.cuda import programs
+from mmdyn.kernels.cuda.blocks import encode_by_programs
 from mmdyn.kernels.cuda.routing import logits_of, routing_of
 from mmdyn.kernels.cuda.sampling import sampling_of
+from mmdyn.models.dge import encode_queries
 from mmdyn.models.dge.router import Router
 from mmdyn.models.dge.routing import grid, pool, route
-from mmdyn.models.layers import deformable_sampling
+from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock, deformable_sampling
+from mmdyn.models.replaceable import Refused
 
 GRANULARITIES = [((1, 2, 4), 4), ((0, 1), 1), ((0, 1, 3), 6), ((2, 4), 8)]
 
@@ -70,6 +73,108 @@ def test_other_types_go_the_plain_way(pair):
     tokens = torch.randn(len(choice), num_extra + math.prod(shape), 3, dtype=torch.double)
     out = [r.decompress(r.compress(tokens).sin(), tokens) for r in (plain, routing)]
     torch.testing.assert_close(*out, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('missing', [1, 5])
+@pytest.mark.parametrize('seed, phis, region', [(5, (0, 1, 3), 6), (6, (1, 2, 4), 4)])
+def test_what_there_is_no_place_for_has_no_query(seed, phis, region, missing):
+    """Each image fills its places; each query is the mean of its tokens, and the other tokens get nothing."""
+    choice, shape, *_, num_extra = arguments = draw(seed, phis, region)
+    lengths = route.plain(*arguments).lengths
+    capacity = max(max(lengths) - missing, 0)
+    routing = routing_of(programs, *arguments, capacity)
+    tokens, num = torch.randn(len(choice), num_extra + math.prod(shape), 3), capacity * len(choice)
+    out = routing.spread(routing.compress(tokens)) if num else torch.zeros_like(tokens)
+    for image, length in enumerate(lengths):
+        query = routing.query[image]
+        filled = range(image * capacity, image * capacity + min(length, capacity))
+        assert set(query[query != num].tolist()) == set(filled)
+        for number in filled:
+            mine = query == number
+            torch.testing.assert_close(out[image, mine], tokens[image, mine].mean(0).expand(mine.sum(), -1))
+        assert not out[image, query == num].any()
+
+
+@pytest.fixture
+def block_of(randomise):
+    """A block of 6 channels, and its arguments: tokens, the routing of the programs, and others."""
+
+    def make(deformable=False, dtype=torch.float32, **options):
+        attn = DeformableAttention(6, 2, 3) if deformable else Attention(6, 2)
+        block, num_extra = randomise(EncoderBlock(6, attn, 2, **options)).to(dtype), int(not deformable)
+        layout = torch.randint(3, (2, 1, 2)), (3, 5), (1, 2, 4), 4, num_extra
+        routing = routing_of(programs, *layout, None)
+        return block, torch.randn(2, num_extra + 15, 6, dtype=dtype), (3, 5), num_extra, routing
+
+    return make
+
+
+@pytest.mark.parametrize(
+    'is_training, deformable, options',
+    [
+        (False, True, dict(drop_path_rate=0.5)),
+        (True, False, dict(residual_scale=0.5, norm_eps=0.1)),
+        (True, True, dict(drop_path_rate=0.5)),
+    ],
+)
+def test_norms_behind_what_makes_their_input(is_training, deformable, options, block_of):
+    """The block's residual and all its derivatives, with what drops out; in inference the sum is not kept."""
+    block, tokens, *rest = block_of(deformable, **options)
+    block.train(is_training)
+    weight, results = torch.randn(6), []
+    for function in (encode_queries.plain, encode_by_programs):
+        torch.manual_seed(2)
+        leaves = [tokens.clone().requires_grad_(), *block.parameters()]
+        with torch.set_grad_enabled(is_training):
+            out = function(block, leaves[0], *rest)
+        results.append([out, *(torch.autograd.grad((out * weight).sum(), leaves) if is_training else ())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('is_training', [False, True])
+def test_norms_in_half_precision_are_what_linear_layers_get(is_training, block_of):
+    """Under autocast; the residual is as precise as the tokens in training alone, whose sums need it."""
+    block, *rest = block_of()
+    with torch.set_grad_enabled(is_training), torch.autocast('cpu', torch.bfloat16):
+        expected, out = (function(block, *rest) for function in (encode_queries.plain, encode_by_programs))
+    assert expected.dtype == torch.float32 and out.dtype == (torch.float32 if is_training else torch.bfloat16)
+    torch.testing.assert_close(out.float(), expected, rtol=5e-2, atol=5e-2)
+
+
+def change(name, value):
+    return lambda block: setattr(block, name, value)
+
+
+class Other(EncoderBlock):
+    """Of another type."""
+
+
+@pytest.mark.parametrize(
+    'alter, reason',
+    [
+        (change('__class__', Other), 'the block is a Other, or has a forward function of its own'),
+        (change('attn', torch.nn.Identity()), 'the attention or the feed-forward network of the block is another'),
+        (change('with_cp', True), 'the block is computed again in the backward pass'),
+        (lambda block: block.register_forward_hook(print), 'the block or its norms have hooks'),
+        (lambda block: block.norm2.register_full_backward_hook(print), 'the block or its norms have hooks'),
+        (change('norm2', torch.nn.Identity()), 'a norm of the block is a Identity, or not of its channels'),
+        (change('norm1', torch.nn.LayerNorm(6, elementwise_affine=False)), 'a norm of the block has no weight'),
+        (lambda block: block.norm1.double(), 'a norm of the block has no weight or no bias, or of another type'),
+        (lambda block: setattr(block.ffn, 'fc1', torch.nn.Identity()), 'the layers behind the norms are no linear'),
+    ],
+)
+def test_blocks_that_are_called_as_they_are(alter, reason, block_of):
+    block, *rest = block_of()
+    alter(block)
+    found = encode_by_programs(block, *rest)
+    assert isinstance(found, Refused) and found.reason.startswith(reason)
+
+
+def test_routings_that_are_not_of_programs(block_of):
+    block, tokens, *rest, routing = block_of()
+    plain = route.plain(torch.zeros(2, 1, 2, dtype=torch.long), (3, 5), (1, 2, 4), 4, 1)
+    assert encode_by_programs(block, tokens, *rest, plain).reason == 'the routing was not made by programs for a GPU'
+    assert encode_by_programs(block, tokens.double(), *rest, routing).reason.startswith('the tokens are torch.float64')
 
 
 @pytest.mark.parametrize('shape, num_extra, side', [((7, 9), 1, 4), ((4, 4), 0, 2), ((5, 3), 2, 8)])
