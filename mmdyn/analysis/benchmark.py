@@ -202,25 +202,35 @@ def backbone_cases(suite: str, arch: str, images: Tensor, options: Options) -> d
     if options.dtype == 'float32' and supports_bfloat16(images.device):
         cases['dense bfloat16'] = backbone_case(dense, images, torch.bfloat16, exact=True)
         cases['DGE bfloat16'] = backbone_case(models[options.patterns[0]], images, torch.bfloat16)
-    if suite == 'cls' and images.is_cuda:
-        cases |= graphed_cases(dense, dynamic('clustered'), images, options)
+    if images.is_cuda:
+        cases |= graphed_cases(dense, models[options.patterns[0]], dynamic('clustered'), images, options)
     return cases
 
 
-def graphed_cases(dense: nn.Module, dynamic: nn.Module, images: Tensor, options: Options) -> dict[str, Case]:
-    """The dense model, and the dynamic one with an exact budget: recorded once and replayed, and as they are."""
+def graphed_cases(
+    dense: nn.Module, bounded: nn.Module, exact: nn.Module, images: Tensor, options: Options
+) -> dict[str, Case]:
+    """Models that are recorded once and replayed, and with an exact budget also as it is.
+
+    Args:
+        dense: the dense model.
+        bounded: a dynamic one, which gets places for a tenth of the dense queries more than it needs.
+        exact: a dynamic one, which gets an exact budget.
+        images: a batch.
+        options: how.
+    """
     from ..kernels.graphs import graphed
 
     autocast, cases = AUTOCAST[options.dtype], {}
-    for encoder in filter(None, (encoder for stage, _ in dynamic.named_stages() for encoder in stage.dge)):
+    for encoder in filter(None, (encoder for stage, _ in exact.named_stages() for encoder in stage.dge)):
         encoder.forced = None
-    dynamic.set_budget(options.query_ratio)
-    cases['DGE exact'] = backbone_case(dynamic, images, autocast)
+    exact.set_budget(options.query_ratio)
+    cases['DGE exact'] = backbone_case(exact, images, autocast)
     with precision(images, autocast):
-        for name, model in (('dense', dense.to(images.device)), ('DGE exact', dynamic)):
-            run = functools.partial(graphed(model, images), images)
-            cases[f'{name} graphed'] = backbone_case(model, images, autocast)._replace(run=run)
-    cases['DGE exact graphed'] = cases['DGE exact graphed']._replace(reference='dense graphed')
+        for name, model, margin in (('dense', dense, None), ('DGE exact', exact, None), ('DGE bounded', bounded, 0.1)):
+            run = functools.partial(graphed(model.to(images.device), images, margin), images)
+            case = backbone_case(model, images, autocast)
+            cases[f'{name} graphed'] = case._replace(run=run, reference='' if model is dense else 'dense graphed')
     return cases
 
 

@@ -127,14 +127,18 @@ def test_training():
 def test_recorded_models():
     """On a CPU, where there is nothing to record; the routers decide, within a budget."""
     pytest.importorskip('mmdyn.kernels')
-    dense, dynamic = build('DeiT-tiny', (32, 32)), build('DeiT-tiny', (32, 32), granularities=(1, 2))
-    dynamic.dge[0].forced = torch.zeros(1, 1, dtype=torch.long)
+    dense = build('DeiT-tiny', (32, 32))
+    bounded, exact = (build('DeiT-tiny', (32, 32), granularities=(1, 2)) for _ in range(2))
+    for encoder in (*bounded.dge, exact.dge[0]):
+        encoder.forced = torch.zeros(1, 1, dtype=torch.long)
     images = torch.randn(1, 3, 32, 32)
-    cases = graphed_cases(dense, dynamic, images, ONCE)
-    assert [*cases] == ['DGE exact', 'dense graphed', 'DGE exact graphed']
-    assert torch.equal(cases['dense graphed'].run()[0], dense(images)[0])
-    assert torch.equal(cases['DGE exact graphed'].run()[0], dynamic(images)[0])
+    cases = graphed_cases(dense, bounded, exact, images, ONCE)
+    assert [*cases] == ['DGE exact', 'dense graphed', 'DGE exact graphed', 'DGE bounded graphed']
+    for name, model in zip(list(cases)[1:], (dense, exact, bounded)):
+        assert torch.equal(cases[name].run()[0], model(images)[0])
+        assert cases[name].reference == ('' if model is dense else 'dense graphed')
     assert cases['DGE exact graphed'].query_ratio() == pytest.approx(0.4)  # of 5 queries with the class token
+    assert cases['DGE bounded graphed'].query_ratio() == pytest.approx(1)  # as it is forced to
 
 
 def test_a_case_may_be_compared_with_another_than_the_first(monkeypatch):

@@ -11,6 +11,8 @@ together as on the objects of a natural image, and random, the worst case. Train
 the one of 16 images that has the median query ratio, stretched to the map; DGE then has the demo's granularities.
 Finest has all regions at granularity 1, so that there is nothing to save. Peers have the same weights: mmdet's PVT,
 timm's DeiT, and DPVT that samples with mmcv's fallback for the CPU, whose attention layers are also timed alone.
+On CUDA, exact has an exact budget in place of the routing, and graphed are models that are recorded once and replayed,
+compared with the dense one of them; bounded has places for a tenth of the dense queries more than the routing needs.
 
 Cases run in turns after a warm-up, those of cls five times as often as --rounds says. Times are medians, their spread
 is the slowest run less the fastest, ratios are medians of neighbouring runs. Efficiency is the share of the promised

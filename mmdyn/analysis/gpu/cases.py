@@ -1,6 +1,8 @@
 """Time on a GPU what matters most first, and keep each result as soon as it is known."""
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ CASES = (  # suite, model, shape and number of the images
     ('cls', 'DeiT-small', (256, 256), 1),
 )
 DTYPES = ('float16', 'tf32', 'bfloat16', 'float32')
+LIMIT = 45  # seconds of a case, of which the first ones compile programs
 
 
 def cases(only: int | None = None) -> Iterator[dict]:
@@ -66,6 +69,17 @@ def measure(case: dict, device: str, rounds: int) -> dict:
             torch.cuda.empty_cache()
 
 
+@contextmanager
+def limited(seconds: float, otherwise: Callable[[], object]) -> Iterator[None]:
+    """Call a function, in another thread, if what is done here takes too long, stuck in a compiler or a device."""
+    timer = threading.Timer(seconds, otherwise)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def run(file: Path, device: str, rounds: int, only: int | None, again: Callable[[], object] | None = None) -> None:
     """Measure the cases that a file of results lacks.
 
@@ -74,7 +88,7 @@ def run(file: Path, device: str, rounds: int, only: int | None, again: Callable[
         device: what computes.
         rounds: measured runs of each case.
         only: number of cases, of all if None.
-        again: called without arguments when the device is no longer usable.
+        again: called without arguments when the device is no longer usable, or when a case takes too long.
     """
     result = load(file, 'benchmark', {})
     if not result:
@@ -88,12 +102,23 @@ def run(file: Path, device: str, rounds: int, only: int | None, again: Callable[
         )
         save(file, 'benchmark', result)
     done = [{key: group[key] for key in ('suite', 'arch', 'shape', 'batch', 'dtype')} for group in result['groups']]
+
+    def keep(group: dict) -> None:
+        result['groups'].append(group)
+        save(file, 'benchmark', result)
+
     for case in cases(only):
         if case in done:
             continue
-        group = measure(case, device, rounds)
-        result['groups'].append(group)
-        save(file, 'benchmark', result)
+
+        def give_up(case=case) -> None:
+            keep({**case, 'error': f'not finished after {LIMIT} s', 'rows': {}})
+            if again:
+                again()
+
+        with limited(LIMIT, give_up):
+            group = measure(case, device, rounds)
+        keep(group)
         print(f'\n{case["suite"]} {case["dtype"]}\n{group.get("error") or table([group])}', flush=True)
         if again and not is_usable(device):
             again()

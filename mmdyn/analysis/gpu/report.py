@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from ..report import COLUMNS, aligned, cell, of_suite, table
 from ..report import SUITES as SUITE_TEXTS
+from .aims import aims_table
 
 HEAD = """\
 # On a GPU
@@ -78,8 +79,14 @@ def markdown(results: dict) -> str:
 
 
 def benchmark_parts(result: dict) -> list[str]:
-    """The limits, then a table for each suite and precision."""
+    """The aims, the limits, then a table for each suite and precision."""
     parts, groups = [], result['groups']
+    if groups:
+        parts += [
+            '## Aims',
+            'Of each aim the value of the worst case, and how many of its cases ran. DGE has half of the queries.',
+            aligned(list(aims_table(groups)), 1),
+        ]
     if result.get('limits'):
         parts += [
             '## Times and memory',

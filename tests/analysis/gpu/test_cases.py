@@ -1,4 +1,5 @@
 import json
+import threading
 
 import pytest
 
@@ -60,6 +61,19 @@ def test_errors_do_not_stop_the_others(two, tmp_path, monkeypatch):
     monkeypatch.setattr(cases, 'is_usable', lambda device: False)
     cases.run(tmp_path / 'others.json', 'cpu', 1, 1, again=lambda: begun.append(True))
     assert begun == [True]
+
+
+def test_a_case_that_does_not_end_is_given_up(two, tmp_path, monkeypatch):
+    """The process, which may be stuck, is exchanged, and finds the case among those that are done."""
+    file, begun = tmp_path / 'results.json', threading.Event()
+    monkeypatch.setattr(cases, 'LIMIT', 0.1)
+    monkeypatch.setattr(cases.benchmark, 'measure', lambda *args: begun.wait(60) and dict(rows={}))
+    cases.run(file, 'cpu', 1, 1, again=begun.set)
+    first, _ = groups(file)
+    assert first['error'] == 'not finished after 0.1 s' and first['dtype'] == 'bfloat16'
+    monkeypatch.setattr(cases.benchmark, 'measure', lambda *args: dict(rows={}))
+    cases.run(file, 'cpu', 1, 2)
+    assert [group['suite'] for group in groups(file)[2:]] == ['train']
 
 
 def test_as_many_runs_of_each_case(two, monkeypatch):

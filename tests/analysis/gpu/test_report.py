@@ -73,6 +73,7 @@ def test_page():
     for line in (
         ['gpu', 'Some GPU'],
         ['tests-cuda', '61', '124'],
+        ['PVT with DGE, a large image', 'efficiency', '>= 0.9', '0.89 (1 of 4)', '0.89 (1 of 4)', '-', '-'],
         ['cuda', '17', '1', '0'],
         ['PVT-small 1 x 800 x 1280', 'DGE clustered', '8.100', '2.000', '0.68', '0.60', '0.89', *'----'],
         ['PVT-small+DGE [1, 3, 800, 1280] float16', '0.500', '431', '12', '9.500', '7.250', '2.250', '40', '0.125'],
