@@ -35,7 +35,7 @@ step() {
 	fi
 	echo "== $name, at most $limit s: $*"
 	# An interrupt lets pytest write its results.
-	timeout --signal=INT --kill-after=5 $limit "$@"
+	timeout --signal=INT --kill-after=10 $limit "$@"
 	code=$?
 	echo "== $name: exit status $code after $((SECONDS - start)) s"
 	"$PYTHON" mmdyn/analysis/gpu/results.py "$RESULTS" step "$name" $((SECONDS - start)) $code

@@ -7,6 +7,7 @@ import subprocess
 import torch
 
 from ...compat import installed_version
+from .results import short
 
 
 def machine() -> dict:
@@ -27,7 +28,10 @@ def machine() -> dict:
         found['driver'] = told('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
     found['nvcc'] = told('nvcc', '--version')
     for package in ('triton', 'numpy', 'timm', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg'):
-        found[package] = installed_version(package) or 'not installed'
+        try:
+            found[package] = installed_version(package) or 'not installed'
+        except Exception as error:  # which the cases that need it meet, too
+            found[package] = short(f'{type(error).__name__}: {error}')
     return found
 
 
