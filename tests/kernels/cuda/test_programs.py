@@ -1,9 +1,12 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy
 import pytest
+from packaging.version import Version
 
 pytest.importorskip('triton')
 from mmdyn.kernels.cuda import programs
@@ -53,6 +56,8 @@ def test_compiles_for_a_gpu(name):
 
 def test_results_are_those_of_the_plain_functions():
     """By Triton's interpreter, on a CPU."""
+    if Version(version('triton')) < Version('3.7') and Version(numpy.__version__) >= Version('2.4'):
+        pytest.skip('the interpreter of Triton before 3.7 takes no number of numpy 2.4 for the end of a loop')
     path = Path(__file__).with_name('test_interpreted.py')
     command = [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', str(path)]
     run = subprocess.run(command, env=os.environ | dict(TRITON_INTERPRET='1'), capture_output=True, text=True)
