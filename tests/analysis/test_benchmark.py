@@ -18,6 +18,7 @@ from mmdyn.analysis.benchmark import (
     measure,
     peer_of,
     record,
+    runtime_cases,
     sample_by_mmcv_fallback,
 )
 from mmdyn.analysis.flops import build_model
@@ -209,13 +210,16 @@ def test_runtimes(runtimes, capsys):
         assert not {'peak_memory', 'memory_ratio'} & set(rows[name])
 
 
-def test_installed_runtimes():
+@torch.no_grad()
+def test_installed_runtimes(make_backbone, randomise):
     names = [name for name, version in versions().items() if version]
     if not names:
         pytest.skip("none is there: pip install 'mmdyn[bench]'")
-    rows = measure('peers', 'DeiT-tiny', (64, 64), 1, ONCE)['rows']
-    assert set(names) <= set(rows)
-    assert all(rows[name]['max_difference'] < 1e-4 for name in names)
+    arch = dict(embed_dims=(16,), depths=(1,), num_heads=(2,), mlp_ratios=(2,), num_points=(3,))
+    dense, images = randomise(make_backbone('dpvt', arch=arch)).eval(), torch.randn(1, 3, 64, 96)
+    cases = runtime_cases('DPVT', dense, images, Case(lambda: None, lambda: 1.0))
+    assert set(names) <= set(cases)
+    assert all(largest_difference(cases[name].run(), dense(images)) < 1e-4 for name in names)
 
 
 def test_images_of_dense_prediction_resize_position_embeddings(runtimes, monkeypatch):
