@@ -54,6 +54,10 @@ def test_each_set_has_each_package():
     assert {FORKS.get(name, name) for name in wanted} <= set(pins('requirements-forks.txt'))
 
 
+def test_runtimes_of_the_benchmark_are_pinned():
+    assert set(pins('requirements-bench.txt')) == set(PROJECT['optional-dependencies']['bench'])
+
+
 @pytest.mark.parametrize('name, least', list(lower_bounds()))
 def test_oldest_set_is_what_the_metadata_allow(name, least):
     assert pins('requirements-oldest.txt')[name] == [least]
