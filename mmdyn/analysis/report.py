@@ -5,10 +5,12 @@ The tables have all columns for the CPU, and seconds and the ratio of times for 
 
 import json
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 COLUMNS = {  # title: entry of a row, its factor, format of its value
     'seconds': ('seconds', 1, '{:.3f}'),
@@ -257,22 +259,29 @@ def draw_panel(axes: Axes, groups: list[dict], limit: float = 2.0) -> int:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Plot a panel for each suite, three in a row."""
+    """Plot a panel for each suite, in three columns of about the same height."""
+
+    def height(suite: str) -> float:  # in inches
+        return 0.8 + 0.16 * sum(len(group['rows']) + 1 for group in of_suite(result, suite))
+
     suites = [suite for suite in SUITES if of_suite(result, suite)]
-    columns = min(len(suites), 3)
-    rows = -(-len(suites) // columns)
-    figure = Figure(layout='constrained')
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    lines = [draw_panel(axes, of_suite(result, suite)) for axes, suite in zip(panels, suites)]
-    heights = [max(lines[columns * i : columns * (i + 1)]) for i in range(rows)]
-    for i, (axes, suite) in enumerate(zip(panels, suites)):
-        axes.set_title(suite, fontsize=9)
-        axes.set_ylim(heights[i // columns], -1)  # of all panels of a row, so that their bars are alike
-    for axes in panels[len(suites) :]:
-        axes.remove()
-    figure.set_size_inches(3.8 * columns, 0.8 * rows + 0.16 * sum(heights))
-    panels[0].get_gridspec().set_height_ratios(heights)
-    figure.savefig(path, dpi=150)
+    columns: list[list[str]] = [[] for _ in suites[:3]]
+    for suite in sorted(suites, key=height, reverse=True):
+        min(columns, key=lambda column: sum(map(height, column))).append(suite)
+    tallest = max(sum(map(height, column)) for column in columns)
+    figure = Figure(figsize=(4.6 * len(columns), tallest), layout='constrained')
+    for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns):
+        heights = list(map(height, column))
+        *panels, rest = part.subplots(
+            len(column) + 1, height_ratios=[*heights, max(tallest - sum(heights), 1e-3)], squeeze=False
+        )[:, 0]
+        rest.remove()
+        for axes, suite in zip(panels, column):
+            axes.set_ylim(draw_panel(axes, of_suite(result, suite)), -1)
+            axes.set_title(suite, fontsize=9)
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=100)
+    Image.open(buffer).quantize(32).save(path)  # a few colours, in a sixth of the bytes
 
 
 def write_report(results: dict[str, dict], out: Path) -> None:
