@@ -36,7 +36,7 @@ help:
 	echo 'make demo-det   the same for Mask R-CNN, with the instances it finds'
 	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
 	echo 'make demo-cls-cf  set up, then train DeiT and CF-ViT, sweep the threshold and draw the regions'
-	echo 'make bench      time dense and dynamic models beside mmdet, timm and mmcv, and write docs/benchmark.md'
+	echo 'make bench      time dense and dynamic models beside mmdet, timm, mmcv, onnxruntime and OpenVINO, and write docs/benchmark.md'
 	echo 'make results    train and test what docs/results.md shows on real images, for 12 hours or more, and write it: see docs/data.md'
 	echo 'make results-time  time what is trained; on a machine that does nothing else'
 	echo 'make gpu-kit    collect the wheels that tools/gpu_check.sh needs on a machine with a GPU and no package index'
@@ -140,8 +140,11 @@ $(BIN)/python tools/visualizations/draw_gates.py configs/demo/$(2).py "$$(cat $$
 	--images data/demo/$(3) --masks data/demo/$(4) --out $$run/gates $(5)
 endef
 
-# Beside another busy process, threads that spin while they wait hold up those that work. `make bench` stays as it is.
-demo demo-det demo-seg demo-cls-cf: export OMP_WAIT_POLICY ?= passive
+# Beside another busy process, threads that spin for long while they wait hold up those that work; ones that do not spin at
+# all take twice as long where nothing else runs. `make bench` stays as it is.
+ifndef OMP_WAIT_POLICY
+demo demo-det demo-seg demo-cls-cf: export GOMP_SPINCOUNT ?= 1000
+endif
 
 demo: setup
 	$(call run-demo,pvt-mini_digits pvt-mini-finetune_digits pvt-mini-dge_digits,pvt-mini-dge_digits,imagenet/val,imagenet/masks/val)

@@ -59,7 +59,8 @@ def test_metadata_of_the_wheel(wheel):
     assert b'Apache License, Version 2.0' in wheel.read(f'{folder}/licenses/{metadata["License-File"]}')
     assert metadata['Requires-Python'] == '>=3.10'
     assert {'torch>=2.6', 'numpy>=1.26.4', 'packaging'} <= set(metadata.get_all('Requires-Dist'))
-    assert set(metadata.get_all('Provides-Extra')) == {'mim', 'cls', 'det', 'seg', 'analysis', 'demo', 'tests', 'all'}
+    extras = {'mim', 'cls', 'det', 'seg', 'analysis', 'bench', 'demo', 'tests', 'all'}
+    assert set(metadata.get_all('Provides-Extra')) == extras
     assert metadata.get_payload().strip() == (ROOT / 'README.md').read_text().strip()
 
 

@@ -49,9 +49,13 @@ def lower_bounds():
 
 
 def test_each_set_has_each_package():
-    wanted = set(pins('requirements.txt')) - LINT
+    wanted = set(pins('requirements.txt')) - LINT - set(PROJECT['optional-dependencies']['bench'])
     assert wanted <= set(pins('requirements-oldest.txt'))
     assert {FORKS.get(name, name) for name in wanted} <= set(pins('requirements-forks.txt'))
+
+
+def test_runtimes_of_the_benchmark_are_pinned():
+    assert set(pins('requirements.txt')) >= set(PROJECT['optional-dependencies']['bench'])
 
 
 @pytest.mark.parametrize('name, least', list(lower_bounds()))

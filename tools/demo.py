@@ -28,9 +28,11 @@ COLUMNS = {  # title: metric, its factor, format of its value
 def run_mim(*args: str | Path) -> None:
     """Run a command of mim.
 
-    Threads that wait must not spin: beside another busy process, each step would wait for its time slices to end.
+    Threads that wait must not spin for long: beside another busy process, each step would wait for its time slices to
+    end. If they do not spin at all, each step of a small model waits for them to wake up.
     """
-    subprocess.run([MIM, *args], check=True, env={'OMP_WAIT_POLICY': 'passive', **os.environ})
+    spin = {} if 'OMP_WAIT_POLICY' in os.environ else {'GOMP_SPINCOUNT': '1000'}
+    subprocess.run([MIM, *args], check=True, env={**spin, **os.environ})
 
 
 def run(config: Path, work_dir: Path) -> dict:

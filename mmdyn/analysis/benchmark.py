@@ -3,6 +3,8 @@
 import copy
 import functools
 import statistics
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
+from ..engine.command import first_line
 from ..models.adapters import apply_dge
 from ..models.adapters import cost as spent
 from ..models.layers import DeformableAttention, deformable_sampling
@@ -21,6 +24,7 @@ from .flops import build_model, dynamic_backbone, image_files, run_on_images
 from .latency import interleaved_times, largest_difference, peak_memory, ratio, supports_bfloat16
 from .others import OTHERS, build_other
 from .passes import AUTOCAST, build, family_and_size, inference, precision, round_products, training_step
+from .runtimes import by_onnxruntime, by_openvino, to_onnx, versions
 from .synthetic import PATTERNS, Recording, force_routing, record_routing, recorded_granularities, replay_routing
 
 ATTENTION = ' attention'  # behind the name of an arch: its attention layers alone
@@ -54,7 +58,15 @@ SUITES = dict(
             'mmdet Swin-tiny': (800, 1280),
         },
     ),
+    peers=dict(
+        archs=('PVT-small', 'DPVT-small', 'DeiT-small'),
+        shapes=((224, 224),),
+        batches=(1,),
+        large={'PVT-small': (800, 1280), 'DPVT-small': (800, 1280)},
+        runs=5,
+    ),
 )
+PAUSE = 0.05  # seconds before each run of peers: threads that wait for work in vain would hold up other libraries' ones
 
 
 class Options(NamedTuple):
@@ -63,7 +75,7 @@ class Options(NamedTuple):
     Attributes:
         device: what they run on.
         dtype: a key of :data:`~mmdyn.analysis.passes.AUTOCAST`.
-        rounds: measured runs of each case; those of cls run five times as often.
+        rounds: measured runs of each case; those of small images of cls and peers run five times as often.
         query_ratio: of the routing that is made up.
         patterns: of the routing: those of :data:`~mmdyn.analysis.synthetic.PATTERNS`, and ``'trained'``.
         recording: what is replayed as ``'trained'``.
@@ -86,6 +98,7 @@ class Case(NamedTuple):
         query_ratio: share of the queries in the last pass, where the model has any to choose.
         exact: whether the outputs are to be those of the first case.
         reference: the case that it is compared with, the first one if it names none.
+        in_torch: whether it is torch that allocates its memory, which can be told then.
     """
 
     run: Callable[[], object]
@@ -93,6 +106,12 @@ class Case(NamedTuple):
     query_ratio: Callable[[], float] | None = None
     exact: bool = False
     reference: str = ''
+    in_torch: bool = True
+
+
+def is_large(suite: str, arch: str, shape: Sequence[int]) -> bool:
+    """Whether images are those of dense prediction that a suite has for an architecture beside its others."""
+    return tuple(shape) == SUITES[suite].get('large', {}).get(arch)
 
 
 def sample_by_mmcv_fallback(
@@ -181,10 +200,10 @@ def dynamic_like(dense: nn.Module, arch: str, img_size: tuple[int, int], shape: 
 
 
 def backbone_cases(suite: str, arch: str, images: Tensor, options: Options) -> dict[str, Case]:
-    """The dense model, DGE, and where it is not trained the same by a peer and in bfloat16."""
+    """The dense model, DGE, and where it is not trained the same by peers and in bfloat16."""
     shape, autocast = tuple(images.shape[-2:]), AUTOCAST[options.dtype]
     # Of dense prediction the images have many sizes; position embeddings are of those that the backbone was trained on.
-    img_size = (256, 256) if suite in ('det', 'seg') else shape
+    img_size = (256, 256) if suite in ('det', 'seg') or is_large(suite, arch, shape) else shape
     dense = build(arch, img_size)
     dynamic = dynamic_like(dense, arch, img_size, shape, options)
     if suite == 'train':
@@ -194,16 +213,38 @@ def backbone_cases(suite: str, arch: str, images: Tensor, options: Options) -> d
             for name, model in {'dense': dense, **models}.items()
         }
     theirs, package = peer_of(arch, img_size, dense)
-    models = {pattern: dynamic(pattern) for pattern in options.patterns}
+    models = {pattern: dynamic(pattern) for pattern in options.patterns[: 1 if suite == 'peers' else None]}
     cases = {'dense': backbone_case(dense, images, autocast)}
     cases |= {f'DGE {pattern}': backbone_case(model, images, autocast) for pattern, model in models.items()}
-    cases['DGE finest'] = backbone_case(dynamic('clustered', query_ratio=1.0), images, autocast, exact=True)
+    if suite != 'peers':
+        cases['DGE finest'] = backbone_case(dynamic('clustered', query_ratio=1.0), images, autocast, exact=True)
     cases[package] = cases['dense']._replace(run=inference(theirs.to(images.device), images, autocast), exact=True)
+    if suite == 'peers':
+        cases |= runtime_cases(arch, dense, images, cases['dense'])
     if options.dtype == 'float32' and supports_bfloat16(images.device):
         cases['dense bfloat16'] = backbone_case(dense, images, torch.bfloat16, exact=True)
         cases['DGE bfloat16'] = backbone_case(models[options.patterns[0]], images, torch.bfloat16)
-    if images.is_cuda:
+    if images.is_cuda and suite != 'peers':
         cases |= graphed_cases(dense, models[options.patterns[0]], dynamic('clustered'), images, options)
+    return cases
+
+
+def runtime_cases(arch: str, dense: nn.Module, images: Tensor, like: Case) -> dict[str, Case]:
+    """The dense model, whose own case is given, by the runtimes that are installed; one that fails is told of."""
+    makers = dict(onnxruntime=by_onnxruntime, OpenVINO=by_openvino)
+    makers = {name: makers[name] for name, version in versions().items() if version}
+    if 'OpenVINO' in makers and supports_bfloat16(images.device):
+        makers['OpenVINO bfloat16'] = functools.partial(by_openvino, precision='bf16')
+    cases, graph = {}, b''
+    for name, make in makers.items():
+        try:
+            graph = graph or to_onnx(dense, images)
+            run = make(graph, images, torch.get_num_threads())
+            run()
+        except Exception as error:  # whatever it is, the other cases are worth their time
+            print(f'benchmark.py: {name} is left out of {arch}: {first_line(error)}', file=sys.stderr)
+        else:
+            cases[name] = like._replace(run=run, exact=True, in_torch=False)
     return cases
 
 
@@ -347,7 +388,7 @@ def measure(suite: str, arch: str, shape: Sequence[int], batch: int, options: Op
 
     Returns:
         ``suite``, ``arch``, ``shape``, ``batch``, and ``rows``: of each case ``seconds``, ``spread``, ``time_ratio``,
-        ``peak_memory`` in bytes, ``macs_ratio``, ``efficiency``, ``memory_ratio``, and where it has them
+        ``macs_ratio``, ``efficiency``, and where it has them ``peak_memory`` in bytes, ``memory_ratio``,
         ``query_ratio`` and ``max_difference``.
     """
     torch.manual_seed(0)
@@ -355,9 +396,10 @@ def measure(suite: str, arch: str, shape: Sequence[int], batch: int, options: Op
     cases = cases_of(suite, arch, torch.randn(batch, 3, *shape, device=options.device), options)
     times = interleaved_times(
         {name: case.run for name, case in cases.items()},
-        options.rounds * SUITES[suite].get('runs', 1),  # short runs vary more
+        options.rounds * (1 if is_large(suite, arch, shape) else SUITES[suite].get('runs', 1)),  # short runs vary more
         warmup=3 if options.device == 'cuda' else 1,
         device=options.device,
+        prepare=(lambda _: time.sleep(PAUSE)) if suite == 'peers' else None,
     )
     first, rows = next(iter(cases)), {}
     expected = cases[first].run() if any(case.exact for case in cases.values()) else None
@@ -367,11 +409,12 @@ def measure(suite: str, arch: str, shape: Sequence[int], batch: int, options: Op
             seconds=statistics.median(times[name]),
             spread=max(times[name]) - min(times[name]),
             time_ratio=ratio(times, name, reference),
-            peak_memory=peak_memory(case.run, options.device),
-            macs_ratio=case.macs() / cases[reference].macs(),
         )
+        if case.in_torch:
+            row['peak_memory'] = peak_memory(case.run, options.device)
+            row['memory_ratio'] = row['peak_memory'] / rows[reference]['peak_memory']
+        row['macs_ratio'] = case.macs() / cases[reference].macs()
         row['efficiency'] = row['macs_ratio'] / row['time_ratio']
-        row['memory_ratio'] = row['peak_memory'] / rows[reference]['peak_memory']
         if case.query_ratio:
             row['query_ratio'] = case.query_ratio()
         if case.exact:

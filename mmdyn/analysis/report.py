@@ -5,10 +5,12 @@ The tables have all columns for the CPU, and seconds and the ratio of times for 
 
 import json
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 COLUMNS = {  # title: entry of a row, its factor, format of its value
     'seconds': ('seconds', 1, '{:.3f}'),
@@ -28,29 +30,39 @@ SUITES = dict(
     cfvit='classification by CF-ViT, when a share of the images stops at the coarse stage',
     train='one training iteration, forward and backward',
     any='models of other libraries, as they are and with DGE',
+    peers='backbones by what runs the dense model on a CPU, and with DGE',
 )
+# What the README shows: models, by whose code in PyTorch they run, and by which runtimes.
+SUMMARY = (
+    ('PVT-small', (224, 224), 'mmdet'),
+    ('PVT-small', (800, 1280), 'mmdet'),
+    ('DPVT-small', (800, 1280), 'mmcv fallback'),
+    ('DeiT-small', (224, 224), 'timm'),
+)
+RUNTIMES = ('onnxruntime', 'OpenVINO')
 LEGEND = """\
 A model's name is followed by the shape of its images, batch x height x width. The first case of a model is what the
 ratios of the others refer to.
 
-- **seconds**: median of the runs, which took turns, five times as many of cls; **spread**: the slowest of them less the
-  fastest.
+- **seconds**: median of the runs, which took turns, five times as many of small images in cls and peers; **spread**:
+  the slowest of them less the fastest.
 - **time**: ratio of times, median over neighbouring runs; **multiply-adds**: their ratio, as we count them.
 - **efficiency**: multiply-adds over time. At 1 the whole promised saving arrives.
 - **query ratio**: queries over those of the dense model in the layers that choose, each counted by what it costs.
-- **peak MB**: 10^6 bytes that a run allocates in tensors at its worst moment, beside weights and images; **memory**:
-  their ratio.
+- **peak MB**: 10^6 bytes that a run allocates in torch's tensors at its worst moment, beside weights and images;
+  **memory**: their ratio.
 - **difference**: largest difference of the outputs from the first case's, relative to their largest value, of cases
   that have to agree with it.
 
 DGE has the granularities 1, 2 and 4 and a routing that is given. *Clustered* and *random* are made for the query ratio
-{ratio:g}: the finest regions lie together as on the objects of a natural image, or anywhere, which is the worst case.
+{ratio}: the finest regions lie together as on the objects of a natural image, or anywhere, which is the worst case.
 *Trained* is what a trained demo model chooses on an image, stretched to the map, with that model's granularities.
 *Finest* has granularity 1 everywhere, so that there is nothing to save. *mmdet*, *timm* and *mmcv fallback* (DPVT that
-samples with mmcv's function for the CPU) are peers with the weights of the dense model. *Attention* behind a model's
-name is all its attention layers on random tokens. *bfloat16* runs under autocast;
-its ratios refer to the float32 of the first case. In training, *DGE dense* runs all granularities, but those that its
-gates reject are not counted.
+samples with mmcv's function for the CPU) are peers with the weights of the dense model. *onnxruntime* and *OpenVINO*
+run the dense model, exported to ONNX for images of that shape, with as many threads; in peers each run follows 50 ms of
+rest, in which the threads of the library before fall asleep. *Attention* behind a model's name is all its attention
+layers on random tokens. *bfloat16* runs under autocast, or is OpenVINO's precision; its ratios refer to the float32 of
+the first case. In training, *DGE dense* runs all granularities, but those that its gates reject are not counted.
 """
 
 
@@ -74,6 +86,31 @@ def read(files: Iterable[Path]) -> dict[str, dict]:
             raise ValueError(f'{seen[device]} and {file} are both of device {device}: give one file of each device.')
         seen[device], results[str(file)] = file, result
     return dict(sorted(results.items(), key=lambda item: item[1]['device']))
+
+
+def runs_of(result: dict) -> list[dict]:
+    """The runs that a result has its groups from, the newest last."""
+    return [*result.get('earlier', []), result]
+
+
+def of_suite(result: dict, suite: str) -> list[dict]:
+    """The groups of a suite."""
+    return [group for run in runs_of(result) for group in run['groups'] if group['suite'] == suite]
+
+
+def with_earlier(result: dict, before: dict) -> dict:
+    """A result, and what one before has of suites that it lacks.
+
+    In ``earlier`` these groups stay with the command, the environment and the limits of their own run, to which their
+    ratios belong.
+    """
+    new = {group['suite'] for group in result['groups']}
+    earlier = []
+    for run in runs_of(before):
+        groups = [group for group in run['groups'] if group['suite'] not in new]
+        if groups:
+            earlier.append({key: value for key, value in run.items() if key != 'earlier'} | dict(groups=groups))
+    return {**result, 'earlier': earlier} if earlier else result
 
 
 def title(group: dict) -> str:
@@ -113,24 +150,50 @@ def cell(row: dict, name: str, factor: float, form: str) -> str:
     return form.format(row[name] * factor) if name in row else '-'
 
 
-def of_suite(result: dict, suite: str) -> list[dict]:
-    """The groups of a suite."""
-    return [group for group in result['groups'] if group['suite'] == suite]
+def summary(result: dict) -> str:
+    """The README's table: seconds of dense backbones in PyTorch, in runtimes and of ours, and with DGE.
+
+    Raises:
+        ValueError: if none of its models was measured.
+    """
+    # Of what several suites have measured, the last one's counts: that of peers.
+    groups = {
+        (group['arch'], tuple(group['shape'])): group['rows']
+        for suite in SUITES
+        for group in of_suite(result, suite)
+        if group['batch'] == 1
+    }
+    lines = [
+        f'| | image | PyTorch | {" | ".join(RUNTIMES)} | ours, dense | ours with DGE | its multiply-adds |',
+        '|---' * (6 + len(RUNTIMES)) + '|',
+    ]
+    for arch, shape, package in SUMMARY:
+        rows = groups.get((arch, shape))
+        if rows:
+            cases = (package, *RUNTIMES, 'dense', 'DGE clustered')
+            seconds, *others = (cell(rows.get(case, {}), *COLUMNS['seconds']) for case in cases)
+            macs = cell(rows.get('DGE clustered', {}), 'macs_ratio', 100, '{:.0f} %')
+            cells = arch.replace('small', 'S'), 'x'.join(map(str, shape)), f'{seconds} ({package})', *others, macs
+            lines.append(f'| {" | ".join(cells)} |')
+    if len(lines) == 2:
+        raise ValueError('None of the models of the summary was measured: run benchmark.py --suite peers.')
+    return '\n'.join(lines)
 
 
 def markdown(results: dict[str, dict]) -> str:
     """The report on results by file."""
     first, *others = results.values()
-    commands = [result['command'] for result in results.values()]
+    runs = [run for result in results.values() for run in runs_of(result)]
+    commands = [run['command'] for run in runs]
     commands.append(f'python tools/analysis_tools/benchmark_report.py {" ".join(results)}')
     parts = [
         '# Speed and memory',
         'Measured and written by',
         '```bash\n' + '\n'.join(commands) + '\n```',
         f'The last command alone writes this file and the plot from {" and ".join(results)}. Do not edit it.',
-        environments(results.values()),
+        environments(runs),
         '## How to read it',
-        LEGEND.format(ratio=first['query_ratio']).rstrip(),
+        LEGEND.format(ratio=' or '.join(dict.fromkeys(f'{run["query_ratio"]:g}' for run in runs))).rstrip(),
         '![Ratio of times and of multiply-adds](benchmark.png)',
     ]
     # The columns of a GPU are there before there are any numbers for them.
@@ -142,17 +205,18 @@ def markdown(results: dict[str, dict]) -> str:
     return '\n\n'.join(parts) + '\n'
 
 
-def environments(results: Iterable[dict]) -> str:
-    """A Markdown table of what was measured on what, with a column for each result."""
+def environments(runs: Iterable[dict]) -> str:
+    """A Markdown table of what was measured on what, with a column for each run."""
     columns = []
-    for result in results:
+    for run in runs:
         found = {
-            'device': result['device'],
-            'precision': result['dtype'],
-            'runs of each case': result['rounds'],
-            **result['environment'],
+            'device': run['device'],
+            'suites': ', '.join(dict.fromkeys(group['suite'] for group in run['groups'])),
+            'precision': run['dtype'],
+            'runs of each case': run['rounds'],
+            **run['environment'],
         }
-        for name, value in result['limits'].items():
+        for name, value in run['limits'].items():
             text = 'copy, GB/s (read and written)' if name == 'copy' else f'product of matrices, {name}, GFLOP/s'
             found[text] = f'{value:.0f}'
         columns.append(found)
@@ -195,22 +259,29 @@ def draw_panel(axes: Axes, groups: list[dict], limit: float = 2.0) -> int:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Plot a panel for each suite, three in a row."""
+    """Plot a panel for each suite, in three columns of about the same height."""
+
+    def height(suite: str) -> float:  # in inches
+        return 0.8 + 0.16 * sum(len(group['rows']) + 1 for group in of_suite(result, suite))
+
     suites = [suite for suite in SUITES if of_suite(result, suite)]
-    columns = min(len(suites), 3)
-    rows = -(-len(suites) // columns)
-    figure = Figure(layout='constrained')
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    lines = [draw_panel(axes, of_suite(result, suite)) for axes, suite in zip(panels, suites)]
-    heights = [max(lines[columns * i : columns * (i + 1)]) for i in range(rows)]
-    for i, (axes, suite) in enumerate(zip(panels, suites)):
-        axes.set_title(suite, fontsize=9)
-        axes.set_ylim(heights[i // columns], -1)  # of all panels of a row, so that their bars are alike
-    for axes in panels[len(suites) :]:
-        axes.remove()
-    figure.set_size_inches(3.8 * columns, 0.8 * rows + 0.16 * sum(heights))
-    panels[0].get_gridspec().set_height_ratios(heights)
-    figure.savefig(path, dpi=150)
+    columns: list[list[str]] = [[] for _ in suites[:3]]
+    for suite in sorted(suites, key=height, reverse=True):
+        min(columns, key=lambda column: sum(map(height, column))).append(suite)
+    tallest = max(sum(map(height, column)) for column in columns)
+    figure = Figure(figsize=(4.6 * len(columns), tallest), layout='constrained')
+    for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns):
+        heights = list(map(height, column))
+        *panels, rest = part.subplots(
+            len(column) + 1, height_ratios=[*heights, max(tallest - sum(heights), 1e-3)], squeeze=False
+        )[:, 0]
+        rest.remove()
+        for axes, suite in zip(panels, column):
+            axes.set_ylim(draw_panel(axes, of_suite(result, suite)), -1)
+            axes.set_title(suite, fontsize=9)
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=100)
+    Image.open(buffer).quantize(32).save(path)  # a few colours, in a sixth of the bytes
 
 
 def write_report(results: dict[str, dict], out: Path) -> None:

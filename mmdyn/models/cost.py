@@ -30,6 +30,7 @@ class LayerCost:
         dense_queries: queries of an image without DGE.
         dynamic: whether the block has a router.
         finest: (B,) share of each image's regions that ask for the finest granularity; None without a router.
+        decisions: of the router on an image; 0 without one.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerCost:
     dense_queries: int
     dynamic: bool
     finest: Tensor | None = None
+    decisions: int = 0
 
     @property
     def spent(self) -> Tensor:
@@ -120,6 +122,7 @@ def stage_cost(
                 queries_of(encoder),
                 dense,
                 encoder is not None,
+                decisions=encoder.num_decisions(shape) if encoder else 0,
             )
         )
     return BackboneCost(layers, stage.patch_embed.macs(shape))

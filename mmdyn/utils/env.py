@@ -12,7 +12,15 @@ from mmengine.utils.dl_utils import collect_env as collect_base_env
 from ..version import __version__
 
 MODULES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg', 'mim', 'timm', 'numpy', 'safetensors')
-VARIABLES = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'KMP_AFFINITY', 'MALLOC_', 'LD_PRELOAD', 'CUDA_VISIBLE_DEVICES')
+VARIABLES = (
+    'OMP_NUM_THREADS',
+    'OMP_WAIT_POLICY',
+    'GOMP_',
+    'KMP_AFFINITY',
+    'MALLOC_',
+    'LD_PRELOAD',
+    'CUDA_VISIBLE_DEVICES',
+)
 # Of mmengine's, what changes from call to call, or takes a page.
 LEFT_OUT = ('numpy_random_seed', 'PyTorch compiling details')
 

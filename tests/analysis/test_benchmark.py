@@ -8,6 +8,8 @@ from mmengine.config import Config
 
 import mmdyn
 from mmdyn.analysis.benchmark import (
+    PAUSE,
+    SUITES,
     Case,
     Options,
     build,
@@ -16,10 +18,13 @@ from mmdyn.analysis.benchmark import (
     measure,
     peer_of,
     record,
+    runtime_cases,
     sample_by_mmcv_fallback,
 )
 from mmdyn.analysis.flops import build_model
 from mmdyn.analysis.latency import largest_difference, supports_bfloat16
+from mmdyn.analysis.passes import inference
+from mmdyn.analysis.runtimes import versions
 from mmdyn.analysis.synthetic import LayerChoice
 from mmdyn.models.layers import deformable_sampling
 from mmdyn.models.stage import run_blocks
@@ -170,17 +175,84 @@ def test_coarse_to_fine():
         assert rows[name]['macs_ratio'] == pytest.approx((1.10 + (1 - stop) * 2.91) / 4.60, abs=0.005)
 
 
-def test_short_runs_are_run_more_often(monkeypatch):
-    rounds = []
+@pytest.fixture
+def runtimes(monkeypatch):
+    """Runtimes that are there but for OpenVINO's bfloat16, and run the dense model; what they were given."""
+    given = []
 
-    def interleaved_times(cases, number, **options):
+    def by_runtime(model, images, threads, precision='f32'):
+        given.append((threads, precision))
+        if precision == 'bf16':
+            raise RuntimeError('no such type\nand more')
+        return lambda: inference(model, images, None)()
+
+    monkeypatch.setattr('mmdyn.analysis.benchmark.versions', lambda: dict(onnxruntime='1.2', OpenVINO='3.4'))
+    monkeypatch.setattr('mmdyn.analysis.benchmark.to_onnx', lambda model, images: model)
+    monkeypatch.setattr('mmdyn.analysis.benchmark.supports_bfloat16', lambda device: True)
+    for name in ('by_onnxruntime', 'by_openvino'):
+        monkeypatch.setattr(f'mmdyn.analysis.benchmark.{name}', by_runtime)
+    return given
+
+
+def test_runtimes(runtimes, capsys):
+    rows = measure('peers', 'DeiT-tiny', (64, 96), 1, ONCE)['rows']
+    assert list(rows) == [
+        'dense',
+        'DGE clustered',
+        'timm',
+        'onnxruntime',
+        'OpenVINO',
+        'dense bfloat16',
+        'DGE bfloat16',
+    ]
+    assert runtimes == [(torch.get_num_threads(), precision) for precision in ('f32', 'f32', 'bf16')]
+    assert capsys.readouterr().err == (
+        'benchmark.py: OpenVINO bfloat16 is left out of DeiT-tiny: RuntimeError: no such type\n'
+    )
+    for name in ('onnxruntime', 'OpenVINO'):
+        assert rows[name]['macs_ratio'] == 1 and rows[name]['max_difference'] == 0
+        assert not {'peak_memory', 'memory_ratio'} & set(rows[name])
+
+
+@torch.no_grad()
+def test_installed_runtimes(make_backbone, randomise):
+    names = [name for name, version in versions().items() if version]
+    if not names:
+        pytest.skip("none is there: pip install 'mmdyn[bench]'")
+    arch = dict(embed_dims=(16,), depths=(1,), num_heads=(2,), mlp_ratios=(2,), num_points=(3,))
+    dense, images = randomise(make_backbone('dpvt', arch=arch)).eval(), torch.randn(1, 3, 64, 96)
+    cases = runtime_cases('DPVT', dense, images, Case(lambda: None, lambda: 1.0))
+    assert set(names) <= set(cases)
+    assert all(largest_difference(cases[name].run(), dense(images)) < 1e-4 for name in names)
+
+
+def test_images_of_dense_prediction_resize_position_embeddings(runtimes, monkeypatch):
+    monkeypatch.setitem(SUITES['peers'], 'large', {'PVT-tiny': (64, 128)})
+    seen = []
+    monkeypatch.setattr('mmdyn.analysis.benchmark.build', lambda arch, size, **dge: seen.append(size) or 1 / 0)
+    for shape in ((64, 64), (64, 128)):
+        with pytest.raises(ZeroDivisionError):
+            measure('peers', 'PVT-tiny', shape, 1, ONCE)
+    assert seen == [(64, 64), (256, 256)]
+
+
+def test_short_runs_are_run_more_often(monkeypatch):
+    rounds, paused = [], []
+
+    def interleaved_times(cases, number, prepare=None, **options):
         rounds.append(number)
+        if prepare is not None:
+            prepare('dense')
         return {name: [1.0] for name in cases}
 
     monkeypatch.setattr('mmdyn.analysis.benchmark.interleaved_times', interleaved_times)
-    for suite in ('cls', 'train'):
-        measure(suite, 'PVT-tiny', (64, 128), 1, ONCE._replace(rounds=3))
-    assert rounds == [15, 3]
+    case = Case(lambda: None, lambda: 1.0, in_torch=False)
+    monkeypatch.setattr('mmdyn.analysis.benchmark.cases_of', lambda *_: dict(dense=case))
+    monkeypatch.setattr('mmdyn.analysis.benchmark.time.sleep', paused.append)
+    monkeypatch.setitem(SUITES['peers'], 'large', {'PVT-tiny': (64, 256)})
+    for suite, width in (('cls', 128), ('train', 128), ('peers', 128), ('peers', 256)):
+        measure(suite, 'PVT-tiny', (64, width), 1, ONCE._replace(rounds=3))
+    assert rounds == [15, 3, 15, 3] and paused == [PAUSE, PAUSE]
 
 
 def test_a_suite_has_more_images_on_cuda():

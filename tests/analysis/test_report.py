@@ -151,6 +151,54 @@ def test_one_device():
     assert len({len(line) for line in rows[:3]}) == 1  # the columns are aligned
 
 
+def test_runs_on_one_device():
+    peers = copy.deepcopy(CPU)
+    peers.update(
+        command='benchmark.py --suite peers', query_ratio=0.5, environment=dict(date='2026-02-03', OpenVINO='7')
+    )
+    peers['groups'] = [{**CPU['groups'][1], 'suite': 'peers'}]
+    first = report.with_earlier(peers, CPU)
+    assert first == {**peers, 'earlier': [CPU]} and report.with_earlier(CPU, dict(groups=[])) == CPU
+    det = {**CPU, 'command': 'benchmark.py --suite det', 'groups': CPU['groups'][1:]}
+    both = report.with_earlier(det, first)
+    train = {**CPU, 'groups': CPU['groups'][:1]}
+    assert both == {**det, 'earlier': [train, peers]}
+    assert report.with_earlier({**both, 'groups': CPU['groups'] + peers['groups']}, both)['earlier'] == both['earlier']
+
+    text = report.markdown({'docs/benchmark.json': both})
+    commands = [CPU['command'], 'benchmark.py --suite peers', 'benchmark.py --suite det']
+    assert '\n'.join(['```bash', *commands, 'python tools/analysis_tools/benchmark_report.py']) in text
+    assert '\n| suites | train | peers | det |\n' in text
+    assert '\n| date | 2026-01-02 | 2026-02-03 | 2026-01-02 |\n' in text and '\n| OpenVINO | - | 7 | - |\n' in text
+    assert 'query ratio\n0.4 or 0.5: ' in text
+    assert text.index('## det: ') < text.index('## train: ') < text.index('## peers: ')
+
+
+def test_summary():
+    def group(suite, arch, shape, batch=1, **seconds):
+        rows = {name.replace('_', ' '): dict(seconds=value, macs_ratio=0.575) for name, value in seconds.items()}
+        return dict(suite=suite, arch=arch, shape=shape, batch=batch, rows=rows)
+
+    peers = group(
+        'peers', 'PVT-small', [224, 224], mmdet=0.5, onnxruntime=0.4, OpenVINO=0.3, dense=0.2, DGE_clustered=0.1
+    )
+    cls = group('cls', 'PVT-small', [224, 224], mmdet=5, dense=2, DGE_clustered=1)
+    others = [
+        group('cls', 'DeiT-small', [224, 224], timm=0.06, dense=0.02),
+        group('cls', 'DeiT-small', [224, 224], 8, timm=6, dense=2),
+        group('cls', 'DeiT-small', [256, 256], timm=7, dense=3),
+    ]
+    for result in (dict(groups=[peers, cls, *others]), dict(groups=[cls, *others], earlier=[dict(groups=[peers])])):
+        assert report.summary(result).splitlines() == [
+            '| | image | PyTorch | onnxruntime | OpenVINO | ours, dense | ours with DGE | its multiply-adds |',
+            '|---|---|---|---|---|---|---|---|',
+            '| PVT-S | 224x224 | 0.500 (mmdet) | 0.400 | 0.300 | 0.200 | 0.100 | 57 % |',
+            '| DeiT-S | 224x224 | 0.060 (timm) | - | - | 0.020 | - | - |',
+        ]
+    with pytest.raises(ValueError, match='None of the models of the summary was measured: run .* --suite peers'):
+        report.summary(CPU)
+
+
 def test_two_devices(files):
     text = report.markdown(report.read(files))
     assert cells(text, '| PVT-tiny 1 x 64 x 96 | dense')[2:] == [
@@ -195,7 +243,7 @@ def test_plot(num, tmp_path):
     result['groups'] = [{**result['groups'][1], 'suite': suite} for suite in list(report.SUITES)[:num]]
     report.draw(result, tmp_path / 'benchmark.png')
     picture = cv2.imread(str(tmp_path / 'benchmark.png'))
-    assert picture.shape[1] == 3.8 * 150 * min(num, 3)
+    assert picture.shape[1] == 460 * min(num, 3)
     blue = (abs(picture.astype(int) - (180, 119, 31)).sum(2) < 30).any(0)
     # A bar of 1.62 in each panel, whose axes end at 2.6 and leave the names some place.
     assert 0.3 < blue.mean() < 1.62 / 2.6

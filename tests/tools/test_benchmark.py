@@ -138,7 +138,48 @@ def test_suites_are_complete(run, measured):
         ('cfvit', 'DeiT-small', 224, 224, 64),
         ('train', 'PVT-small', 256, 256, 32),
         *others,
+        ('peers', 'PVT-small', 224, 224, 1),
+        ('peers', 'PVT-small', 800, 1280, 1),
+        ('peers', 'DPVT-small', 224, 224, 1),
+        ('peers', 'DPVT-small', 800, 1280, 1),
+        ('peers', 'DeiT-small', 224, 224, 1),
     ]
+
+
+def test_suites_that_are_not_measured_anew_stay(run, measured, tmp_path):
+    run('--suite', 'det', '--patterns', 'random', '--archs', 'PVT-tiny')
+    run('--suite', 'train', '--archs', 'PVT-tiny')
+    result, printed = run('--suite', 'det', '--patterns', 'random', '--archs', 'DPVT-tiny', '--json')
+    (earlier,) = result.pop('earlier')
+    assert [(run['command'].split()[3], [group['arch'] for group in run['groups']]) for run in (earlier, result)] == [
+        ('train', ['PVT-tiny']),
+        ('det', ['DPVT-tiny']),
+    ]
+    assert json.loads(printed.out) == result
+    text = (tmp_path / 'out/benchmark.md').read_text()
+    assert earlier['command'] in text and result['command'] in text and '| suites | train | det |' in text
+
+    (tmp_path / 'out/benchmark.json').write_text('{}')
+    del measured[:]
+    with pytest.raises(SystemExit, match='benchmark.json is no result of benchmark.py'):
+        run('--suite', 'train')
+    assert measured == []
+
+
+def test_missing_runtimes_are_told_of(run, measured, monkeypatch):
+    monkeypatch.setattr(benchmark, 'versions', lambda: dict(onnxruntime='1.2', OpenVINO=''))
+    result, printed = run('--suite', 'peers', '--archs', 'PVT-tiny')
+    assert printed.err == "benchmark.py: OpenVINO is left out: pip install 'mmdyn[bench]'\n"
+    versions = {name: result['environment'][name] for name in ('onnxruntime', 'OpenVINO')}
+    assert versions == dict(onnxruntime='1.2', OpenVINO='not installed')
+    assert measured == [('peers', 'PVT-tiny', 224, 224, 1)]
+    assert 'OpenVINO' not in run('--suite', 'train')[0]['environment']
+
+
+def test_runtimes_run_in_float32_on_a_cpu(run, measured, monkeypatch):
+    monkeypatch.setattr(benchmark, 'write_report', lambda *args: None)
+    run('--suite', 'all', '--trained-config', 'no_such_config.py', '--dtype', 'bfloat16')
+    assert {suite for suite, *_ in measured} == set(benchmark.SUITES) - {'peers'}
 
 
 def test_on_cuda_there_are_more_images(run, measured, monkeypatch, tmp_path):
@@ -177,6 +218,7 @@ def test_what_is_missing_is_left_out(run, monkeypatch):
         (['--suite', 'cfvit', '--archs', 'PVT-tiny'], '--archs PVT-tiny: give FAMILY-SIZE with a FAMILY of DeiT'),
         (['--archs', 'PVT-tiny attention'], "--archs 'PVT-tiny attention': attention alone is compared of DPVT"),
         (['--batch', '0'], '--batch 0: give at least 1'),
+        (['--suite', 'peers', '--dtype', 'bfloat16'], '--suite peers compares in float32 on a CPU: leave --device and'),
         (['--dtype', 'tf32'], '--dtype tf32 is a precision of CUDA devices: add --device cuda, or choose float32'),
         (['--device', 'cuda'], '--device cuda, but torch finds no CUDA device: use --device cpu'),
         (['--patterns', 'trained', '--trained-config', 'x.py'], 'No pattern is left: give --patterns'),

@@ -40,6 +40,16 @@ def test_command(out, monkeypatch, tmp_path, capsys):
     assert (folder / 'benchmark.png').stat().st_size and str(folder) in capsys.readouterr().out
 
 
+def test_summary(monkeypatch, tmp_path, capsys):
+    file = tmp_path / 'benchmark.json'
+    group = dict(suite='peers', arch='PVT-small', shape=[224, 224], batch=1, rows=dict(dense=ROW))
+    file.write_text(json.dumps({**RESULT, 'groups': [group]}))
+    monkeypatch.setattr(sys, 'argv', ['benchmark_report.py', str(file), '--summary'])
+    tool.main()
+    assert '\n| PVT-S | 224x224 | - (mmdet) | - | - | 0.250 | - | - |\n' in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_error(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'argv', ['benchmark_report.py', str(tmp_path / 'missing.json')])
     with pytest.raises(SystemExit, match=r'benchmark_report\.py: .*missing\.json is no result of benchmark\.py'):

@@ -31,17 +31,21 @@ def test_configs_of_different_tasks_share_a_table():
     assert len({len(line) for line in lines}) == 1
 
 
-@pytest.mark.parametrize('chosen, policy', [(None, 'passive'), ('active', 'active')])
-def test_threads_of_its_subprocesses_do_not_spin_unless_asked_to(monkeypatch, tmp_path, chosen, policy):
-    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
-    if chosen:
-        monkeypatch.setenv('OMP_WAIT_POLICY', chosen)
+@pytest.mark.parametrize(
+    'chosen, said',
+    [({}, 'spin 1000'), ({'GOMP_SPINCOUNT': '7'}, 'spin 7'), ({'OMP_WAIT_POLICY': 'active'}, 'active spin')],
+)
+def test_threads_of_its_subprocesses_spin_for_short_unless_asked_to(monkeypatch, tmp_path, chosen, said):
+    for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
     mim = tmp_path / 'mim'
-    mim.write_text(f'#!/bin/sh\necho $OMP_WAIT_POLICY $1 > {tmp_path}/said\n')
+    mim.write_text(f'#!/bin/sh\necho $1 $OMP_WAIT_POLICY spin $GOMP_SPINCOUNT > {tmp_path}/said\n')
     mim.chmod(0o755)
     monkeypatch.setattr(demo, 'MIM', mim)
     demo.run_mim('train')
-    assert (tmp_path / 'said').read_text() == f'{policy} train\n'
+    assert (tmp_path / 'said').read_text() == f'train {said}\n'
 
 
 @pytest.mark.parametrize('start', [None, 'work_dirs/demo/dense_digits/epoch_10.pth'])
@@ -73,10 +77,14 @@ def test_the_demos_run_what_others_start_from_first(configs):
     assert start is not None and len(configs) == 3  # the last is the dynamic one
 
 
+@pytest.mark.parametrize('policy', [None, 'passive'])
 @pytest.mark.parametrize('target', ['demo', 'demo-det', 'demo-seg', 'demo-cls-cf', 'bench'])
-def test_threads_of_the_demos_do_not_spin(target):
+def test_threads_of_the_demos_spin_for_short(target, policy):
     """`make bench` measures what users get without such a variable."""
-    environment = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')
+    }
+    environment |= {'OMP_WAIT_POLICY': policy} if policy else {}
     printed = subprocess.run(['make', '-np', target], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
-    assert (f'\n{target}: OMP_WAIT_POLICY = passive\n' in printed) == (target != 'bench')
+    assert (f'\n{target}: GOMP_SPINCOUNT = 1000\n' in printed) == (target != 'bench' and not policy)
     assert f'\n{target}: ' in printed

@@ -4,7 +4,9 @@ Suites: cls (backbones of classifiers on one image of 224 x 224 and of 256 x 256
 one of 512 x 2048), cfvit (classification of 64 images by CF-ViT when none, half or all of them stop at the coarse
 stage, beside timm's DeiT), train (a training iteration on 32 images of the dense model, of DGE that trains sparsely and
 of DGE that trains densely), any (models of timm, mmdet, mmseg and mmpretrain on 1 and 16 images of 224 x 224, pyramids
-on a large one, too). On CUDA cls, det and seg run with more images, too.
+on a large one, too), peers (backbones on one image of 224 x 224, pyramids on one of 800 x 1280, too, by what one runs
+dense models with on a CPU: PyTorch, onnxruntime and OpenVINO). On CUDA cls, det and seg run with more images, too, and
+peers not at all.
 
 DGE decides by a routing that is given. Two have the query ratio that is asked for: clustered, the finest regions lie
 together as on the objects of a natural image, and random, the worst case. Trained is what the demo's routers choose on
@@ -13,12 +15,15 @@ Finest has all regions at granularity 1, so that there is nothing to save. Peers
 timm's DeiT, and DPVT that samples with mmcv's fallback for the CPU, whose attention layers are also timed alone.
 On CUDA, exact has an exact budget in place of the routing, and graphed are models that are recorded once and replayed,
 compared with the dense one of them; bounded has places for a tenth of the dense queries more than the routing needs.
+onnxruntime and OpenVINO run the dense model, exported to ONNX, with as many threads, OpenVINO in bfloat16, too, where
+the processor has it; pip install 'mmdyn[bench]' brings them.
 
-Cases run in turns after a warm-up, those of cls five times as often as --rounds says. Times are medians, their spread
-is the slowest run less the fastest, ratios are medians of neighbouring runs. Efficiency is the share of the promised
-saving that arrives: the ratio of multiply-adds over the ratio of times. Memory is what a further run allocates at its
-worst moment, weights and images not counted.
-Writes benchmark.json (benchmark-cuda.json), benchmark.md and benchmark.png.
+Cases run in turns after a warm-up, those of small images in cls and peers five times as often as --rounds says. Times
+are medians, their spread is the slowest run less the fastest, ratios are medians of neighbouring runs. Efficiency is
+the share of the promised saving that arrives: the ratio of multiply-adds over the ratio of times. Memory is what a
+further run allocates at its worst moment, weights and images not counted.
+Writes benchmark.json (benchmark-cuda.json), benchmark.md and benchmark.png. Suites that a benchmark.json there has and
+that are not measured now stay in it, with the command and the machine of their own run.
 """
 
 import argparse
@@ -34,7 +39,8 @@ from mmdyn.analysis.benchmark import ATTENTION, SUITES, Options, groups_of, meas
 from mmdyn.analysis.latency import environment, limits
 from mmdyn.analysis.others import OTHERS
 from mmdyn.analysis.passes import AUTOCAST, FAMILIES, family_and_size
-from mmdyn.analysis.report import read, table, write_report
+from mmdyn.analysis.report import read, table, with_earlier, write_report
+from mmdyn.analysis.runtimes import versions
 from mmdyn.analysis.synthetic import PATTERNS, Recording
 from mmdyn.engine.command import command, output_folder
 
@@ -99,9 +105,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.dtype == 'tf32' and args.device != 'cuda':
         parser.error('--dtype tf32 is a precision of CUDA devices: add --device cuda, or choose float32.')
+    if args.suite == 'peers' and (args.device, args.dtype) != ('cpu', 'float32'):
+        parser.error('--suite peers compares in float32 on a CPU: leave --device and --dtype out.')
     args.command = shlex.join(['python', 'tools/analysis_tools/benchmark.py', *(argv or sys.argv[1:])])
     args.query_ratio = 0.5 if args.query_ratio is None else args.query_ratio
-    args.patterns = args.patterns or [*PATTERNS, *['trained'][: args.suite not in ('cfvit', 'train', 'any')]]
+    args.patterns = args.patterns or [*PATTERNS, *['trained'][: args.suite not in ('cfvit', 'train', 'any', 'peers')]]
     return args
 
 
@@ -126,6 +134,13 @@ def run(args: argparse.Namespace) -> dict:
     patterns = [pattern for pattern in args.patterns if pattern != 'trained' or trained]
     if not patterns:
         raise ValueError(f'No pattern is left: give --patterns, one or more of {", ".join(PATTERNS)}.')
+    suites = list(SUITES) if args.suite == 'all' else [args.suite]
+    if (args.device, args.dtype) != ('cpu', 'float32'):
+        suites = [suite for suite in suites if suite != 'peers']
+    runtimes = versions() if 'peers' in suites else {}
+    for name, version in runtimes.items():
+        if not version:
+            print(f"benchmark.py: {name} is left out: pip install 'mmdyn[bench]'", file=sys.stderr)
     options = Options(args.device, args.dtype, args.rounds, args.query_ratio, patterns, trained)
     result = dict(
         command=args.command,
@@ -133,14 +148,14 @@ def run(args: argparse.Namespace) -> dict:
         dtype=args.dtype,
         rounds=args.rounds,
         query_ratio=args.query_ratio,
-        environment=environment(args.device),
+        environment=environment(args.device) | {name: version or 'not installed' for name, version in runtimes.items()},
         limits=limits(args.device),
         groups=[],
     )
     print(*(f'{name}: {value}' for name, value in result['environment'].items()), sep='\n')
     for name, value in result['limits'].items():
         print(f'{name}: {value:.0f} {"GB/s" if name == "copy" else "GFLOP/s"}')
-    for suite in SUITES if args.suite == 'all' else [args.suite]:
+    for suite in suites:
         for arch, shape, batch in groups_of(suite, args.device, args.archs, args.shape, args.batch):
             try:
                 group = measure(suite, arch, shape, batch, options)
@@ -158,9 +173,11 @@ def main() -> None:
     # Libraries print what they load.
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         output_folder(args.out)
-        result = run(args)
         files = [args.out / 'benchmark.json', args.out / 'benchmark-cuda.json']
-        files[args.device == 'cuda'].write_text(json.dumps(result, indent=1) + '\n')
+        own = files[args.device == 'cuda']
+        before = read([own])[str(own)] if own.exists() else dict(groups=[])
+        result = run(args)
+        own.write_text(json.dumps(with_earlier(result, before), indent=1) + '\n')
         write_report(read(file for file in files if file.exists()), args.out)
     if args.json:
         print(json.dumps(result))

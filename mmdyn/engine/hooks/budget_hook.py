@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from ...models.backbones.base import find_backbones
 from ...models.backbones.budget import expected_ratios, train_by
 from ...models.checks import has_backbone
-from ...models.cost import CostMeter
+from ...models.cost import BackboneCost, CostMeter
 from ...models.dge.budget import budget_loss, mean_over_processes
 from ...registry import HOOKS
 from ...values import check_choice, check_integer, check_number
@@ -33,6 +33,10 @@ class BudgetHook(LossHook):
     ``start`` to ``budget`` in the first ``share`` of the iterations and stays there. It follows from the number of the
     iteration alone, also after resuming, and is logged as ``budget``.
 
+    One budget for all layers lets whole layers go fine or coarse, whatever an image shows. With a ``layer_weight`` a
+    further loss, ``loss_layers`` = layer_weight * the mean of (beta_l - budget)^2 over the layers that decide for more
+    than one region, makes that dearer, so that they tell regions apart.
+
     A checkpoint that is to serve any budget is trained for many: with ``budget=(0.25, 1.0)`` each iteration draws one,
     uniformly, by the run's seed and its own number. A price of queries makes it: before the gates are drawn, logits are
     lowered by lambda c_k, as ``backbone.set_budget`` does in inference. The price follows from the logits of the
@@ -53,6 +57,7 @@ class BudgetHook(LossHook):
         start: the first target, in (0, 1]. 1 asks for the dense model.
         share: of the training's iterations, in (0, 1), after which the target is the budget.
         schedule: ``'constant'``, or how the target moves: ``'linear'``, or by half a period of a ``'cosine'``.
+        layer_weight: of the single layers' distance from the target; much less than ``weight``.
 
     Raises:
         ValueError: for a budget or start outside of (0, 1], a range of budgets that is none, a share outside of (0, 1),
@@ -73,6 +78,7 @@ class BudgetHook(LossHook):
         start: float = 1.0,
         share: float = 0.4,
         schedule: str = 'constant',
+        layer_weight: float = 0.0,
     ) -> None:
         self.draws = isinstance(budget, (tuple, list))
         pair: Sequence[float] = budget if isinstance(budget, (tuple, list)) else (budget, budget)
@@ -84,14 +90,16 @@ class BudgetHook(LossHook):
         if self.draws and not pair[0] < pair[1]:
             raise ValueError(f'BudgetHook: budget={budget}: {allowed}')
         self.budget, self.range = budget, (pair[0], pair[1])
-        check_number('BudgetHook: weight', weight, '[0, inf)')
+        for name, value in (('weight', weight), ('layer_weight', layer_weight)):
+            check_number(f'BudgetHook: {name}', value, '[0, inf)')
         for name, value in (('log_interval', log_interval), ('patience', patience)):
             check_integer(f'BudgetHook: {name}', value, 1, what='a number of iterations')
         check_choice('BudgetHook: schedule', schedule, SCHEDULES)
         check_number(
             'BudgetHook: share', share, '(0, 1)', 'a part of the iterations; the rest trains with the budget itself'
         )
-        self.weight, self.log_interval, self.patience = weight, log_interval, patience
+        self.weight, self.layer_weight = weight, layer_weight
+        self.log_interval, self.patience = log_interval, patience
         self.start, self.share, self.schedule = start, share, schedule
 
     def prepare(self, runner: Runner, model: torch.nn.Module) -> None:
@@ -178,6 +186,14 @@ class BudgetHook(LossHook):
             no_price = ratio.new_zeros(1)
             ratio = mean_over_processes(torch.cat([expected_ratios(each, no_price) for each in self._backbones]))
         losses['loss_budget'] = self.weight * budget_loss(ratio, target)
+        if self.layer_weight:
+            losses['loss_layers'] = self.layer_weight * self._distance_of_layers(costs, self.target(iteration))
+
+    def _distance_of_layers(self, costs: list[BackboneCost], target: float) -> torch.Tensor:
+        """Mean squared distance of the layers' query ratios from a target; 0 if none decides for several regions."""
+        passes = [[layer.query_ratio for layer in cost.layers if layer.decisions > 1] for cost in costs]
+        means = [mean_over_processes(torch.stack(ratios, -1)) for ratios in passes if ratios]
+        return budget_loss(torch.cat(means), target).mean() if means else costs[0].query_ratio.new_zeros(())
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None

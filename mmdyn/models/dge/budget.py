@@ -24,14 +24,15 @@ def mean_over_processes(ratios: Tensor) -> Tensor:
     global mean.
 
     Args:
-        ratios: (B,) of this process.
+        ratios: (B, ...) of this process.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return ratios.mean()
-    total = torch.stack([ratios.detach().sum(), ratios.new_tensor(len(ratios))])
+        return ratios.mean(0)
+    sums = ratios.sum(0)
+    total = torch.cat([sums.detach().flatten(), ratios.new_tensor([len(ratios)])])
     dist.all_reduce(total)
-    local = ratios.sum() * dist.get_world_size() / total[1]
-    return local + (total[0] / total[1] - local).detach()
+    local = sums * dist.get_world_size() / total[-1]
+    return local + ((total[:-1] / total[-1]).view_as(local) - local).detach()
 
 
 def budget_loss(ratio: Tensor, budget: float) -> Tensor:

@@ -173,6 +173,10 @@ class DynamicGrainedEncoder(nn.Module):
         """Side of what one decision is for: a region, or all of the map."""
         return self.region if self.routing == 'region' else max(shape)
 
+    def num_decisions(self, shape: tuple[int, int]) -> int:
+        """Decisions on an image with a map of ``shape``."""
+        return math.prod(grid(self.decision_side(shape), shape))
+
     def macs(self, shape: tuple[int, int]) -> int:
         """Multiply-adds of the router on an image with a map of ``shape``."""
         return self.router.macs(shape, self.decision_side(shape))

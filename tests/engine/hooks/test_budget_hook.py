@@ -74,6 +74,44 @@ def test_gradient_moves_the_query_ratio_towards_the_budget():
     assert abs(sum(ratios[-50:]) / 50 - 0.4) < 0.05
 
 
+def test_loss_of_single_layers():
+    """Layers that lie as far above the budget as others below it cost nothing together, and each by itself."""
+    torch.manual_seed(0)
+    model = classifier().train()
+    first, second = (stage.dge[0].router for stage in model.backbone.stages)
+    for router, bias in ((first, [9.0, -9.0, -9.0]), (second, [-9.0, -9.0, 9.0])):
+        router.bias.data.copy_(torch.tensor(bias))
+    watch(model, budget=0.5, layer_weight=3.0)
+    losses = model(**classification_batch(), mode='loss')
+    # Maps of 8 x 8 and 4 x 4 cells: a region of 4 x 4 is all of the second, whose share is no matter of its regions.
+    fine, coarse = (layer.query_ratio.mean().item() for layer in model.backbone.cost.layers)
+    assert (fine, coarse) == (1.0, 1 / 16)
+    assert losses['loss_layers'].item() == pytest.approx(3.0 * 0.5**2)
+    assert set(model.parse_losses(losses)[1]) >= {'loss_budget', 'loss_layers'}
+    losses['loss_layers'].backward()
+    assert first.bias.grad.abs().sum() > 0 and second.bias.grad is None
+
+    larger = classifier(img_size=64).train()
+    larger.backbone.load_state_dict(model.backbone.state_dict(), strict=False)
+    watch(larger, budget=0.5, layer_weight=3.0)
+    losses = larger(**classification_batch(side=64), mode='loss')
+    ratios = [layer.query_ratio.mean().item() for layer in larger.backbone.cost.layers]
+    assert losses['loss_layers'].item() == pytest.approx(3.0 * sum((ratio - 0.5) ** 2 for ratio in ratios) / 2)
+
+
+def test_routing_by_layer_leaves_nothing_to_the_loss_of_single_layers():
+    model = classifier(dge=dict(granularities=(1, 2, 4), routing='layer')).train()
+    watch(model, layer_weight=1.0)
+    losses = model(**classification_batch(), mode='loss')
+    assert losses['loss_layers'].item() == 0 and 'loss_layers' not in classifier_losses()
+
+
+def classifier_losses():
+    model = classifier().train()
+    watch(model)
+    return model(**classification_batch(), mode='loss')
+
+
 def test_evaluation_and_finished_training_are_left_alone():
     model = classifier()
     hook = watch(model)
@@ -300,6 +338,8 @@ def _distributed_worker(rank, world):
     loss.backward()
     torch.testing.assert_close(weight.grad / world, alone.grad)
     torch.testing.assert_close(mean_over_processes(2.0 * ratios[rank]), 2.0 * everything.mean())
+    of_two = torch.stack([ratios[rank], -ratios[rank]], -1)
+    torch.testing.assert_close(mean_over_processes(of_two), torch.stack([everything.mean(), -everything.mean()]))
 
     torch.manual_seed(rank)
     model = classifier().train()
