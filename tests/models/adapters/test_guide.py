@@ -20,19 +20,23 @@ def test_calls():
     """In the order of the page, but for the config and the adapter, and on a smaller model."""
     names = {}
     for code in BLOCKS:
-        if 'custom_hooks' not in code and 'register_adapter' not in code:
+        if 'WithDGE' not in code and 'register_adapter' not in code:
             exec(code.replace('vit_small', 'vit_tiny'), names)
     assert names['model'].patch_embed.proj.weight.grad is not None
     assert mmdyn.remove_dge(names['model']).blocks[0].mlp.fc1.weight.grad.abs().max() > 0
 
 
-def test_config():
+def test_configs():
     from mmengine.registry import MODELS
 
-    (code,) = [code for code in BLOCKS if 'custom_hooks' in code]
-    names = {}
-    exec(code, names)
-    assert type(MODELS.build(names['model']['backbone'])).__name__ == 'PyramidVisionTransformerV2'
+    built = []
+    for code in BLOCKS:
+        if 'WithDGE' in code:
+            names = {}
+            exec(code.replace('vit_small', 'vit_tiny'), names)
+            model = names['model']
+            built.append(type(MODELS.build(model if 'type' in model else model['backbone'])).__name__)
+    assert built == ['PyramidVisionTransformerV2', 'TimmClassifier']
 
 
 @pytest.fixture
