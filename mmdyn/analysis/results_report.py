@@ -25,9 +25,9 @@ the dense row; *queries* is the query ratio. *Time* is that of the whole model f
 dense* its ratio to the dense row, of runs in turns. *Training* is seconds of an iteration times iterations, without
 those of the row that it starts from. Cells that were not measured are empty.
 
-Where the columns are budgets, a price of queries makes the mean query ratio of 256 images that of the column; a cell
-has the accuracy on all images, its spread, and the query ratio that they spent. *No budget* is what the routers do by
-themselves: those that are not trained choose the finest granularity, as the dense model.
+Where the columns are budgets, a price of queries makes the query ratio of 256 evenly spaced images that of the column;
+a cell has the accuracy on all images, its spread, and the query ratio that they spent. *No budget* is what the routers
+do by themselves: those that are not trained choose the finest granularity, as the dense model.
 """
 
 

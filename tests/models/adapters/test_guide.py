@@ -1,5 +1,6 @@
 """What docs/any-vit.md shows."""
 
+import json
 import re
 from pathlib import Path
 
@@ -68,6 +69,18 @@ def test_adapter(with_adapter, randomise):
     cost = mmdyn.cost(model)
     assert counter.get_total_flops() // 2 == cost.spent.sum().item() + 2 * 16 * 3
     assert (cost.query_ratio < 1).all()
+
+
+def test_routers_are_those_of_the_results():
+    rows = json.loads((GUIDE.parent / 'results.json').read_text())['rows']
+    tested = {row['label']: row['budgets'] for row in rows if row['budgets']}
+    lines = [line[2:-2].split(' | ') for line in GUIDE.read_text().splitlines() if line.startswith('| ')]
+    (budgets,) = [cells for label, *cells in lines if label == 'router']
+    table = {label: cells for label, *cells in lines if label in tested}
+    assert len(table) == 4
+    for label, cells in table.items():
+        tests = [tested[label][budget] for budget in budgets]
+        assert cells == [f'{test["value"]:.1f} ({test["query_ratio"]:.3f})' for test in tests]
 
 
 def test_families_of_the_page_are_those_that_are_known():
