@@ -54,8 +54,10 @@ def test_row(results, name):
     backbone = dynamic_backbone(model)
     hooks = [HOOKS.build(hook) for hook in cfg.get('custom_hooks') or []]
     assert cfg.test_evaluator[-1].type == 'mmdyn.DynamicFLOPs'
+    for budget in row.budgets:
+        backbone.set_budget(budget)  # which refuses those out of reach
     if backbone.has_dge:  # its budget is the hook's in training, or told
-        assert bool(hooks) != ('test_budget' in config_with_dge(cfg.model).dge)
+        assert bool(hooks) != bool(row.budgets or 'test_budget' in config_with_dge(cfg.model).dge)
         for hook in hooks:
             hook.prepare(SimpleNamespace(max_iters=500), model)  # which refuses budgets out of reach
     if isinstance(backbone, CFViT) and row.train:

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     for table, axes in zip(tables, panels):
         of_table = [line for line in lines if line['table'] == table]
         for line in of_table:
-            points = [*line['budgets'].values(), line]
+            points = sorted([*line['budgets'].values(), line], key=itemgetter('mmacs'))
             at = [point['mmacs'] for point in points], [point['value'] for point in points]
             ends = [
                 [point['value'] - min(point['values']) for point in points],
