@@ -1,8 +1,10 @@
 """What tests of several modules share: seeds, small models, and the oracles to compare them with."""
 
 import inspect
+import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,28 @@ def mmcv_operators():
         nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except (ImportError, RuntimeError) as error:
         pytest.skip(f'needs mmcv with all operators: {error}')
+
+
+@pytest.fixture(scope='session')
+def count_by_fvcore():
+    """What fvcore counts of a model on images, by operator: multiply-adds, and what it makes of norms and pooling."""
+    fvcore = pytest.importorskip('fvcore.nn')  # a machine with a GPU may lack it
+
+    def attention(inputs, outputs):
+        (*batch, queries, dim), keys = inputs[0].type().sizes(), inputs[1].type().sizes()[-2]
+        return Counter(scaled_dot_product_attention=2 * math.prod(batch) * queries * keys * dim)
+
+    def product(inputs, outputs):
+        (batch, rows, inner), columns = inputs[1].type().sizes(), inputs[2].type().sizes()[2]
+        return Counter(baddbmm=batch * rows * inner * columns)
+
+    def count(model, images):
+        counter = fvcore.FlopCountAnalysis(model, images).unsupported_ops_warnings(False)
+        counter.set_op_handle('aten::scaled_dot_product_attention', attention)
+        counter.set_op_handle('aten::baddbmm', product)
+        return counter.by_operator()
+
+    return count
 
 
 @pytest.fixture(autouse=True)

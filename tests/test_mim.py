@@ -47,6 +47,86 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
 """
 
 
+def with_dge(kind, side, **options):
+    return dict(
+        _delete_=True,
+        type='mmdyn.WithDGE',
+        backbone=dict(type=kind, **options),
+        dge=dict(granularities=(1, 2)),
+        img_size=side,
+    )
+
+
+# Models of other libraries, small: the demo's config, and what of its model is another.
+DETECTOR_OF, SEGMENTOR_OF, CLASSIFIER_OF = 'mask-rcnn_pvt-mini_digits', 'fpn_pvt-mini_digits', 'pvt-mini_digits'
+MM_PYRAMID = dict(embed_dims=32, num_layers=[1, 1, 1, 1], num_heads=[1, 2, 4, 6])
+MM_SWIN = dict(embed_dims=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_size=4)
+MM_VIT = dict(
+    img_size=64,
+    patch_size=8,
+    out_type='cls_token',
+    arch=dict(embed_dims=64, num_layers=2, num_heads=4, feedforward_channels=128),
+)
+CLS_SWIN = dict(img_size=64, window_size=2, arch=dict(embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8]))
+TIMM_VIT = dict(
+    model_name='vit_tiny_patch16_224',
+    img_size=64,
+    patch_size=8,
+    embed_dim=64,
+    depth=2,
+    num_heads=4,
+    num_classes=10,
+    weight_init='jax',
+)
+OF_SWIN = dict(neck=dict(in_channels=[32, 64, 128, 256]))
+FAMILIES = {
+    'mmdet-pvt': (
+        DETECTOR_OF,
+        dict(backbone=with_dge('mmdet.PyramidVisionTransformer', 128, pretrain_img_size=128, **MM_PYRAMID)),
+    ),
+    'mmdet-pvtv2': (DETECTOR_OF, dict(backbone=with_dge('mmdet.PyramidVisionTransformerV2', 128, **MM_PYRAMID))),
+    'mmdet-swin': (DETECTOR_OF, dict(OF_SWIN, backbone=with_dge('mmdet.SwinTransformer', 128, **MM_SWIN))),
+    'mmseg-mit': (SEGMENTOR_OF, dict(backbone=with_dge('mmseg.MixVisionTransformer', 128, **MM_PYRAMID))),
+    'mmseg-swin': (SEGMENTOR_OF, dict(OF_SWIN, backbone=with_dge('mmseg.SwinTransformer', 128, **MM_SWIN))),
+    'mmpretrain-vit': (
+        CLASSIFIER_OF,
+        dict(backbone=with_dge('mmpretrain.VisionTransformer', 64, **MM_VIT), head=dict(in_channels=64)),
+    ),
+    'mmpretrain-deit3': (
+        CLASSIFIER_OF,
+        dict(backbone=with_dge('mmpretrain.DeiT3', 64, **MM_VIT), head=dict(in_channels=64)),
+    ),
+    'mmpretrain-swin': (
+        CLASSIFIER_OF,
+        dict(
+            backbone=with_dge('mmpretrain.SwinTransformer', 64, **CLS_SWIN),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(in_channels=256),
+        ),
+    ),
+    'timm-vit': (
+        CLASSIFIER_OF,
+        dict(
+            with_dge('mmpretrain.TimmClassifier', 64, **TIMM_VIT),
+            data_preprocessor=dict(mean=[127.5] * 3, std=[64.0] * 3),
+        ),
+    ),
+}
+FRAMEWORKS = {DETECTOR_OF: 'mmdet', SEGMENTOR_OF: 'mmseg', CLASSIFIER_OF: 'mmpretrain'}
+IN_40_ITERATIONS = """
+train_dataloader = dict(batch_size=4, sampler=dict(type='InfiniteSampler'))
+train_cfg = dict(_delete_=True, by_epoch=False, max_iters=40, val_interval=40)
+param_scheduler = None
+# So few iterations move a router only with steps and a weight as large as these.
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=100.0)}))
+custom_hooks = [dict(type='mmdyn.BudgetHook', budget=0.5, weight=10.0)]
+default_hooks = dict(
+    logger=dict(interval=1, log_metric_by_epoch=False), checkpoint=dict(interval=20, by_epoch=False, save_best=None)
+)
+log_processor = dict(by_epoch=False, window_size=1)
+"""
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """A folder that holds the demo data, with two images of each class, and small configs of dense prediction."""
@@ -93,6 +173,12 @@ def mim(folder, *args):
 def distribution(module):
     """What pip and mim call a framework: forks have names of their own."""
     return packages_distributions()[module][0]
+
+
+def trainer(module):
+    """The package whose tools train: the fork's of mmseg find none of its configs that others inherit from."""
+    package = distribution(module)
+    return 'mmdyn' if module == 'mmseg' and package.startswith('onedl') else package
 
 
 def classification(epochs=1):
@@ -184,9 +270,7 @@ def test_mim_trains_and_tests_a_detector(folder):
 
 def test_mim_trains_and_tests_a_segmentor(folder):
     pytest.importorskip('mmseg')
-    # The fork's own tools find none of its configs that others inherit from.
-    package = 'mmdyn' if distribution('mmseg').startswith('onedl') else distribution('mmseg')
-    log = mim(folder, 'train', package, 'segmentor.py', '--work-dir', 'segmentor')
+    log = mim(folder, 'train', trainer('mmseg'), 'segmentor.py', '--work-dir', 'segmentor')
     iterations, validation = logged(folder / 'segmentor')
     assert len(iterations) == 2
     assert_budget_logged(log, iterations)
@@ -209,6 +293,28 @@ def test_mim_trains_and_tests_a_segmentor(folder):
     assert_measured(windows, ['mIoU'])
     # Four windows of 96 x 96 pixels, which cost less than their share of an image of 128 x 128: fewer keys.
     assert 1.5 < windows['flops/gflops_dense'] / validation['flops/gflops_dense'] < 4 * 96**2 / 128**2
+
+
+@pytest.mark.skipif('MMDYN_MIM_FAMILIES' not in os.environ, reason='takes minutes: MMDYN_MIM_FAMILIES=1 runs it')
+@pytest.mark.parametrize('name', FAMILIES)
+def test_mim_trains_models_of_other_libraries(folder, name):
+    """To the budget, with a checkpoint from which it goes on."""
+    base, model = FAMILIES[name]
+    pytest.importorskip(FRAMEWORKS[base])
+    text = f"_base_ = '{ROOT}/configs/demo/{base}.py'\nmodel = {model}\n{IN_40_ITERATIONS}"
+    (folder / f'{name}.py').write_text(text)
+    package, run = trainer(FRAMEWORKS[base]), folder / name
+    mim(folder, 'train', package, f'{name}.py', '--work-dir', name)
+    iterations, validation = logged(run)
+    assert [line['step'] for line in iterations] == list(range(1, 41))
+    assert all(math.isfinite(line['loss']) and line['loss_budget'] >= 0 for line in iterations)
+    last = [line['query_ratio'] for line in iterations[-10:]]  # of four images each
+    assert iterations[0]['query_ratio'] > 0.9 and abs(sum(last) / len(last) - 0.5) < 0.1
+    assert_measured(validation, [])
+    (run / 'iter_40.pth').unlink()
+    (run / 'last_checkpoint').write_text(str(run / 'iter_20.pth'))
+    log = mim(folder, 'train', package, f'{name}.py', '--work-dir', name, '--resume')
+    assert 'resumed epoch: 0, iter: 20' in log and (run / 'iter_40.pth').is_file()
 
 
 def test_the_safe_loader_stays_on(trained, tmp_path):

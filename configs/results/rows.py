@@ -4,6 +4,7 @@
 #   start, backbone      the row whose weights it starts from, all of them or those of the backbone
 #   train                False tests the weights that it starts from
 #   beside               the dense row that its multiply-adds and times are compared with
+#   budgets              with train=False, query ratios that it is tested at, too, by prices that make them on average
 #   turn                 what is worth more has its turn sooner
 #   seeds
 FINETUNE, SCRATCH, SPARSE = ['on', 'dge', 'finetune'], ['whole', 'dge', 'scratch'], ['whole', 'dge', 'sparse']
@@ -12,8 +13,20 @@ TABLE_1 = {'layer-wise': 'layerwise', '{0, 1}': 'g01', '{1, 2}': 'g12', '{1, 2, 
 NAMES = {'pvt': 'PVT', 'dpvt': 'DPVT', 'deit': 'DeiT'}
 DATA = {'tiny-imagenet-50': 'Tiny-ImageNet-50', 'cifar10': 'CIFAR-10'}
 ALL_SEEDS, ONE_SEED = dict(seeds=[0, 1, 2]), dict(seeds=[0])
+UNTRAINED = ['random', 'entropy', 'correlation']  # the routers
 
 rows = []
+
+
+def from_dense(folder, base, **start):
+    # What the others start from, and what as many iterations more make of it.
+    on = dict(base, start=f'{folder}/base')
+    return [
+        dict(base, name=f'{folder}/base', label='dense, that others start from', **start),
+        dict(on, name=f'{folder}/dense', label='dense, trained on', parts=['on']),
+        dict(on, name=f'{folder}/dge', label='DGE 0.5, from dense', parts=FINETUNE, beside=f'{folder}/dense'),
+    ]
+
 
 # Turns of dense and fine-tuned models, and of those from scratch; and the seeds of each.
 for model, data, turn, seeds, last, last_seeds in (
@@ -26,17 +39,14 @@ for model, data, turn, seeds, last, last_seeds in (
 ):
     folder = f'{data}/{model}'
     base = dict(config=f'{model}_{data}.py', table=f'{DATA[data]}: {NAMES[model]}', turn=turn, **seeds)
-    on = dict(base, start=f'{folder}/base')
     late = dict(base, turn=last, beside=f'{folder}/dense', **last_seeds)
+    rows += from_dense(folder, base)
     rows += [
-        dict(base, name=f'{folder}/base', label='dense, that others start from'),
-        dict(on, name=f'{folder}/dense', label='dense, trained on', parts=['on']),
-        dict(on, name=f'{folder}/dge', label='DGE 0.5, from dense', parts=FINETUNE, beside=f'{folder}/dense'),
         dict(late, name=f'{folder}/scratch-sparse', label='DGE 0.5, from scratch, sparse', parts=SPARSE),
         dict(late, name=f'{folder}/scratch', label='DGE 0.5, from scratch, all branches', parts=SCRATCH),
     ]
     if folder == 'tiny-imagenet-50/pvt':
-        changed = dict(on, turn=6, beside=f'{folder}/dense')
+        changed = dict(base, start=f'{folder}/base', turn=6, beside=f'{folder}/dense')
         rows += [
             dict(changed, name=f'{folder}/budget-{budget}', label=f'DGE {budget}, from dense', parts=[*FINETUNE, part])
             for budget, part in BUDGETS.items()
@@ -44,6 +54,35 @@ for model, data, turn, seeds, last, last_seeds in (
         rows += [
             dict(changed, name=f'{folder}/{part}', label=f'DGE 0.5, {label}, from dense', parts=[*FINETUNE, part])
             for label, part in TABLE_1.items()
+        ]
+        # What was trained on with each router is tested at budgets; with the untrained ones the dense model is, too.
+        rows += [
+            dict(
+                changed,
+                name=f'{folder}/router-{router}',
+                label=f'{router} router 0.5, from dense',
+                parts=['on', 'dge', dict(model=dict(backbone=dict(dge=dict(router=router, test_budget=0.5))))],
+            )
+            for router in UNTRAINED
+        ]
+        rows += [
+            dict(
+                base,
+                name=f'{folder}/routers/{label.replace(", ", "-").replace(" ", "-")}',
+                table=f'{base["table"]}, routers at budgets',
+                label=label,
+                parts=['dge', dict(model=dict(backbone=dict(dge=dict(router=router))))],
+                start=f'{folder}/{start}',
+                train=False,
+                budgets=[0.5, 0.6, 0.7, 0.8, 0.9],
+                beside=f'{folder}/dense',
+                turn=turn,
+            )
+            for label, start, router, turn in (
+                *((f'{router}, off the shelf', 'dense', router, 4) for router in UNTRAINED),
+                *((f'{router}, fine-tuned', f'router-{router}', router, 6) for router in UNTRAINED),
+                ('linear, fine-tuned', 'dge', 'linear', 4),
+            )
         ]
 
 EXITS = {0.0: 'coarse', 0.3: 'early exit at 0.3', 0.5: 'early exit at 0.5', 0.7: 'early exit at 0.7'}
@@ -115,11 +154,13 @@ for data, title, config in (
     ):
         folder, pretrained = f'{data}/{model}', f'tiny-imagenet-50/{model}/dense'
         base = dict(config=config.format(model), table=f'{title} {NAMES[model]}', turn=turn, **seeds)
-        on = dict(base, start=f'{folder}/base')
         late = dict(base, turn=last, backbone=pretrained, beside=f'{folder}/dense', **last_seeds)
-        rows += [
-            dict(base, name=f'{folder}/base', label='dense, that others start from', backbone=pretrained),
-            dict(on, name=f'{folder}/dense', label='dense, trained on', parts=['on']),
-            dict(on, name=f'{folder}/dge', label='DGE 0.5, from dense', parts=FINETUNE, beside=f'{folder}/dense'),
-            dict(late, name=f'{folder}/scratch', label='DGE 0.5, from a dense backbone alone', parts=SCRATCH),
-        ]
+        rows += from_dense(folder, base, backbone=pretrained)
+        rows += [dict(late, name=f'{folder}/scratch', label='DGE 0.5, from a dense backbone alone', parts=SCRATCH)]
+
+# Models of other libraries, by mmdyn.WithDGE.
+for folder, config, table in (
+    ('tiny-imagenet-50/timm-vit', 'timm-vit_tiny-imagenet-50.py', "Tiny-ImageNet-50: timm's ViT"),
+    ('camvid/mit', 'segformer-mit_camvid.py', "CamVid: mmseg's SegFormer"),
+):
+    rows += from_dense(folder, dict(config=config, table=table, turn=4, **ALL_SEEDS))

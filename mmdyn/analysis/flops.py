@@ -14,7 +14,7 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..engine.command import load_weights
+from ..engine.command import config_with_dge, load_weights
 from ..models.backbones.base import DynamicStages, check_sides, find_backbones
 from ..models.checks import check_channels
 from ..models.cost import BackboneCost, CostMeter
@@ -32,7 +32,7 @@ def build_model(cfg: Config, dense: bool = False) -> nn.Module:
     for backbone in (model.backbone, model.backbone.get('backbone', {})):  # what mmdyn.WithDGE wraps
         backbone.pop('init_cfg', None)
     if dense:
-        model.backbone.pop('dge', None)
+        config_with_dge(model).pop('dge', None)
     model = MODELS.build(model).eval()
     check_channels(model)
     return model

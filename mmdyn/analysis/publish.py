@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from ..engine.command import check_checkpoint, output_folder, read_config
+from ..engine.command import check_checkpoint, config_with_dge, output_folder, read_config
 from ..version import __version__
 from .flops import build_model
 
@@ -22,7 +22,7 @@ def budget_of(cfg: Config) -> dict[str, float]:
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if str(hook['type']).split('.')[-1] == 'BudgetHook']
     found = dict(
         train=hooks[0].get('budget') if hooks else None,
-        test=(cfg.model.get('backbone', {}).get('dge') or {}).get('test_budget'),
+        test=(config_with_dge(cfg.model).get('dge') or {}).get('test_budget'),
         threshold=(cfg.model.get('test_cfg') or {}).get('threshold'),
     )
     return {name: value for name, value in found.items() if value is not None}

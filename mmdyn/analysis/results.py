@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -18,14 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 from ..engine.command import read_config
 from ..engine.launch import build_runner
+from .budget import dynamic_backbone, evaluate, measure_prices, model_and_loop, set_mode
 from .latency import environment
 
 # What of a config a result depends on.
 TESTED = ('model', 'test_dataloader', 'test_evaluator')
 TRAINED = (*TESTED, 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks')
+CALIBRATED = 256  # images that prices are measured on, evenly spaced: data may be sorted by class
 # The metric that a table shows is the first of these.
 MAIN_METRICS = ('cf/top1', 'accuracy/top1', 'mIoU', 'coco/bbox_mAP_50')
 
@@ -42,6 +45,7 @@ class Row:
     start: str | None = None
     backbone: str | None = None
     train: bool = True
+    budgets: tuple[float, ...] = ()
     beside: str | None = None
     turn: int = 1
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -84,13 +88,15 @@ def read_rows(path: str | Path) -> dict[str, Row]:
             raise ValueError(f'{path}: the row {name!r} {problem}: a row has {", ".join(known)}.')
         if name in rows:
             raise ValueError(f'{path}: two rows have the name {name!r}.')
-        lists = {key: tuple(entry[key]) for key in ('parts', 'seeds') if key in entry}
+        lists = {key: tuple(entry[key]) for key in ('parts', 'seeds', 'budgets') if key in entry}
         rows[name] = Row(**{**entry, **lists})
         for other in [*rows[name].needs, *filter(None, [rows[name].beside])]:
             if other not in [row['name'] for row in entries]:
                 raise ValueError(f'{path}: the row {name!r} needs {other!r}, which is none of the rows.')
         if not rows[name].train and not rows[name].start:
             raise ValueError(f'{path}: the row {name!r} with train=False needs a start, whose weights are tested.')
+        if rows[name].train and rows[name].budgets:
+            raise ValueError(f'{path}: the row {name!r} has budgets, at which weights are tested: write train=False.')
     return rows
 
 
@@ -175,6 +181,8 @@ class Results:
         """What a run depends on, as one number: its config, its seed, and the same of what it starts from."""
         cfg = self.configs[run.row.name]
         parts = {name: cfg.get(name) for name in (TRAINED if run.row.train else TESTED)}
+        if run.row.budgets:
+            parts['budgets'] = run.row.budgets
         before = [self.digest(Run(self.rows[name], run.seed)) for name in run.row.needs]
         text = json.dumps([parts, run.seed, before], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -252,6 +260,10 @@ class Results:
         if run.row.train:
             runner.train()
         metrics = {name: float(value) for name, value in runner.test().items()}
+        at_budgets = {}
+        if run.row.budgets:
+            batches = batches_of(self.settings(run.row).test_dataloader, CALIBRATED)
+            at_budgets = test_at_budgets(runner, cfg.load_from, batches, run.row.budgets)
         result = dict(
             row=run.row.name,
             seed=run.seed,
@@ -259,6 +271,7 @@ class Results:
             iterations=runner.max_iters if run.row.train else 0,
             parameters=sum(weight.numel() for weight in runner.model.parameters()),
             metrics=metrics,
+            **at_budgets,
             environment=environment(),
         )
         if run.row.train:
@@ -269,6 +282,32 @@ class Results:
         for file in [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth'), folder / 'last_checkpoint']:
             file.unlink(missing_ok=True)
         return result
+
+
+def batches_of(loader: dict, most: int) -> list[Any]:
+    """Batches of evenly spaced images of a test set, ``most`` of them if there are so many."""
+    size = loader.batch_size
+    loader = Runner.build_dataloader(loader)
+    data, collate = loader.dataset, loader.collate_fn
+    count = min(len(data), most)
+    samples = [data[place * len(data) // count] for place in range(count)]
+    return [collate(samples[i : i + size]) for i in range(0, count, size)]
+
+
+def test_at_budgets(
+    runner: Runner, weights: str, batches: list[Any], budgets: Sequence[float]
+) -> dict[str, list[dict[str, Any]]]:
+    """``budgets``: what weights reach at each, at prices that make it on some batches; metrics as those of a test."""
+    model, loop = model_and_loop(runner, weights)
+    prices, found = measure_prices(model, batches, budgets, CALIBRATED), []
+    for budget in budgets:
+        set_mode(dynamic_backbone(model), 'average', budget, prices)
+        tested = evaluate(model, loop.dataloader, loop.evaluator)
+        del tested['milliseconds']  # many such processes may share a machine
+        costs = {f'flops/{name}': tested.pop(name) for name in ('query_ratio', 'gflops')}
+        costs |= {f'flops/query_ratio/{name}': ratio for name, ratio in tested.pop('layers').items()}
+        found.append(dict(budget=budget, metrics=tested | costs))
+    return dict(budgets=found)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ the smallest. *MMACs* are millions of multiply-adds of the backbone for an image
 the dense row; *queries* is the query ratio. *Time* is that of the whole model for an image on one thread, and *time of
 dense* its ratio to the dense row, of runs in turns. *Training* is seconds of an iteration times iterations, without
 those of the row that it starts from. Cells that were not measured are empty.
+
+Where the columns are budgets, a price of queries makes the query ratio of 256 evenly spaced images that of the column;
+a cell has the accuracy on all images, its spread, and the query ratio that they spent. *No budget* is what the routers
+do by themselves: those that are not trained choose the finest granularity, as the dense model.
 """
 
 
@@ -46,6 +51,22 @@ def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
     return statistics.fmean(values), max(values) - min(values)
 
 
+def measured(metrics: list[dict[str, float]]) -> dict[str, Any]:
+    """What the seeds of a row reached in a test: see :func:`summarise`."""
+    metric = main_metric(metrics[0])
+    values = [FACTORS.get(metric, 1.0) * of_seed[metric] for of_seed in metrics]
+    value, spread = mean_and_spread(values)
+    dynamic = any(name.startswith('flops/query_ratio/') for name in metrics[0])
+    return dict(
+        metric=metric,
+        value=value,
+        spread=spread if len(values) > 1 else None,
+        values=values,
+        mmacs=1e3 * statistics.fmean(of_seed['flops/gflops'] for of_seed in metrics),
+        query_ratio=statistics.fmean(of_seed['flops/query_ratio'] for of_seed in metrics) if dynamic else None,
+    )
+
+
 def summarise(rows: dict[str, Row], found: dict[str, dict[int, dict]], times: dict[str, dict]) -> list[dict[str, Any]]:
     """What the page says of each row of which there are results.
 
@@ -57,26 +78,21 @@ def summarise(rows: dict[str, Row], found: dict[str, dict[int, dict]], times: di
 
     Returns:
         for each row its name, table, label, config and seeds; ``metric``, its name; ``value`` and ``spread`` of the
-        metric, and its ``values``; means of ``mmacs``, and with DGE of ``query_ratio``; ``of_dense``, the share of the
-        multiply-adds of the row that it is beside; ``iterations``, ``parameters``; ``milliseconds`` and ``times_dense``
-        of an image, ``training_minutes``. What is not known is None.
+        metric, and its ``values``; means of ``mmacs``, and with DGE of ``query_ratio``; ``budgets``, these by the
+        budget of a test; ``of_dense``, the share of the multiply-adds of the row that it is beside; ``iterations``,
+        ``parameters``; ``milliseconds`` and ``times_dense`` of an image, ``training_minutes``. What is not known is
+        None.
     """
     lines = []
     for row in rows.values():
         results = [found[row.name][seed] for seed in sorted(found.get(row.name, {}))]
         if not results:
             continue
-        metric = main_metric(results[0]['metrics'])
-        value, spread = mean_and_spread(FACTORS.get(metric, 1.0) * result['metrics'][metric] for result in results)
-        mean = {
-            name: statistics.fmean(result['metrics'][f'flops/{name}'] for result in results)
-            for name in ('gflops', 'query_ratio')
-        }
-        dynamic = any(name.startswith('flops/query_ratio/') for name in results[0]['metrics'])
         time = times.get(row.name, {})
         if time.get('digest') != results[0]['digest']:
             time = {}
         seconds = time.get('seconds_per_iteration')
+        tests = [{f'{test["budget"]:g}': test['metrics'] for test in result.get('budgets', [])} for result in results]
         lines.append(
             dict(
                 name=row.name,
@@ -84,13 +100,9 @@ def summarise(rows: dict[str, Row], found: dict[str, dict[int, dict]], times: di
                 label=row.label,
                 config=row.config,
                 seeds=[result['seed'] for result in results],
-                metric=metric,
-                value=value,
-                spread=spread if len(results) > 1 else None,
-                values=[FACTORS.get(metric, 1.0) * result['metrics'][metric] for result in results],
-                mmacs=1e3 * mean['gflops'],
+                **measured([result['metrics'] for result in results]),
+                budgets={budget: measured([of_seed[budget] for of_seed in tests]) for budget in tests[0]},
                 of_dense=None,
-                query_ratio=mean['query_ratio'] if dynamic else None,
                 iterations=results[0]['iterations'],
                 parameters=results[0]['parameters'],
                 milliseconds=time.get('milliseconds'),
@@ -127,6 +139,42 @@ def cell(line: dict[str, Any], field: str, form: str) -> str:
     return '' if line[field] is None or (field == 'iterations' and not line[field]) else form.format(line[field])
 
 
+def rows_of_table(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """The cells of a table, below those of its head: a row for each of the lines."""
+    return [
+        ['row', TITLES[lines[0]['metric']], 'seeds', *COLUMNS],
+        *(
+            [
+                f'`{line["name"]}`: {line["label"]}',
+                accuracy(line),
+                str(len(line['seeds'])),
+                *(cell(line, *column) for column in COLUMNS.values()),
+            ]
+            for line in lines
+        ),
+    ]
+
+
+def rows_of_budgets(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """The same of a table whose lines were tested at budgets: a column for each."""
+
+    def spent(test: dict[str, Any]) -> str:
+        return f'{accuracy(test)} at {cell(test, "query_ratio", "{:.3f}")}'
+
+    budgets = list(lines[0]['budgets'])
+    return [
+        ['row', 'seeds', f'{TITLES[lines[0]["metric"]]}, no budget', *budgets],
+        *(
+            [
+                f'`{line["name"]}`: {line["label"]}',
+                str(len(line['seeds'])),
+                *map(spent, [line, *(line['budgets'][budget] for budget in budgets)]),
+            ]
+            for line in lines
+        ),
+    ]
+
+
 def markdown(lines: list[dict[str, Any]], rows: dict[str, Row]) -> str:
     """The page.
 
@@ -137,18 +185,8 @@ def markdown(lines: list[dict[str, Any]], rows: dict[str, Row]) -> str:
     parts = [HEAD, '![accuracy over multiply-adds](results.png)']
     for table in dict.fromkeys(line['table'] for line in lines):
         of_table = [line for line in lines if line['table'] == table]
-        titles = [TITLES[of_table[0]['metric']], 'seeds', *COLUMNS]
+        head, *body = (rows_of_budgets if of_table[0]['budgets'] else rows_of_table)(of_table)
         parts.append(f'## {table}')
-        body = [
-            [
-                f'`{line["name"]}`: {line["label"]}',
-                accuracy(line),
-                str(len(line['seeds'])),
-                *(cell(line, *column) for column in COLUMNS.values()),
-            ]
-            for line in of_table
-        ]
-        head = ['row', *titles]
         parts.append('\n'.join('| ' + ' | '.join(cells) + ' |' for cells in [head, ['---'] * len(head), *body]))
     known = {line['name']: len(line['seeds']) for line in lines}
     absent = sum(max(len(row.seeds) - known.get(name, 0), 0) for name, row in rows.items())
@@ -167,9 +205,13 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     for table, axes in zip(tables, panels):
         of_table = [line for line in lines if line['table'] == table]
         for line in of_table:
-            at = line['mmacs'], line['value']
-            ends = [[line['value'] - min(line['values'])], [max(line['values']) - line['value']]]
-            axes.errorbar(*at, yerr=ends, fmt='o', markersize=4, capsize=2, label=line['label'])
+            points = sorted([*line['budgets'].values(), line], key=itemgetter('mmacs'))
+            at = [point['mmacs'] for point in points], [point['value'] for point in points]
+            ends = [
+                [point['value'] - min(point['values']) for point in points],
+                [max(point['values']) - point['value'] for point in points],
+            ]
+            axes.errorbar(*at, yerr=ends, fmt='o-', markersize=4, capsize=2, label=line['label'])
         axes.set(title=table, xlabel='multiply-adds of the backbone (M)', ylabel=TITLES[of_table[0]['metric']])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6)

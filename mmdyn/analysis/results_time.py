@@ -18,7 +18,7 @@ from torch import nn
 from ..engine.launch import build_runner
 from .flops import build_model
 from .latency import interleaved_times, ratio
-from .results import Results, Run
+from .results import Results, Run, batches_of
 
 IMAGES = 100  # of a data set, evenly spaced
 LARGE_IMAGES = 8  # if each is a batch of its own
@@ -39,16 +39,6 @@ def trained_model(results: Results, run: Run) -> nn.Module:
     return model.eval()
 
 
-def batches_of(loader: dict) -> list[Any]:
-    """Batches of evenly spaced images of a test set."""
-    size = loader.batch_size
-    loader = Runner.build_dataloader(loader)
-    data, collate = loader.dataset, loader.collate_fn
-    count = min(len(data), IMAGES if size > 1 else LARGE_IMAGES)
-    samples = [data[place * len(data) // count] for place in range(count)]
-    return [collate(samples[i : i + size]) for i in range(0, count, size)]
-
-
 def time_tests(results: Results, runs: list[Run], rounds: int = 7) -> dict[str, dict[str, float]]:
     """Time the models of a table on the same images, in turns.
 
@@ -63,7 +53,8 @@ def time_tests(results: Results, runs: list[Run], rounds: int = 7) -> dict[str, 
     """
     cfg = results.settings(runs[0].row)
     init_default_scope(cfg.default_scope)
-    batches = batches_of(cfg.test_dataloader)
+    loader = cfg.test_dataloader
+    batches = batches_of(loader, IMAGES if loader.batch_size > 1 else LARGE_IMAGES)
     images = sum(len(batch['data_samples']) for batch in batches)
 
     def test(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import nn
 
-from ..engine.command import check_checkpoint, read_config
+from ..engine.command import check_checkpoint, config_with_dge, read_config
 from ..models.checks import check_channels
 
 MIM = Path(__file__).parents[1] / '.mim'
@@ -76,7 +76,7 @@ def get_config(name: str | Path | Config, budget: float | None = None) -> Config
             + 'Choose one of mmdyn.list_models(), or give the path of a config, which ends in .py.'
         )
     if budget is not None:
-        backbone = cfg.model.get('backbone', {})
+        backbone = config_with_dge(cfg.model)
         if not backbone.get('dge'):
             raise ValueError(
                 f'budget={budget}: the {backbone.get("type", "model")} of this config has no DGE: choose a model with '

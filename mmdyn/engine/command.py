@@ -108,6 +108,12 @@ def read_config(path: str | Path, options: dict[str, Any] | None = None) -> Conf
     return cfg
 
 
+def config_with_dge(model: dict[str, Any]) -> dict[str, Any]:
+    """The part of a model's config that has the option ``dge``: its backbone, or itself in ``mmdyn.WithDGE``."""
+    is_whole = str(model.get('type')).split('.')[-1] == 'WithDGE'
+    return model if is_whole else model.get('backbone', {})
+
+
 def check_has(cfg: Config, why: str, *names: str) -> None:
     """Raise ValueError unless a config has all of some parts; ``why`` says what for."""
     for name in names:

@@ -91,6 +91,23 @@ def test_rows_without_training_test_the_weights_of_another(small):
     assert results.result(second)['iterations'] == 0 and not (results.folder(second) / 'weights.pth').exists()
 
 
+def test_weights_are_tested_at_budgets(small):
+    results = small(
+        dict(name='a', parts=('dge',)), dict(name='b', start='a', parts=('dge',), train=False, budgets=(0.5, 0.8))
+    )
+    first, second = choose(results.rows, None, seeds=[0])
+    assert execute_apart(results, first) and execute_apart(results, second)
+    found = results.result(second)
+    assert found['metrics']['accuracy/top1'] == results.result(first)['metrics']['accuracy/top1']
+    half, most = found['budgets']
+    assert (half['budget'], most['budget']) == (0.5, 0.8) and set(half['metrics']) <= set(found['metrics'])
+    # One layer of four regions: its query ratios are far apart.
+    assert half['metrics']['flops/query_ratio'] <= most['metrics']['flops/query_ratio'] <= 1
+    assert abs(half['metrics']['flops/query_ratio'] - 0.5) < 0.2
+    other = small(results.rows['a'].__dict__, dict(results.rows['b'].__dict__, budgets=(0.5,)))
+    assert other.state(second) == 'done' and other.state(Run(other.rows['b'], 0)) == 'changed'
+
+
 def test_what_has_changed_begins_anew_with_all_that_starts_from_it(small):
     results = small(dict(name='a'), dict(name='b', start='a', train=False))
     first, second = choose(results.rows, None, seeds=[0])
@@ -188,6 +205,7 @@ GOOD = "dict(name='a', config='c', table='t', label='l')"
         (f"rows = [dict({GOOD}, start='b')]", "the row 'a' needs 'b', which is none of the rows"),
         (f"rows = [dict({GOOD}, beside='b')]", "the row 'a' needs 'b', which is none of the rows"),
         (f'rows = [dict({GOOD}, train=False)]', "the row 'a' with train=False needs a start"),
+        (f'rows = [dict({GOOD}, budgets=[0.5])]', "the row 'a' has budgets, at which weights are tested: write train"),
     ],
 )
 def test_a_wrong_list_is_refused(tmp_path, text, message):

@@ -8,6 +8,7 @@ from mmdyn.analysis.results import Row
 from mmdyn.analysis.results_report import (
     HEAD,
     accuracy,
+    draw,
     markdown,
     mean_and_spread,
     read_results,
@@ -97,6 +98,41 @@ def test_the_page_has_a_row_for_each_and_what_is_not_done(tmp_path):
     content = json.loads((tmp_path / 'results.json').read_text())
     assert [row['name'] for row in content['rows']] == ['a/dense', 'a/dge']
     assert (tmp_path / 'results.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_table_of_budgets(tmp_path):
+    rows = {
+        row.name: row
+        for row in (
+            Row('a/dense', 'a.py', 'Task A', 'dense'),
+            Row(
+                'r/random', 'a.py', 'Routers', 'random', start='a/dense', train=False, budgets=(0.5, 0.9), seeds=(0, 1)
+            ),
+        )
+    }
+    tested = {
+        seed: dict(
+            dynamic(seed, 30.0, 1.0),
+            row='r/random',
+            budgets=[
+                dict(budget=0.5, metrics=dynamic(seed, top1, 0.4)['metrics']),
+                dict(budget=0.9, metrics=dynamic(seed, top1 + 8, 0.8)['metrics']),
+            ],
+        )
+        for seed, top1 in enumerate([20.0, 21.0])
+    }
+    (line,) = lines = summarise(rows, {'r/random': tested}, {})
+    half = line['budgets']['0.5']
+    assert (half['value'], half['spread'], half['mmacs']) == (20.5, 1.0, pytest.approx(8.0))
+    assert markdown(lines, rows).splitlines()[-5:] == [
+        '| row | seeds | top-1 %, no budget | 0.5 | 0.9 |',
+        '| --- | --- | --- | --- | --- |',
+        '| `r/random`: random | 2 | 30.0 (0.0) at 1.000 | 20.5 (1.0) at 0.400 | 28.5 (1.0) at 0.800 |',
+        '',
+        '3 of 5 runs are not done yet; `results.py --list` names them.',
+    ]
+    draw(lines, tmp_path / 'drawn.png')
+    assert (tmp_path / 'drawn.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_a_list_that_is_done_says_nothing_of_what_is_not():

@@ -57,6 +57,14 @@ def test_config_by_name_path_and_config():
     assert copy.model.backbone.dge.test_budget == 0.3 and 'test_budget' not in by_name.model.backbone.dge
 
 
+def test_budget_of_a_whole_model():
+    """Of mmdyn.WithDGE around a model that has no backbone."""
+    whole = Config(
+        dict(model=dict(type='mmdyn.WithDGE', backbone=dict(type='TimmClassifier'), dge=dict(router='random')))
+    )
+    assert mmdyn.get_config(whole, budget=0.3).model.dge == dict(router='random', test_budget=0.3)
+
+
 @pytest.mark.parametrize(
     'options, message',
     [

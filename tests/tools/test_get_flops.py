@@ -1,14 +1,14 @@
 import json
+import runpy
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from fvcore.nn import FlopCountAnalysis, parameter_count
+from fvcore.nn import parameter_count
 from mmengine.config import Config
 
 import mmdyn
@@ -28,23 +28,16 @@ def get_flops(*args):
 @pytest.mark.parametrize(
     'config', ['demo/pvt-mini_digits.py', 'dge/deit-tiny_8xb16_in1k-256px.py', 'dge/pvt-tiny_8xb16_in1k-256px.py']
 )
-def test_dense_count_is_that_of_fvcore_without_norms(config):
+def test_dense_count_is_that_of_fvcore_without_norms(config, count_by_fvcore):
     cfg = Config.fromfile(ROOT / 'configs' / config)
     model = build_model(cfg)
     side = cfg.model.backbone.img_size
     ours = report(cfg, (side, side))
-    counter = FlopCountAnalysis(model, torch.zeros(1, 3, side, side)).unsupported_ops_warnings(False)
-    counter.set_op_handle('aten::scaled_dot_product_attention', attention_macs)
-    theirs = counter.by_operator()
+    theirs = count_by_fvcore(model, torch.zeros(1, 3, side, side))
     norms = theirs.pop('layer_norm')
     assert ours['flops_dense'] == ours['flops'] == sum(theirs.values())
     assert norms < 0.02 * ours['flops_dense']
     assert ours['params'] == parameter_count(model)['']
-
-
-def attention_macs(inputs, outputs):
-    (batch, heads, queries, dim), keys = inputs[0].type().sizes(), inputs[1].type().sizes()[2]
-    return Counter(scaled_dot_product_attention=2 * batch * heads * queries * keys * dim)
 
 
 def test_backbone_account_and_counter_agree_exactly_but_for_the_head():
@@ -69,6 +62,20 @@ def test_sampled_points_are_counted():
     )
     model = build_model(cfg)
     assert count_macs(model, (64, 96)) == model.backbone.cost.dense + 64 * 10
+
+
+def test_a_whole_model_of_another_library():
+    """timm's classifier by mmpretrain, which has no backbone: the head's products come on top."""
+    cfg = Config.fromfile(ROOT / 'configs/results/timm-vit_tiny-imagenet-50.py')
+    cfg.model.dge = dict(granularities=(1, 2))
+    found = report(cfg, (64, 64), 0.5)
+    dense = build_model(cfg, dense=True)
+    with torch.no_grad():
+        dense(torch.zeros(1, 3, 64, 64))
+    assert found['flops_dense'] == mmdyn.cost(dense).dense + 64 * 50
+    assert found['params'] - found['params_dense'] == 6 * 2 * (64 + 1)
+    shape_of = runpy.run_path(str(ROOT / 'tools/analysis_tools/get_flops.py'))['default_shape']
+    assert shape_of(cfg) == (64, 64)
 
 
 @pytest.fixture(scope='module')

@@ -12,12 +12,12 @@ from mmengine.config import Config
 
 import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import report
-from mmdyn.engine.command import command, only_results, read_config
+from mmdyn.engine.command import command, config_with_dge, only_results, read_config
 
 
 def default_shape(cfg: Config) -> tuple:
     """(H, W) of the images that the config's backbone is made for."""
-    backbone = cfg.model.backbone
+    backbone = config_with_dge(cfg.model)
     if backbone.type.endswith('WithDGE') and 'img_size' not in backbone:
         backbone = backbone.backbone
     if backbone.type.endswith('CFViT'):

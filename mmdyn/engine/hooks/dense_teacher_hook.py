@@ -95,8 +95,9 @@ class DenseTeacherHook(LossHook):
         tau: temperature of the softmax.
 
     Raises:
-        ValueError: for negative weights or two of 0, or tau not above 0; before training for a model without DGE, or
-            not built from a config, without a checkpoint, or with one of another architecture or number of classes.
+        ValueError: for negative weights or two of 0, or tau not above 0; before training for a model without DGE or
+            without a backbone, or not built from a config, without a checkpoint, or with one of another architecture or
+            number of classes.
     """
 
     def __init__(
@@ -124,6 +125,11 @@ class DenseTeacherHook(LossHook):
             raise ValueError(
                 'DenseTeacherHook found no DGE and no CFViT in the model, which then is its own dense twin: give its '
                 'backbone dge=dict(granularities=(1, 2, 4)), or leave out the hook.'
+            )
+        if not hasattr(model, 'backbone'):
+            raise ValueError(
+                f'DenseTeacherHook compares what a backbone or a neck returns, and the {type(model).__name__} has '
+                'neither: leave out the hook, or take the same network as the backbone of an ImageClassifier.'
             )
         config = runner.cfg.get('model')
         if not isinstance(config, dict):

@@ -308,19 +308,30 @@ def budget_loss(model: nn.Module, budget: float) -> Tensor:
 class WithDGE:
     """Any backbone of a known family, with DGE: what is made is the backbone itself, so that its checkpoints load.
 
+    It may be a whole model that has no backbone of its own, as mmpretrain's ``TimmClassifier``.
+
     Args:
         backbone: its config.
         dge: options as for mmdyn's backbones, or None for the dense model, which tells what it spends.
         img_size: as for :func:`apply_dge`.
+        data_preprocessor: of a whole model that has none yet; mmengine's runner gives the config's to the model.
 
     Raises:
         ValueError: as :func:`apply_dge`, or for something else than a config.
     """
 
-    def __new__(cls, backbone: dict, dge: dict | None = None, img_size: int | Sequence[int] | None = None) -> nn.Module:
+    def __new__(
+        cls,
+        backbone: dict,
+        dge: dict | None = None,
+        img_size: int | Sequence[int] | None = None,
+        data_preprocessor: dict | None = None,
+    ) -> nn.Module:
         if not isinstance(backbone, dict) or 'type' not in backbone:
             raise ValueError(
                 f'WithDGE: backbone={backbone!r}: give the config of a backbone, e.g. '
                 "dict(type='mmdet.PyramidVisionTransformerV2', ...)."
             )
+        if data_preprocessor is not None:
+            backbone = dict(data_preprocessor=data_preprocessor) | backbone
         return attach_dge(MMENGINE_MODELS.build(backbone), dge, img_size)

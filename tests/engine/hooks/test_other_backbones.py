@@ -1,6 +1,7 @@
 """Trainings of models with the backbones of other libraries, in ``mmdyn.WithDGE``."""
 
 import pytest
+import timm
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS
@@ -123,6 +124,55 @@ def test_training(framework, task, backbone, request, tmp_path):
         load_checkpoint(model, str(tmp_path / 'iter_2.pth'), strict=True)
         for name, weight in model.state_dict().items():
             torch.testing.assert_close(weight, saved[name])
+
+
+TIMM = dict(
+    model_name='vit_tiny_patch16_224', img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3
+)
+
+
+def whole_classifier(folder, *hooks):
+    """timm's ViT as the whole of mmpretrain's classifier, which has no backbone."""
+    return Runner(
+        model=dict(
+            type='mmdyn.WithDGE',
+            backbone=dict(type='mmpretrain.TimmClassifier', **TIMM),
+            dge=dict(granularities=(1, 2)),
+        ),
+        data_preprocessor=dict(mean=[1.0] * 3, std=[2.0] * 3),
+        work_dir=str(folder),
+        train_dataloader=DataLoader(images_of('mmpretrain'), batch_size=2, collate_fn=pseudo_collate),
+        train_cfg=dict(by_epoch=False, max_iters=2),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        custom_hooks=list(hooks),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2)),
+        default_scope='mmpretrain',
+        experiment_name=folder.name,
+        cfg=dict(model=dict(type='mmdyn.WithDGE')),
+    )
+
+
+def test_a_whole_classifier_trains(tmp_path):
+    runner = whole_classifier(tmp_path, dict(type='mmdyn.BudgetHook', budget=0.5))
+    runner.train()
+    assert type(runner.model).__name__ == 'TimmClassifier'
+    assert runner.model.data_preprocessor.mean.flatten().tolist() == [1.0] * 3
+    scalars = runner.message_hub.log_scalars
+    assert scalars['train/loss_budget'].current() == pytest.approx((scalars['train/query_ratio'].current() - 0.5) ** 2)
+    # Its checkpoint has timm's names, and the routers'; timm's alone are a start.
+    saved = torch.load(tmp_path / 'iter_2.pth')['state_dict']
+    plain = timm.create_model(**TIMM)
+    names = [name for name in saved if 'router' not in name]
+    assert names == list(plain.state_dict()) and len(saved) == len(names) + 4
+    plain.load_state_dict({name: saved[name] for name in names})
+    load_checkpoint(runner.model, str(tmp_path / 'iter_2.pth'), strict=True)
+    runner.model.load_state_dict(plain.state_dict())
+
+
+def test_a_whole_classifier_has_no_features_for_a_teacher(tmp_path):
+    runner = whole_classifier(tmp_path, dict(type='mmdyn.DenseTeacherHook', checkpoint='dense.pth'))
+    with pytest.raises(ValueError, match='the TimmClassifier has neither: leave out the hook'):
+        runner.train()
 
 
 def test_it_is_the_backbone_itself():

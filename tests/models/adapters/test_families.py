@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -98,6 +99,20 @@ def test_counted_are_the_operations_that_run(name, make_model, apply_random):
     assert 2 * cost.dense == dense
     assert cost.spent.sum().item() == spent
     assert (cost.query_ratio < 1).all()
+
+
+@pytest.mark.parametrize('name', [name for name in MODELS_OF if 'padded' not in name])
+def test_dense_cost_is_that_of_fvcore(name, make_model, count_by_fvcore):
+    """Of the model as its library has it; norms, pooling and resized position embeddings are left out."""
+    model, size = make_model(name)
+    images = torch.randn(1, 3, *((64, 32) if name == 'mmdet-swin' else size))
+    counts = count_by_fvcore(model, images)
+    mmdyn.apply_dge(model, granularities_of(name))
+    with torch.no_grad():
+        model(images)
+    assert mmdyn.cost(model).dense == sum(
+        count for kind, count in counts.items() if not re.search('norm|pool|upsample', kind)
+    )
 
 
 @pytest.mark.parametrize('name', MODELS_OF)

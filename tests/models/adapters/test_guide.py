@@ -1,5 +1,6 @@
 """What docs/any-vit.md shows."""
 
+import json
 import re
 from pathlib import Path
 
@@ -20,19 +21,23 @@ def test_calls():
     """In the order of the page, but for the config and the adapter, and on a smaller model."""
     names = {}
     for code in BLOCKS:
-        if 'custom_hooks' not in code and 'register_adapter' not in code:
+        if 'WithDGE' not in code and 'register_adapter' not in code:
             exec(code.replace('vit_small', 'vit_tiny'), names)
     assert names['model'].patch_embed.proj.weight.grad is not None
     assert mmdyn.remove_dge(names['model']).blocks[0].mlp.fc1.weight.grad.abs().max() > 0
 
 
-def test_config():
+def test_configs():
     from mmengine.registry import MODELS
 
-    (code,) = [code for code in BLOCKS if 'custom_hooks' in code]
-    names = {}
-    exec(code, names)
-    assert type(MODELS.build(names['model']['backbone'])).__name__ == 'PyramidVisionTransformerV2'
+    built = []
+    for code in BLOCKS:
+        if 'WithDGE' in code:
+            names = {}
+            exec(code.replace('vit_small', 'vit_tiny'), names)
+            model = names['model']
+            built.append(type(MODELS.build(model if 'type' in model else model['backbone'])).__name__)
+    assert built == ['PyramidVisionTransformerV2', 'TimmClassifier']
 
 
 @pytest.fixture
@@ -64,6 +69,18 @@ def test_adapter(with_adapter, randomise):
     cost = mmdyn.cost(model)
     assert counter.get_total_flops() // 2 == cost.spent.sum().item() + 2 * 16 * 3
     assert (cost.query_ratio < 1).all()
+
+
+def test_routers_are_those_of_the_results():
+    rows = json.loads((GUIDE.parent / 'results.json').read_text())['rows']
+    tested = {row['label']: row['budgets'] for row in rows if row['budgets']}
+    lines = [line[2:-2].split(' | ') for line in GUIDE.read_text().splitlines() if line.startswith('| ')]
+    (budgets,) = [cells for label, *cells in lines if label == 'router']
+    table = {label: cells for label, *cells in lines if label in tested}
+    assert len(table) == 4
+    for label, cells in table.items():
+        tests = [tested[label][budget] for budget in budgets]
+        assert cells == [f'{test["value"]:.1f} ({test["query_ratio"]:.3f})' for test in tests]
 
 
 def test_families_of_the_page_are_those_that_are_known():
