@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip('triton')
+pytest.importorskip('triton', '3.4')
 from mmdyn.kernels.cuda import programs
 
 POINTER, HALF, LONG = '*fp32', '*bf16', '*i64'
