@@ -48,9 +48,9 @@ def synthetic_choice(
             f'but the finest, allow {coarse:.4f} to {max(shares):.4f}.'
         )
     finest = (query_ratio - coarse) / (shares[order[0]] - coarse) if others else 1.0
-    noise = torch.rand(*regions, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(*regions, generator=torch.Generator().manual_seed(int(seed)))
     if pattern == 'clustered':
-        small = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+        small = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(int(seed)))
         noise = F.interpolate(small, regions, mode='bicubic')[0, 0] + 1e-3 * noise
     rank = noise.flatten().argsort(descending=True).argsort()
     fine = round(finest * len(rank))

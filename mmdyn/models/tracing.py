@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
+TELLS_EXPORTS = hasattr(torch.compiler, 'is_exporting')  # since torch 2.7
+
 
 def is_exported() -> bool:
     """Whether torch.export records this pass, on tensors without values."""
-    exporting = getattr(torch.compiler, 'is_exporting', None)  # since torch 2.7
-    return exporting is not None and exporting()
+    if TELLS_EXPORTS:
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # but for strict exports
 
 
 def is_traced() -> bool:
@@ -35,10 +38,15 @@ def to_integers(counts: Tensor) -> list[int]:
     """As ``counts.tolist()``, but torch.jit would take integers for constants: there, tensors of no dimension.
 
     Raises:
-        RuntimeError: for a number of counts that is left open, in an export.
+        RuntimeError: in an export, for a number of counts that is left open, or by a torch that cannot export them.
     """
     if torch.jit.is_tracing():
         return list(counts.unbind())
+    if is_exported() and not TELLS_EXPORTS:
+        raise RuntimeError(
+            f'torch {torch.__version__} exports no numbers of queries that DGE chooses: install torch 2.7 or newer, or '
+            'give the model an exact budget, which makes them known, by model.set_budget(0.5).'
+        )
     if is_exported() and isinstance(counts.shape[0], torch.SymInt):
         raise RuntimeError(
             'A model with DGE is exported for a fixed number of images, each of which has its own number of queries: '

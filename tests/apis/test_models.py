@@ -183,7 +183,7 @@ os.wait()
 sys.modules['mmpretrain'] = None
 import mmdyn
 try:
-    mmdyn.get_model(sys.argv[1])
+    mmdyn.get_model(mmengine.Config(dict(model={})))  # which inherits nothing of mmpretrain's
 except ImportError as error:
     print('without mmpretrain:', error)
 """

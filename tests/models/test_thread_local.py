@@ -79,7 +79,7 @@ def test_a_traced_pass_leaves_integers_for_sizes_and_an_export_nothing():
     module, x = Sizes(), torch.ones(3, 2)
     torch.jit.trace(module, x, check_trace=False)
     assert type(module.last[0]) is int and module.last[0] == 3 and torch.equal(module.last[1], x)
-    torch.export.export(module, (torch.ones(4, 2),))
+    torch.export.export(module, (torch.ones(4, 2),), strict=False)
     assert module.last[0] == 3
 
 

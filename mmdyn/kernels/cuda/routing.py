@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +18,7 @@ from ...models.replaceable import Refused
 from ..prepared import refuse_watchers
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
+LEAST_TRITON = '3.4'  # the first that compiles the programs; torch 2.8 brings it along
 MOST_CHANNELS = 4096  # of a token, which one program holds
 REGIONS, TOKENS = 1024, 4  # that one program looks at together
 
@@ -35,6 +37,9 @@ def load_programs(x: Tensor) -> ModuleType | Refused:
         return Refused(reason)
     if not find_spec('triton'):
         return Refused('there is no Triton, which torch for CUDA brings along')
+    found = import_module('triton').__version__
+    if Version(found) < Version(LEAST_TRITON):
+        return Refused(f'the programs need Triton {LEAST_TRITON} or newer, which torch 2.8 brings along, not {found}')
     return import_module('.programs', __package__)
 
 

@@ -248,8 +248,13 @@ class DynamicGrainedEncoder(nn.Module):
 
         A gate of 0 lets no gradient through to the block, only to the logits: what lies behind needs no graph.
         """
+        kind = tokens.device.type
+        # Weights that autocast rounded here, without a graph, older versions of torch would use where there is one.
+        rounded = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+        )
         # The random numbers are those of the choice that was made: what drops out, drops out of both.
-        with torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
+        with rounded, torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
             routing, residual = self._run(block, tokens, shape, num_extra, choice)
         return routing.spread(residual)
 

@@ -28,7 +28,7 @@ def pool(tokens: Tensor, shape: tuple[int, int], side: int, num_extra: int = 0) 
     cells = tokens[:, num_extra:].unflatten(1, shape)
     if side == 1:
         return cells
-    means = F.avg_pool2d(cells.permute(0, 3, 1, 2), side, ceil_mode=True, count_include_pad=False)
+    means = F.avg_pool2d(cells.permute(0, 3, 1, 2), (side, side), ceil_mode=True, count_include_pad=False)
     return means.permute(0, 2, 3, 1)
 
 

@@ -8,7 +8,7 @@ import numpy
 import pytest
 from packaging.version import Version
 
-pytest.importorskip('triton')
+pytest.importorskip('triton', '3.4')
 from mmdyn.kernels.cuda import programs
 
 POINTER, HALF, LONG = '*fp32', '*bf16', '*i64'

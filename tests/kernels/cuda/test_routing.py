@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,13 @@ def test_powers_of_two():
 def test_no_gpu_no_programs():
     assert load_programs(torch.empty(1)) == Refused('the tensors are on cpu, not on a GPU')
     assert 'not on a GPU' in route.why_not(torch.zeros(1, 1, 1, dtype=torch.long), (1, 1), (1,), 1).popitem()[1]
+
+
+def test_triton_that_cannot_compile_the_programs(monkeypatch):
+    triton = pytest.importorskip('triton')
+    monkeypatch.setattr(triton, '__version__', '3.3.1')
+    refused = load_programs(SimpleNamespace(is_cuda=True))
+    assert refused == Refused('the programs need Triton 3.4 or newer, which torch 2.8 brings along, not 3.3.1')
 
 
 @pytest.mark.cuda

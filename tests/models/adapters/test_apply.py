@@ -88,7 +88,7 @@ def run(model, images):
 
 
 def test_model_inside_of_another_is_found():
-    whole = nn.Sequential(small_vit(num_classes=0), nn.Linear(16, 2))
+    whole = nn.Sequential(small_vit(num_classes=0), nn.Linear(16, 2)).eval()
     assert mmdyn.apply_dge(whole) is whole
     assert applied_to(whole)[0].entry is whole[0]
     mmdyn.set_budget(run(whole, torch.randn(1, 3, 32, 32)), 0.5)

@@ -46,6 +46,8 @@ def test_finest_granularity_is_the_dense_model(name, make_model, tensors):
 )
 def test_random_routing_equals_loops(name, granularities, apply_random, slow_adapters):
     """Each block, on what it was given; images of one batch choose differently, sizes are odd, regions are skipped."""
+    if name == 'rope-mixed':
+        pytest.importorskip('timm', '1.0.31')  # the first whose rotations may be of another type than float32
     model, size = apply_random(name, granularities)
     model.double()
     (applied,), seen, encode = applied_to(model), {}, getattr(slow_adapters, MODELS_OF[name][0])
@@ -90,6 +92,8 @@ def test_counted_are_the_operations_that_run(name, make_model, apply_random):
             model(images)
         return counter.get_total_flops() // 2
 
+    if name == 'rope-mixed':
+        pytest.importorskip('timm', '1.0.31')  # the first that makes rotations without matrix products
     model, size = make_model(name)
     size = (64, 32) if name == 'mmdet-swin' else size
     images = torch.randn(2, 3, *size)

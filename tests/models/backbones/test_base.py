@@ -13,6 +13,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdyn.models.dge.router import choose
 from mmdyn.models.layers import EncoderBlock, deformable_sampling, packed_attention, project_patches, to_maps
@@ -284,6 +285,27 @@ def test_dynamic_model_compiles(make_backbone, encoders):
         for pair in zip(encoder.decision, decision)
     )
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings('ignore:There is a performance drop')  # of operators that torch does not vectorise
+@torch.no_grad()
+def test_transforms_of_functions_go_through_the_whole_model(name, make_backbone):
+    """Each image of a vectorised call is itself, and derivatives forwards are those backwards."""
+    model, (images, direction, cotangent) = make_backbone(name).eval(), torch.randn(3, 2, 3, 52, 36)
+
+    def run_dense(x):
+        return model(x)[-1]
+
+    expected = run_dense(images)
+    found = torch.func.vmap(lambda image: run_dense(image[None])[0])(images)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    if name == 'dpvt':
+        return  # torch's embedding_bag has no derivative forwards
+    cotangent = cotangent.flatten()[: expected.numel()].view_as(expected)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no derivative forwards
+        tangent = torch.func.jvp(run_dense, (images,), (direction,))[1]
+        gradient = torch.func.vjp(run_dense, images)[1](cotangent)[0]
+    torch.testing.assert_close((tangent * cotangent).sum(), (gradient * direction).sum(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('dge', [None, DGE])

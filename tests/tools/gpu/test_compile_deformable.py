@@ -69,6 +69,7 @@ def test_the_toolkit_of_an_nvcc_that_is_a_script(tool, tmp_path, monkeypatch):
     nvcc.write_text('#!/bin/sh\necho "#\\$ TOP=/opt/cuda/bin/.." >&2\n')
     nvcc.chmod(0o755)
     (tmp_path / 'site/nvidia/cu13/include').mkdir(parents=True)
+    (tmp_path / 'site/nvidia/__init__.py').touch()  # so that none that is installed comes before it
     monkeypatch.syspath_prepend(tmp_path / 'site')
     monkeypatch.delitem(sys.modules, 'nvidia', raising=False)
     monkeypatch.setenv('PATH', str(tmp_path))
