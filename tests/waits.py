@@ -1,6 +1,8 @@
 """Where a host would wait for an accelerator that need not be there."""
 
+import pytest
 import torch
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,6 +16,8 @@ class Waits(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
+        if Version(torch.__version__) < Version('2.7') and not torch.cuda.is_available():
+            pytest.skip('torch before 2.7 asks for a driver: "CUDA driver version is insufficient"')
         self.reads = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
