@@ -227,9 +227,14 @@ class DynamicGrainedEncoder(nn.Module):
             queries = torch.tensor(routing.lengths, dtype=torch.long, device='cpu')
         else:
             queries = self._count(F.one_hot(choice, len(self.granularities)), shape, num_extra)
-            if self.bound is not None:
-                self.bound.surplus.append(queries - capacity)
+            bound = self._bound_of_pass()
+            if bound is not None:
+                bound.surplus.append(queries - capacity)
         self.decision = Decision(choice, queries)
+
+    def _bound_of_pass(self) -> Bound | None:
+        """A compiled pass has none; the compiler of torch 2.6 would take what keeps it for one."""
+        return None if torch.compiler.is_compiling() else self.bound
 
     def _others(self, choice: Tensor, decisions: torch.Size) -> list[Tensor]:
         """The choices that training compares with the one that was made, each (B, rows, columns)."""
@@ -291,9 +296,9 @@ class DynamicGrainedEncoder(nn.Module):
 
         A CPU waits for nothing, and would compute what is left over for nothing.
         """
-        is_recorded = torch.compiler.is_compiling() or is_traced()
-        if self.bound is not None:
-            share = self.bound.share
+        is_recorded, bound = torch.compiler.is_compiling() or is_traced(), self._bound_of_pass()
+        if bound is not None:
+            share = bound.share
         elif self.router.share is None or self.forced is not None or not (is_recorded or tokens.device.type != 'cpu'):
             return None
         else:
