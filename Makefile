@@ -172,7 +172,8 @@ $(TRAINED): | setup
 	@$(MAKE) demo
 
 bench: setup $(TRAINED)
-	@$(BIN)/python tools/analysis_tools/benchmark.py --suite all --out docs
+	@$(BIN)/pip install -q -r requirements-bench.txt
+	$(BIN)/python tools/analysis_tools/benchmark.py --suite all --out docs
 
 # One thread each, whatever else runs; see docs/data.md.
 results results-time: export OMP_NUM_THREADS := 1
