@@ -108,6 +108,8 @@ def test_counted_are_the_operations_that_run(name, make_model, apply_random):
 @pytest.mark.parametrize('name', [name for name in MODELS_OF if 'padded' not in name])
 def test_dense_cost_is_that_of_fvcore(name, make_model, count_by_fvcore):
     """Of the model as its library has it; norms, pooling and resized position embeddings are left out."""
+    if name == 'rope-mixed':
+        pytest.importorskip('timm', '1.0.31')  # the first that makes rotations without matrix products
     model, size = make_model(name)
     images = torch.randn(1, 3, *((64, 32) if name == 'mmdet-swin' else size))
     counts = count_by_fvcore(model, images)
