@@ -37,7 +37,7 @@ help:
 	echo 'make demo-seg   the same for Semantic FPN, with its segmentation'
 	echo 'make demo-cls-cf  set up, then train DeiT and CF-ViT, sweep the threshold and draw the regions'
 	echo 'make bench      time dense and dynamic models beside mmdet, timm, mmcv, onnxruntime and OpenVINO, and write docs/benchmark.md'
-	echo 'make results    train and test what docs/results.md shows on real images, for 12 hours or more, and write it: see docs/data.md'
+	echo 'make results    train and test what docs/results.md shows on real images, for 15 hours or more, and write it: see docs/data.md'
 	echo 'make results-time  time what is trained; on a machine that does nothing else'
 	echo 'make gpu-kit    collect the wheels that tools/gpu_check.sh needs on a machine with a GPU and no package index'
 	echo 'make clean      remove .venv, .venv-docs, the demo data and work_dirs/demo'

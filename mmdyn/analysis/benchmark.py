@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..engine.command import first_line
 from ..models.adapters import apply_dge
 from ..models.adapters import cost as spent
+from ..models.backbones.budget import encoders_of
 from ..models.layers import DeformableAttention, deformable_sampling
 from .conversion import translate
 from .flops import build_model, dynamic_backbone, image_files, run_on_images
@@ -263,7 +264,7 @@ def graphed_cases(
     from ..kernels.graphs import graphed
 
     autocast, cases = AUTOCAST[options.dtype], {}
-    for encoder in filter(None, (encoder for stage, _ in exact.named_stages() for encoder in stage.dge)):
+    for encoder in encoders_of(exact):
         encoder.forced = None
     exact.set_budget(options.query_ratio)
     cases['DGE exact'] = backbone_case(exact, images, autocast)

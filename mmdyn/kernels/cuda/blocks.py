@@ -49,7 +49,7 @@ class CompressAndNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens, weight, bias, routing: PatchRouting, epsilon: float, dtype: torch.dtype):
-        ctx.routing, ctx.images, tokens = routing, len(tokens), tokens.contiguous()
+        ctx.routing, tokens = routing, tokens.contiguous()
         queries, normed, statistics = outputs(tokens, len(routing.patches), dtype)
         routing.programs.reduce_and_norm[(len(queries),)](
             tokens,
