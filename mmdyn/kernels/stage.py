@@ -189,8 +189,7 @@ def layers_of(
             if (
                 refuse_tensor(forced, 'forced', torch.long)
                 or forced.shape != regions
-                or forced.min() < 0
-                or forced.max() >= struct.num_options
+                or forced.numpy().view('u8').max() >= struct.num_options  # a number below 0 is large without its sign
             ):
                 raise Refusal(f'dge.{index}.forced is no choice of {regions[0]} x {regions[1]} regions on the CPU')
         layers.append(Layer(block, encoder, prepared))
