@@ -45,16 +45,18 @@ class BuildWithMim(build_py):
 
 # What is built; pyproject.toml has the rest.
 setup(
-    # Without a compiler mmdyn runs the same in plain PyTorch.
+    # Without a compiler mmdyn runs the same in plain PyTorch. The same files make functions for AVX-512 and for AVX2.
     ext_modules=[
         Extension(
-            'mmdyn.kernels._cpu',
+            f'mmdyn.kernels.{name}',
             [str(path.relative_to(ROOT)) for path in sorted(KERNELS.glob('*.c'))],
             depends=[str(path.relative_to(ROOT)) for path in KERNELS.glob('*.h')],
+            define_macros=[('LANES', str(lanes))],
             extra_compile_args=['-O3', '-fopenmp', '-fvisibility=hidden'],
             extra_link_args=['-fopenmp'],
             optional=True,
         )
+        for name, lanes in (('_cpu', 16), ('_cpu_avx2', 8))
     ]
     if KERNELS.is_dir()
     else [],

@@ -93,9 +93,9 @@ LAYOUT = [
         for number in (ctypes.sizeof(struct), getattr(struct, struct._fields_[-1][0]).offset)
     ),
 ]
-# The arguments of each function: addresses and numbers. Those for AVX-512 are missing where compilers do not know it.
+# The arguments of each function: addresses and numbers. The encoder's are missing where compilers do not know vectors.
 FUNCTIONS = dict(choose='aaaana', choose_within='aaanna', sample='aaaaana')
-AVX512 = dict(
+ENCODER = dict(
     encode_blocks='ana', encode_blocks_workspace='an', project='aa', project_workspace='a', transpose_tokens='annna'
 )
 
@@ -105,10 +105,24 @@ LARGEST = (32 << 20) - (16 << 10)
 np.empty(LARGEST, np.uint8)
 
 
+# The builds, the better one first: for AVX-512 and for AVX2.
+BUILDS = ('_cpu', '_cpu_avx2')
+
+
 @cache
 def library() -> ctypes.CDLL | Refused:
-    """The compiled functions, or why there are none."""
-    spec = find_spec('mmdyn.kernels._cpu')
+    """The compiled functions of the best build that this processor runs, or why there are none.
+
+    Where it runs the encoder of none, the first build has the other functions.
+    """
+    builds = [build(name) for name in BUILDS]
+    able = [functions for functions in builds if not isinstance(functions, Refused) and functions.runs()]
+    return (able or builds)[0]
+
+
+def build(name: str) -> ctypes.CDLL | Refused:
+    """The functions of one of the builds."""
+    spec = find_spec(f'mmdyn.kernels.{name}')
     if spec is None or spec.origin is None:
         return Refused(
             'mmdyn was installed without a C compiler: install one (Debian: apt-get install gcc), then mmdyn again'
@@ -125,7 +139,7 @@ def library() -> ctypes.CDLL | Refused:
             '`pip install -e .`'
         )
     types = dict(a=Address, n=Number)
-    for name, arguments in {**FUNCTIONS, **(AVX512 if functions.runs() else {})}.items():
+    for name, arguments in {**FUNCTIONS, **(ENCODER if functions.runs() else {})}.items():
         function = getattr(functions, name)
         function.argtypes, function.restype = [types[kind] for kind in arguments], Number
     return functions
@@ -138,7 +152,9 @@ def runs(half: bool = False) -> Refused | None:
     if isinstance(functions, Refused):
         return functions
     if not functions.runs():
-        return Refused(f'the processor ({platform.machine()}) lacks AVX-512, or the compiler did not know it')
+        return Refused(
+            f'the processor ({platform.machine()}) lacks AVX-512 and AVX2, or the compiler did not know them'
+        )
     if half and torch.cpu._is_amx_tile_supported():
         return Refused('the processor has matrix units, with which oneDNN computes faster in bfloat16')
     return None if not half or functions.runs_half() else Refused("the processor lacks AVX-512's bfloat16")

@@ -5,7 +5,7 @@ parameters only if type, shape and order are those that the kernel reads. All el
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from operator import attrgetter, is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -125,21 +125,25 @@ class Prepared:
 
     def __init__(self, prefix: str = ''):
         self.prefix = prefix
-        self._slots: list[tuple[Mapping, str]] = []  # where something was found,
+        self._places: list[dict] = []  # where something was found,
+        self._names: list[str] = []  # under which name,
         self._found: list[Any] = []  # and what
         self._modules: list[ref[nn.Module]] = []  # the cache ends with the module that it is for
         self._types: list[type] = []
-        self._hooks: list[Mapping] = []
+        self._hooks: list[dict] = []
         self._tensors: list[Tensor] = []
         self._facts: list[list] = []
 
-    def _look(self, mapping: Mapping, path: str, name: str) -> Any:
-        if name not in mapping:
+    def _look(self, place: dict, path: str, name: str) -> Any:
+        if name not in place:
             path = f'{self.prefix}{path}.' if path else self.prefix
             raise Refusal(f'{path}{name} is not what it was when the layer was made')
-        self._slots.append((mapping, name))
-        self._found.append(mapping[name])
-        return mapping[name]
+        return self._keep(place, name)
+
+    def _keep(self, place: dict, name: str) -> Any:
+        found = place.get(name)
+        self._places.append(place), self._names.append(name), self._found.append(found)
+        return found
 
     def module(self, module: nn.Module, name: str, *kinds: type) -> nn.Module:
         """A module that must be exactly of one of these kinds, as it was made."""
@@ -148,7 +152,7 @@ class Prepared:
             raise Refusal(f'{name} is a {type(module).__name__}, not a {" or ".join(kind.__name__ for kind in kinds)}')
         if module._forward_hooks or module._forward_pre_hooks:
             raise Refusal(f'{name} has forward hooks')
-        if 'forward' in module.__dict__:
+        if self._keep(module.__dict__, 'forward') is not None:
             raise Refusal(f'{name} has a forward function of its own')
         self._modules.append(ref(module))
         self._types.append(type(module))
@@ -235,10 +239,9 @@ class Prepared:
         """Whether all is as it was."""
         modules = [found() for found in self._modules]
         return (
-            all(map(is_, [mapping.get(name) for mapping, name in self._slots], self._found))
+            all(map(is_, map(dict.get, self._places, self._names), self._found))
             and list(map(type, modules)) == self._types
             and not any(self._hooks)
-            and not any('forward' in module.__dict__ for module in modules)
             and self._looks() == self._facts
         )
 

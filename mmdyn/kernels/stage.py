@@ -1,4 +1,4 @@
-"""The encoder blocks of a stage in inference on a CPU with AVX-512, by csrc/block.c: one call for all of them.
+"""The encoder blocks of a stage in inference on a CPU with AVX-512 or AVX2, by csrc/block.c: one call for all of them.
 
 Each thread works on panels of queries that stay in the cache of its core.
 """
@@ -39,7 +39,7 @@ def computes_in_half() -> bool:
 
 
 def refuse_processor() -> str | None:
-    """Why the functions for AVX-512 do not run here and now; None if they do.
+    """Why the functions for AVX-512 and AVX2 do not run here and now; None if they do.
 
     Under autocast to bfloat16 the linear layers of queries compute in it, all else in float32.
     """
@@ -189,8 +189,7 @@ def layers_of(
             if (
                 refuse_tensor(forced, 'forced', torch.long)
                 or forced.shape != regions
-                or forced.min() < 0
-                or forced.max() >= struct.num_options
+                or forced.numpy().view('u8').max() >= struct.num_options  # a number below 0 is large without its sign
             ):
                 raise Refusal(f'dge.{index}.forced is no choice of {regions[0]} x {regions[1]} regions on the CPU')
         layers.append(Layer(block, encoder, prepared))

@@ -31,16 +31,33 @@ def compiled(require):
     require(library.library(), True)
 
 
+def find_anew():
+    """Forget which functions were found."""
+    library.library.cache_clear(), library.runs.cache_clear()
+
+
+@pytest.fixture(params=library.BUILDS)
+def build(request, monkeypatch):
+    """Let one of the builds be the only one."""
+    monkeypatch.setattr(library, 'BUILDS', [request.param])
+    find_anew()
+    yield request.param
+    monkeypatch.undo()
+    find_anew()
+
+
 @pytest.fixture
-def avx512(require):
-    """For tests of functions that need AVX-512."""
-    require(library.runs(), torch.cpu._is_avx512_supported())
+def avx(build, require):
+    """For tests of functions that need AVX-512 or AVX2, with each build that the processor runs."""
+    supports = dict(_cpu=torch.cpu._is_avx512_supported, _cpu_avx2=torch.cpu._is_avx2_supported)
+    require(library.runs(), supports[build]())
 
 
 @pytest.fixture
 def half(require):
     """For tests of functions that compute in bfloat16."""
-    require(library.runs(half=True), torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported())
+    possible = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    require(library.runs(half=True), possible and '_cpu' in library.BUILDS)
 
 
 @pytest.fixture(params=[1, 3])
@@ -57,7 +74,7 @@ def other_build(monkeypatch):
     """Let the library be found anew: none, or one with other functions."""
 
     def change(build):
-        library.library.cache_clear(), library.runs.cache_clear()
+        find_anew()
         if build is None:
             monkeypatch.setattr(library, 'find_spec', lambda name: None)
         else:
@@ -65,7 +82,7 @@ def other_build(monkeypatch):
 
     yield change
     monkeypatch.undo()
-    library.library.cache_clear(), library.runs.cache_clear()
+    find_anew()
 
 
 def built(run_here, *layout):
@@ -85,14 +102,14 @@ def built(run_here, *layout):
     )
 
 
-@pytest.fixture(params=['no compiler', 'no AVX-512', 'another version', 'another struct', 'no layout'])
-def missing(request, avx512, other_build):
+@pytest.fixture(params=['no compiler', 'no AVX', 'another version', 'another struct', 'no layout'])
+def missing(request, avx, other_build):
     """Leave the models without the compiled functions; the reason."""
     version, *sizes = library.LAYOUT
     stale = r'was compiled for another version of mmdyn: install mmdyn again, by `make setup` or `pip install -e \.`'
     build, reason = {
         'no compiler': (None, r'mmdyn was installed without a C compiler: install one \(Debian: apt-get install gcc\)'),
-        'no AVX-512': (built(0), r'the processor \(.+\) lacks AVX-512, or the compiler did not know it'),
+        'no AVX': (built(0), r'the processor \(.+\) lacks AVX-512 and AVX2, or the compiler did not know them'),
         'another version': (built(1, version + 1, *sizes), stale),
         'another struct': (built(1, version, *sizes[:-1], sizes[-1] + 8), stale),
         'no layout': (SimpleNamespace(runs=lambda: 1), stale),

@@ -74,7 +74,7 @@ def test_logits_that_are_alike_or_no_numbers(values, compiled):
 )
 @pytest.mark.parametrize('phis, region', SETS)
 @torch.no_grad()
-def test_stage(kind, num_extra, shape, phis, region, make_block, stage_of, avx512, threads):
+def test_stage(kind, num_extra, shape, phis, region, make_block, stage_of, avx, threads):
     """Choices by logits that differ in rounding errors alone are the same but where slopes are nearly alike."""
     encoder, block = DynamicGrainedEncoder(12, phis, region).eval(), make_block(kind)
     nn.init.normal_(encoder.router.weight, std=5.0)
@@ -118,7 +118,7 @@ def test_stage(kind, num_extra, shape, phis, region, make_block, stage_of, avx51
     ],
 )
 @torch.no_grad()
-def test_prices_and_shares_that_are_not_read(attribute, value, reason, make_block, stage_of, avx512):
+def test_prices_and_shares_that_are_not_read(attribute, value, reason, make_block, stage_of, avx):
     encoder, tokens = DynamicGrainedEncoder(12).eval(), torch.randn(1, 64, 12)
     stage = stage_of(make_block(), dge=[encoder])
     assert not isinstance(encode_blocks(stage, tokens.clone(), (8, 8)), Refused)
@@ -128,7 +128,7 @@ def test_prices_and_shares_that_are_not_read(attribute, value, reason, make_bloc
 
 
 @torch.no_grad()
-def test_changed_price_counts_at_once(make_block, stage_of, avx512):
+def test_changed_price_counts_at_once(make_block, stage_of, avx):
     """Also one that was changed in place, and a bias that was."""
     encoder, tokens = DynamicGrainedEncoder(12).eval(), torch.randn(1, 64, 12)
     stage = stage_of(make_block(), dge=[encoder])

@@ -51,7 +51,7 @@ CALLS = dict(
 
 
 @pytest.fixture(params=CALLS)
-def call(request, avx512):
+def call(request, avx):
     return CALLS[request.param]()
 
 
@@ -87,9 +87,9 @@ def test_contexts_in_which_nothing_is_compiled(call):
 
 @torch.no_grad()
 def test_missing_functions(missing, call):
-    """Without AVX-512 the choice and sampling still run."""
+    """Without AVX the choice and sampling still run."""
     function, args, _ = call
-    if missing.kind != 'no AVX-512' or function in (project_patches, to_maps):
+    if missing.kind != 'no AVX' or function in (project_patches, to_maps):
         assert re.search(missing.reason, why_not(function, *args))
         assert torch.equal(function(*args), function.plain(*args))
 
@@ -196,7 +196,7 @@ CHANGES = [
 )
 @pytest.mark.parametrize('parameter', ['weight', 'bias'])
 @torch.no_grad()
-def test_any_parameter_of_another_shape_type_or_order(kind, index, layer, parameter, avx512):
+def test_any_parameter_of_another_shape_type_or_order(kind, index, layer, parameter, avx):
     """No address goes to C before what lies behind it was looked at."""
     function, args, _ = CALLS[kind]()
     kept = args[index]._parameters[parameter]
@@ -224,7 +224,7 @@ def test_tokens_that_do_not_fit_the_map(compiled):
     'side, channels, shape', [(1, 20, (1, 50)), (2, 16, (10, 13)), (8, 40, (17, 33)), (3, 5, (3, 700))]
 )
 @torch.no_grad()
-def test_projection_of_patches_of_tokens(side, channels, shape, has_norm, avx512, threads):
+def test_projection_of_patches_of_tokens(side, channels, shape, has_norm, avx, threads):
     """As convolution and norm, of a map whose rest is left out and that is a part of a table."""
     table = torch.randn(2, 3 + math.prod(shape), channels)
     maps, conv = table[:, 3:].unflatten(1, shape).movedim(3, 1), nn.Conv2d(channels, 18, side, side)
@@ -244,7 +244,7 @@ def test_projection_of_patches_of_tokens(side, channels, shape, has_norm, avx512
 @pytest.mark.parametrize('has_norm', [False, True])
 @pytest.mark.parametrize('side, shape', [(4, (17, 33)), (16, (50, 40)), (1, (3, 4))])
 @torch.no_grad()
-def test_projection_of_patches_of_images(side, shape, has_norm, avx512, threads):
+def test_projection_of_patches_of_images(side, shape, has_norm, avx, threads):
     """As a convolution, of a part of an image whose rest is left out."""
     images, conv = torch.randn(2, 4, shape[0] + 2, shape[1] + 5)[:, 1:, 2:, 5:], nn.Conv2d(3, 18, side, side)
     norm = nn.LayerNorm(18) if has_norm else nn.Identity()
@@ -254,7 +254,7 @@ def test_projection_of_patches_of_images(side, shape, has_norm, avx512, threads)
 
 @pytest.mark.parametrize('of_tokens', [False, True])
 @torch.no_grad()
-def test_patch_embeddings_are_projected_by_it(of_tokens, avx512):
+def test_patch_embeddings_are_projected_by_it(of_tokens, avx):
     """The layers lie in memory as it reads them."""
     embed, tokens = PatchEmbed(16, 5, 2, of_tokens=of_tokens), torch.randn(2, 70, 16)
     maps = tokens.mT.unflatten(2, (7, 10))
@@ -327,7 +327,7 @@ PROJECTIONS = [
 
 @pytest.mark.parametrize('change, reason', PROJECTIONS)
 @torch.no_grad()
-def test_projections_that_are_left_to_torch(change, reason, avx512):
+def test_projections_that_are_left_to_torch(change, reason, avx):
     maps, conv, norm = torch.randn(1, 6, 8, 16).movedim(3, 1), conv_of_tokens(), nn.LayerNorm(4)
     assert why_not(project_patches, maps, conv, norm) is None
     assert re.match(reason, why_not(project_patches, *change(maps, conv, norm)))
@@ -352,7 +352,7 @@ def test_projections_that_are_left_to_torch(change, reason, avx512):
     ],
 )
 @torch.no_grad()
-def test_layers_of_projections_that_changed(change, reason, avx512):
+def test_layers_of_projections_that_changed(change, reason, avx):
     """After a call that the kernel took."""
     maps, conv, norm = torch.randn(1, 6, 8, 16).movedim(3, 1), conv_of_tokens(), nn.LayerNorm(4)
     assert why_not(project_patches, maps, conv, norm) is None
@@ -361,7 +361,7 @@ def test_layers_of_projections_that_changed(change, reason, avx512):
 
 
 @torch.no_grad()
-def test_epsilon_of_the_norm_is_read_anew(avx512):
+def test_epsilon_of_the_norm_is_read_anew(avx):
     maps, conv, norm = torch.randn(1, 6, 8, 16).movedim(3, 1), conv_of_tokens(), nn.LayerNorm(4)
     before = project_panels(maps, conv, norm)
     norm.eps = 1.0
@@ -371,7 +371,7 @@ def test_epsilon_of_the_norm_is_read_anew(avx512):
 
 
 @torch.no_grad()
-def test_projections_without_bias(avx512):
+def test_projections_without_bias(avx):
     maps, conv = torch.randn(2, 3, 8, 8), nn.Conv2d(3, 5, 4, 4, bias=False)
     torch.testing.assert_close(
         project_panels(maps, conv, nn.Identity()), project_patches.plain(maps, conv, nn.Identity()), **CLOSE
@@ -453,7 +453,7 @@ def test_points_and_weights_of_another_type(compiled):
 
 @pytest.mark.parametrize('batch, cells, channels', [(1, 16, 5), (3, 64, 48), (2, 1024, 16), (1, 16, 1)])
 @torch.no_grad()
-def test_transposed_tokens(batch, cells, channels, avx512, threads):
+def test_transposed_tokens(batch, cells, channels, avx, threads):
     tokens = torch.randn(batch, cells, channels)
     maps = transpose_tokens(tokens, (cells // 8, 8))
     assert torch.equal(maps, tokens.mT.unflatten(2, (cells // 8, 8))) and maps.is_contiguous()
@@ -467,5 +467,5 @@ def test_transposed_tokens(batch, cells, channels, avx512, threads):
     ],
 )
 @torch.no_grad()
-def test_cells_that_do_not_fill_vectors_are_left_to_torch(cells, shape, reason, avx512):
+def test_cells_that_do_not_fill_vectors_are_left_to_torch(cells, shape, reason, avx):
     assert why_not(to_maps, torch.randn(1, cells, 3), shape) == reason

@@ -18,18 +18,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from mmdyn.kernels import functions, stage
-from mmdyn.kernels.library import Refused, library, release
+from mmdyn.kernels.library import release
 from mmdyn.models.dge import DynamicGrainedEncoder
 from mmdyn.models.dge.router import Router
 from mmdyn.models.layers import Attention, DeformableAttention, EncoderBlock, Positions
+from mmdyn.models.replaceable import Refused
 
 CALLS, FIRST = int(os.environ.get('MMDYN_FUZZ_CALLS', 400)), int(os.environ.get('MMDYN_FUZZ_SEED', 0))
 GROUP = 50
-
-pytestmark = pytest.mark.skipif(
-    isinstance(library(), Refused) and not os.environ.get('MMDYN_REQUIRE_KERNELS'),
-    reason='there are no compiled functions',
-)
 
 
 class Case(NamedTuple):
@@ -561,7 +557,7 @@ def check(seed: int) -> str:
 
 
 @pytest.mark.parametrize('first', range(FIRST, FIRST + CALLS, GROUP))
-def test_kernels_equal_the_plain_functions(first):
+def test_kernels_equal_the_plain_functions(first, avx):
     threads, wrong, counts = torch.get_num_threads(), [], dict(ran=0, refused=0, raised=0)
     try:
         for seed in range(first, first + GROUP):

@@ -3,6 +3,7 @@ import platform
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from mmdyn.models.replaceable import Refused
 
 
 def test_missing_functions_have_a_reason(missing):
-    found = library.runs() if missing.kind == 'no AVX-512' else library.library()
+    found = library.runs() if missing.kind == 'no AVX' else library.library()
     assert isinstance(found, Refused) and re.search(missing.reason, found.reason)
     assert library.runs(half=True) == library.runs()
 
 
-def test_processors_with_matrix_units_leave_bfloat16_to_onednn(avx512, monkeypatch):
+def test_processors_with_matrix_units_leave_bfloat16_to_onednn(avx, monkeypatch):
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: True)
     library.runs.cache_clear()
     try:
@@ -79,7 +80,7 @@ COMPILED = [
 ]
 
 
-def test_command_tells_which_kernels_are_on(avx512):
+def test_command_tells_which_kernels_are_on(avx):
     text = '\n'.join(command.report())
     assert '_cpu' in text and 'float32    the stages run in compiled functions' in text
     assert [name for name in FUNCTIONS if f'mmdyn.models.{name} on cpu' in text] == FUNCTIONS
@@ -90,7 +91,7 @@ def test_command_tells_which_kernels_are_on(avx512):
 
 def test_command_tells_why_kernels_are_off(missing):
     text = '\n'.join(command.report())
-    off = COMPILED[:1] if missing.kind == 'no AVX-512' else COMPILED
+    off = COMPILED[:1] if missing.kind == 'no AVX' else COMPILED
     for name in off:
         assert re.search(rf'mmdyn.kernels.{name}: off, .*{missing.reason}', text)
     assert re.search(rf'float32 +.*{missing.reason}', text)
@@ -99,3 +100,25 @@ def test_command_tells_why_kernels_are_off(missing):
 def test_command_runs():
     ran = subprocess.run([sys.executable, '-m', 'mmdyn.kernels'], check=True, capture_output=True, text=True)
     assert ran.stdout.startswith('processor') and 'encode_blocks: ' in ran.stdout
+
+
+@pytest.mark.parametrize(
+    'runs, found',
+    [
+        (dict(_cpu=1, _cpu_avx2=1), '_cpu'),
+        (dict(_cpu=0, _cpu_avx2=1), '_cpu_avx2'),
+        (dict(_cpu=0, _cpu_avx2=0), '_cpu'),
+        (dict(_cpu=1), '_cpu'),
+        (dict(_cpu_avx2=1), '_cpu_avx2'),
+        (dict(_cpu=0), '_cpu'),
+    ],
+)
+def test_best_build_that_the_processor_runs(runs, found, monkeypatch):
+    builds = {name: SimpleNamespace(runs=lambda able=able: able) for name, able in runs.items()}
+    monkeypatch.setattr(library, 'build', lambda name: builds.get(name, Refused(f'no {name}')))
+    assert library.library.__wrapped__() is builds[found]
+
+
+def test_no_build(monkeypatch):
+    monkeypatch.setattr(library, 'build', lambda name: Refused(f'no {name}'))
+    assert library.library.__wrapped__() == Refused('no _cpu')

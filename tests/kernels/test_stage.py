@@ -86,7 +86,7 @@ def one_with_router(one):
     return make
 
 
-@pytest.mark.usefixtures('avx512')
+@pytest.mark.usefixtures('avx')
 class TestValues:
     @pytest.mark.parametrize('images, shape', MAPS)
     @pytest.mark.parametrize('kind, dim, heads, ratio', WIDTHS)
@@ -324,7 +324,7 @@ def test_odd_channels_stay_in_float32_under_autocast(one, half):
 
 
 @torch.no_grad()
-def test_autocast_to_bfloat16_without_its_instructions_goes_the_plain_way(one, avx512, monkeypatch):
+def test_autocast_to_bfloat16_without_its_instructions_goes_the_plain_way(one, avx, monkeypatch):
     stage, tokens = one()
     monkeypatch.setattr('mmdyn.kernels.stage.runs', lambda half: Refused('no instructions') if half else None)
     with torch.autocast('cpu', torch.bfloat16):
@@ -350,7 +350,7 @@ LAYERS = [
 ]
 
 
-@pytest.mark.usefixtures('avx512')
+@pytest.mark.usefixtures('avx')
 class TestRefusedLayers:
     """Each change comes after a call that the kernel took, which it remembers."""
 
@@ -541,7 +541,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.usefixtures('avx512')
+@pytest.mark.usefixtures('avx')
 class TestRefusedWeights:
     """No address goes to C before what lies behind it was looked at."""
 
@@ -643,7 +643,7 @@ class TestRefusedWeights:
             run_blocks(stage, tokens, SHAPE)
 
 
-@pytest.mark.usefixtures('avx512')
+@pytest.mark.usefixtures('avx')
 class TestRefusedRouters:
     @pytest.mark.parametrize(
         'change, reason',
@@ -742,7 +742,7 @@ def under_global_hook(stage, tokens):
         handle.remove()
 
 
-@pytest.mark.usefixtures('avx512')
+@pytest.mark.usefixtures('avx')
 class TestRefusedCalls:
     @pytest.mark.parametrize(
         'ask, reason',
@@ -842,7 +842,7 @@ def test_transforms_of_functions_have_the_right_values(one):
 @pytest.mark.parametrize('images, shape', [(1, (1, 1)), (1, (10, 13)), (4, (3, 7)), (3, (5, 10))])
 @pytest.mark.parametrize('kernel', ['encode_blocks', 'run_in_pieces'])
 @torch.no_grad()
-def test_class_attention(kernel, kind, num_extra, dim, heads, images, shape, make_block, stage_of, avx512, threads):
+def test_class_attention(kernel, kind, num_extra, dim, heads, images, shape, make_block, stage_of, avx, threads):
     """Of each block, what the first query of each image attends to; as the plain body has it in float64."""
     if kind == 'reduced' and min(shape) < 2:
         shape = (2, 3)
@@ -860,7 +860,7 @@ def test_class_attention(kernel, kind, num_extra, dim, heads, images, shape, mak
 
 
 @torch.no_grad()
-def test_class_attention_of_other_blocks(make_block, stage_of, avx512):
+def test_class_attention_of_other_blocks(make_block, stage_of, avx):
     tokens, rows = torch.randn(2, math.prod(SHAPE), 12), []
     for stage in (stage_of(make_block('deformable')), stage_of(make_block(), dge=[DynamicGrainedEncoder(12).eval()])):
         for function in (encode_blocks, run_in_pieces):

@@ -48,7 +48,7 @@ def plain(model, images):
 
 @pytest.mark.parametrize('options', [{}, dict(qkv_bias=False), dict(reg_tokens=3), dict(drop_path_rate=0.5)])
 @pytest.mark.parametrize('batch', [1, 3])
-def test_equals_the_plain_path(options, batch, make, why_not, avx512):
+def test_equals_the_plain_path(options, batch, make, why_not, avx):
     model, images = make(**options), torch.randn(batch, 3, 40, 40)
     assert why_not(model) is None
     expected, queries = plain(model, images), mmdyn.cost(model).spent
@@ -61,7 +61,7 @@ def test_equals_the_plain_path(options, batch, make, why_not, avx512):
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_the_caller_keeps_is_not_overwritten(make, avx512):
+def test_what_the_caller_keeps_is_not_overwritten(make, avx):
     model, kept = make(dict(granularities=(1, 2), dense_layers=('blocks.1',))), []
     for block in model.blocks:
         block.register_forward_hook(lambda _, args, output: kept.append((args[0], args[0].clone(), output)))
@@ -80,7 +80,7 @@ def test_what_the_caller_keeps_is_not_overwritten(make, avx512):
         (dict(mlp_layer=timm.layers.SwiGLU), 'blocks.0.mlp is a SwiGLU, not a Mlp'),
     ],
 )
-def test_variants_are_refused(options, reason, make, why_not, avx512):
+def test_variants_are_refused(options, reason, make, why_not, avx):
     model = make(**options)
     assert reason in why_not(model)
     images = torch.randn(2, 3, 40, 40)
@@ -95,14 +95,14 @@ def test_variants_are_refused(options, reason, make, why_not, avx512):
     (lambda block: setattr(block.attn, 'scale', 1.0), 'blocks.1.attn scales its scores in another way'),
     (lambda block: block.norm1.double(), 'blocks.1.norm1.weight is float64, not float32'),
 ])  # fmt: skip
-def test_changes_are_noticed(change, reason, make, why_not, avx512):
+def test_changes_are_noticed(change, reason, make, why_not, avx):
     model = make()
     assert why_not(model) is None
     change(model.blocks[1])
     assert reason in why_not(model)
 
 
-def test_other_families_tell_why_they_run_in_plain_pytorch(avx512):
+def test_other_families_tell_why_they_run_in_plain_pytorch(avx):
     model = timm.create_model('pvt_v2_b0', depths=(1,), embed_dims=(16,), num_heads=(1,), sr_ratios=(2,)).eval()
     (stage,) = applied_to(mmdyn.apply_dge(model))[0].stages
     with torch.inference_mode():

@@ -1,5 +1,5 @@
 #include "common.h"
-#if HAS_AVX512
+#if HAS_VECTORS
 #include "attention.h"
 #include "sampling.h"
 #include <math.h>
@@ -9,24 +9,23 @@ TARGET void attend(const Encoding *e, const Panel *panel, int64_t head, Vector *
     float scale = 1 / sqrtf((float)dim);
     const Vector *query = panel->matrix[Q] + head * dim * ld;
     Vector *out = panel->matrix[A] + head * dim * ld, *scores = scratch, *sums = scratch + keys * MAX_VECTORS;
-    Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t start = 0, stop; start < panel->count; start = stop) {
         while (e->ends[image] <= panel->first + start) image++;
         stop = min(e->ends[image] - panel->first, panel->count);
         const float *key = e->kv + image * keys * row + head * dim, *value = key + e->block.dim;
         /* Vectors that have queries of the image, and perhaps of its neighbours. */
         int64_t first = start / LANES, vectors = ceil_div(stop, LANES) - first;
-        Product *product = product_of(stop - first * LANES);
-        product(key, row, 1, keys, dim, query + first, ld, 0, scores, vectors, 0);
+        int64_t columns = stop - first * LANES;
+        product(columns, key, row, 1, keys, dim, query + first, ld, 0, scores, vectors, 0);
         Vector factors[MAX_VECTORS];
         for (int64_t r = 0; r < vectors; r++) factors[r] = softmax(scores + r, keys, vectors, scale);
         if (e->block.class_rows && panel->first + start == (image ? e->ends[image - 1] : 0)) {
             float *weights = e->block.class_rows + (image * e->block.heads + head) * keys;
             for (int64_t j = 0, i = start % LANES; j < keys; j++) weights[j] = scores[j * vectors][i] * factors[0][i];
         }
-        product(value, 1, row, dim, keys, scores, vectors, 0, sums, vectors, 0);
+        product(columns, value, 1, row, dim, keys, scores, vectors, 0, sums, vectors, 0);
         for (int64_t r = 0; r < vectors; r++) {
-            Integers place = lane + (int32_t)((first + r) * LANES);
+            Integers place = LANE_NUMBERS + (int32_t)((first + r) * LANES);
             Integers is_image = (place >= (int32_t)start) & (place < (int32_t)stop);
             for (int64_t c = 0; c < dim; c++) {
                 Vector *target = out + c * ld + first + r;

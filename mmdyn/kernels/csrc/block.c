@@ -1,5 +1,5 @@
 #include "common.h"
-#if HAS_AVX512
+#if HAS_VECTORS
 #include "attention.h"
 #include "projection.h"
 
@@ -206,7 +206,7 @@ static void encode_block(const Block *b, float *workspace) {
         for (int64_t i = 0; i < b->map.images; i++) b->lengths[i] = e.size;
     e.queries = 0;
     for (int64_t i = 0; i < b->map.images; i++) e.ends[i] = e.queries += b->lengths[i];
-    if (b->is_bfloat16) {
+    if (HAS_BFLOAT16 && b->is_bfloat16) {
         Block given = *b;
         Parameters *from[LAYERS], *to[LAYERS];
         int64_t counts[LAYERS];

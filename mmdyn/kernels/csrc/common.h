@@ -2,12 +2,12 @@
 #pragma once
 #include <stdint.h>
 
-/* Whether the compiler knows AVX-512, with GCC's vectors. */
+/* Whether the compiler knows the instructions of the encoder, with GCC's vectors. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_AVX512 1
+#define HAS_VECTORS 1
 #define MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
-#define HAS_AVX512 0
+#define HAS_VECTORS 0
 #define MULTIVERSION
 #endif
 

@@ -28,13 +28,20 @@ EXPORT void layout(int64_t *numbers) {
 /* Whether this processor has the instructions of the encoder, and those for bfloat16. */
 EXPORT int runs(void);
 EXPORT int runs_half(void);
-#if HAS_AVX512
-int runs(void) {
+#if HAS_VECTORS
+#include "vectors.h"
+static int has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+           __builtin_cpu_supports("avx512vl");
 }
 
-int runs_half(void) { return runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+int runs(void) {
+    return __builtin_cpu_supports("fma") && (LANES == 16 ? has_avx512() : __builtin_cpu_supports("avx2"));
+}
+
+int runs_half(void) {
+    return HAS_BFLOAT16 && runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
+}
 #else
 int runs(void) { return 0; }
 int runs_half(void) { return 0; }

@@ -1,5 +1,5 @@
 #include "common.h"
-#if HAS_AVX512
+#if HAS_VECTORS
 #include "panels.h"
 
 /* Rows of weights that a thread of a team takes at a time; panels of a thread that are few; numbers of weights that stay
@@ -9,7 +9,7 @@ enum { CHUNK = 24, FEW_PANELS = 10, CACHED_WEIGHTS = 1 << 21, IDLE_WEIGHTS = 150
 TARGET void linear(const Thread *t, const Panel *panels, int64_t num, Parameters p, int64_t rows, int64_t length,
                    int from, int to, int has_gelu, int is_bfloat16) {
     int64_t chunk = t->size > 1 ? CHUNK : rows, chunks = ceil_div(rows, chunk);
-    if (is_bfloat16) {
+    if (HAS_BFLOAT16 && is_bfloat16) {
         COLUMNS(panels, num, i) {
             const Panel *panel = panels + i / MAX_VECTORS;
             int64_t r = i % MAX_VECTORS;
@@ -22,12 +22,12 @@ TARGET void linear(const Thread *t, const Panel *panels, int64_t num, Parameters
         int64_t ld = panel->vectors, begin = i / num * chunk, count = min(chunk, rows - begin);
         const float *bias = p.bias ? p.bias + begin : 0;
         Vector *out = panel->matrix[to] + begin * ld;
-        if (is_bfloat16)
+        if (HAS_BFLOAT16 && is_bfloat16)
             bfloat16_product_of(ld)((const int32_t *)p.weight + begin * length / 2, count, length / 2,
                                     (const __m512i *)panel->matrix[P], bias, out);
         else
-            product_of(panel->count)(p.weight + begin * length, length, 1, count, length, panel->matrix[from], ld, bias,
-                                     out, ld, t->prefetch);
+            product(panel->count, p.weight + begin * length, length, 1, count, length, panel->matrix[from], ld, bias,
+                    out, ld, t->prefetch);
         if (has_gelu)
             for (int64_t j = 0; j < count * ld; j++) out[j] = gelu(out[j]);
     }

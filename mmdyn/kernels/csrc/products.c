@@ -1,5 +1,5 @@
 #include "common.h"
-#if HAS_AVX512
+#if HAS_VECTORS
 #include "products.h"
 #include <string.h>
 
@@ -23,7 +23,7 @@ INLINE void tile(const float *weight, int64_t row, int64_t step, int64_t length,
         if (NARROW) rest[i] = (HalfVector){} + (bias ? bias[i] : 0.f);
     }
     for (int64_t j = 0; j < length; j++) {
-        if (step == 1 && j % LANES == 0) /* the rows of the next tile */
+        if (step == 1 && j % (CACHE_LINE / (int)sizeof(float)) == 0) /* the rows of the next tile */
             UNROLL for (int i = 0; i < ROWS; i++) __builtin_prefetch(weight + (i + ROWS) * row + j, 0, 2);
         UNROLL for (int i = 0; i < ROWS; i++) {
             UNROLL for (int r = 0; r < WHOLE; r++) sum[i * R + r] += weight[i * row + j * step] * x[j * ldx + r];
@@ -48,13 +48,17 @@ INLINE void tiles(const float *weight, int64_t row, int64_t step, int64_t rows, 
     for (; i < rows; i++) NEXT(1);
 }
 
-/* ROWS * R sums take as many registers as there are. */
+typedef void Product(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length, const Vector *x,
+                     int64_t ldx, const float *bias, Vector *out, int64_t ldo, Prefetch *prefetch);
+
+/* ROWS * R sums, the vectors that they are made of and a weight take as many registers as there are. */
 #define PRODUCT(NAME, R, ROWS, NARROW)                                                                                 \
     TARGET static void NAME##R(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length,           \
                                const Vector *x, int64_t ldx, const float *bias, Vector *out, int64_t ldo,              \
                                Prefetch *prefetch) {                                                                   \
         tiles(weight, row, step, rows, length, x, ldx, bias, out, ldo, prefetch, ROWS, R, NARROW);                     \
     }
+#if LANES == 16
 PRODUCT(whole, 1, 8, 0)
 PRODUCT(whole, 2, 12, 0)
 PRODUCT(whole, 3, 8, 0)
@@ -64,13 +68,34 @@ PRODUCT(narrow, 2, 12, 1)
 PRODUCT(narrow, 3, 8, 1)
 PRODUCT(narrow, 4, 6, 1)
 
-Product *product_of(int64_t columns) {
+void product(int64_t columns, const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length,
+             const Vector *x, int64_t ldx, const float *bias, Vector *out, int64_t ldo, Prefetch *prefetch) {
     static Product *const whole[] = {0, whole1, whole2, whole3, whole4};
     static Product *const narrow[] = {0, narrow1, narrow2, narrow3, narrow4};
     int64_t vectors = ceil_div(columns, LANES);
-    return vectors * LANES - columns < LANES / 2 ? whole[vectors] : narrow[vectors];
+    Product *of_columns = vectors * LANES - columns < LANES / 2 ? whole[vectors] : narrow[vectors];
+    of_columns(weight, row, step, rows, length, x, ldx, bias, out, ldo, prefetch);
 }
+#else
+PRODUCT(whole, 1, 8, 0)
+PRODUCT(whole, 2, 6, 0)
+PRODUCT(whole, 3, 4, 0)
 
+/* Two or three vectors at a time, and so many rows that their weights stay in cache from the first vectors to the last. */
+void product(int64_t columns, const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length,
+             const Vector *x, int64_t ldx, const float *bias, Vector *out, int64_t ldo, Prefetch *prefetch) {
+    static Product *const whole[] = {0, whole1, whole2, whole3};
+    enum { ROWS = 12 };
+    for (int64_t i = 0; i < rows; i += ROWS)
+        for (int64_t r = 0, vectors = ceil_div(columns, LANES), some; r < vectors; r += some) {
+            some = vectors - r <= 3 ? vectors - r : 2;
+            whole[some](weight + i * row, row, step, min(rows - i, ROWS), length, x + r, ldx, bias ? bias + i : 0,
+                        out + i * ldo + r, ldo, r ? 0 : prefetch);
+        }
+}
+#endif
+
+#if LANES == 16
 /* The last tile begins earlier if there are enough rows; otherwise it repeats the last row. */
 #define BFLOAT16_PRODUCT(R, ROWS)                                                                                      \
     TARGET_BFLOAT16 static void bfloat16_product##R(const int32_t *weight, int64_t rows, int64_t length,               \
@@ -124,4 +149,5 @@ TARGET_BFLOAT16 void round_weights(const float *weight, int64_t count, uint16_t 
             memcpy(rounded + begin, &half, left * sizeof(*rounded));
     }
 }
+#endif
 #endif

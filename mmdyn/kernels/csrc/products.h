@@ -1,8 +1,8 @@
-/* Products of weights, as torch keeps them, with a matrix of up to 4 vectors of columns. */
+/* Products of weights, as torch keeps them, with a matrix of up to 64 columns. */
 #pragma once
 #include "vectors.h"
 
-enum { MAX_VECTORS = 4 };
+enum { MAX_VECTORS = 64 / LANES };
 
 /* Memory that the thread reads or writes soon. A product fetches some lines of it for each row that it makes, so that the
  * memory arrives while the product computes. */
@@ -13,15 +13,13 @@ typedef struct {
 
 enum { PREFETCHES = 2, CACHE_LINE = 64 };
 
-/* out (rows, vectors) = weight (rows, length) * x (length, vectors) + bias (rows), which may be 0.
+/* out (rows, columns) = weight (rows, length) * x (length, columns) + bias (rows), which may be 0. Whole vectors are
+ * written.
  *
  * Rows of the weights are row numbers apart, their columns step; rows of x and out are ldx and ldo vectors apart.
  */
-typedef void Product(const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length, const Vector *x,
-                     int64_t ldx, const float *bias, Vector *out, int64_t ldo, Prefetch *prefetch);
-
-/* The product for so many columns. */
-Product *product_of(int64_t columns);
+void product(int64_t columns, const float *weight, int64_t row, int64_t step, int64_t rows, int64_t length,
+             const Vector *x, int64_t ldx, const float *bias, Vector *out, int64_t ldo, Prefetch *prefetch);
 
 /* The same in bfloat16, with sums in float32. Weights and x are pairs of two numbers, of which length counts half as many;
  * nothing lies between rows. */

@@ -1,5 +1,5 @@
 #include "common.h"
-#if HAS_AVX512
+#if HAS_VECTORS
 #include "panels.h"
 #include "projection.h"
 #include <math.h>
@@ -48,7 +48,7 @@ TARGET static void write_scores(const Projection *g, const float *const *segment
                                 int64_t ld) {
     int64_t segments = g->outer * g->inner, tokens = g->images * g->height * g->width * segments;
     Vector sums[g->num_options * MAX_VECTORS];
-    product_of(count)(g->router, g->length, 1, g->num_options, g->length, x, ld, 0, sums, ld, 0);
+    product(count, g->router, g->length, 1, g->num_options, g->length, x, ld, 0, sums, ld, 0);
     for (int64_t k = 0; k < g->num_options; k++) {
         const float *sum = (const float *)(sums + k * ld);
         float *scores = g->scores + k * tokens;

@@ -1,11 +1,11 @@
 #include "common.h"
-#if HAS_AVX512
+#if HAS_VECTORS
 #include "vectors.h"
 
 /* In a matrix of blocks of side x side numbers, swap the upper right and the lower left block of each 2 x 2. */
 INLINE void swap_blocks(Vector *rows, int side) {
-    Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    /* Shuffles number the lanes of both vectors, 0 to 15 and 16 to 31. */
+    Integers lane = LANE_NUMBERS;
+    /* Shuffles number the lanes of both vectors, first those of the first. */
     Integers left = lane + (((lane & side) != 0) & (LANES - side)), right = left + side;
     UNROLL for (int i = 0; i < LANES; i++) {
         if (i & side) continue;
@@ -15,8 +15,8 @@ INLINE void swap_blocks(Vector *rows, int side) {
     }
 }
 
-INLINE void transpose_16x16(Vector *rows) {
-    swap_blocks(rows, 8);
+INLINE void transpose(Vector *rows) {
+    if (LANES == 16) swap_blocks(rows, 8);
     swap_blocks(rows, 4);
     swap_blocks(rows, 2);
     swap_blocks(rows, 1);
@@ -26,7 +26,7 @@ TARGET void load_rows(const float *const *rows, int64_t count, int64_t channels,
     for (int64_t c = 0; c < channels; c += LANES) {
         Vector block[LANES];
         for (int i = 0; i < LANES; i++) block[i] = i < count ? load_lanes(rows[i] + c, channels - c) : (Vector){};
-        transpose_16x16(block);
+        transpose(block);
         UNROLL for (int i = 0; i < LANES; i++)
             if (c + i < channels) out[(c + i) * ld] = block[i];
     }
@@ -37,7 +37,7 @@ TARGET void store_rows(const Vector *in, int64_t ld, int64_t count, int64_t chan
     for (int64_t c = 0; c < channels; c += LANES) {
         Vector block[LANES];
         UNROLL for (int i = 0; i < LANES; i++) block[i] = c + i < channels ? in[(c + i) * ld] : (Vector){};
-        transpose_16x16(block);
+        transpose(block);
         for (int64_t i = 0; i < count; i++) {
             if (base[i]) block[i] += load_lanes(base[i] + c, channels - c);
             store_lanes(rows[i] + c, channels - c, block[i]);
@@ -51,7 +51,7 @@ TARGET void layer_norm(const Vector *x, int64_t ld, int64_t channels, Parameters
     Vector mean = (sums[0] + sums[1] + sums[2] + sums[3]) / (float)channels;
     BY_CHAINS(channels, c, i) squares[i] += (x[c * ld] - mean) * (x[c * ld] - mean);
     Vector variance = (squares[0] + squares[1] + squares[2] + squares[3]) / (float)channels;
-    Vector factor = 1.f / (Vector)_mm512_sqrt_ps(variance + eps);
+    Vector factor = 1.f / sqrt_lanes(variance + eps);
     for (int64_t c = 0; c < channels; c++) out[c * ld] = (x[c * ld] - mean) * factor * p.weight[c] + p.bias[c];
 }
 

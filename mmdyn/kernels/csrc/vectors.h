@@ -1,19 +1,29 @@
-/* Vectors of 16 float32: what is computed lane by lane, and the ways from and to rows of channels. */
+/* Vectors of LANES float32: what is computed lane by lane, and the ways from and to rows of channels. All is compiled twice,
+ * for AVX-512 and, with 8 lanes, for AVX2. */
 #pragma once
 #include "common.h"
 #include <immintrin.h>
 
+#ifndef LANES
+#define LANES 16
+#endif
+#if LANES == 16
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,fma,prefer-vector-width=512")))
+#define LANE_NUMBERS ((Integers){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+#else
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANE_NUMBERS ((Integers){0, 1, 2, 3, 4, 5, 6, 7})
+#endif
 #define TARGET_BFLOAT16                                                                                                \
     __attribute__((target("avx512f,avx512dq,avx512vl,fma,avx512bw,avx512bf16,prefer-vector-width=512")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #define UNROLL _Pragma("GCC unroll 24")
 
-enum { LANES = 16 };
-typedef float Vector __attribute__((vector_size(64)));
-typedef float HalfVector __attribute__((vector_size(32)));
-typedef float UnalignedVector __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Integers __attribute__((vector_size(64)));
+enum { HAS_BFLOAT16 = LANES == 16 };
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef float HalfVector __attribute__((vector_size(2 * LANES)));
+typedef float UnalignedVector __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 /* Sums over many rows are split into chains, so that an addition does not wait for the one before: row c goes to sum i. */
 enum { CHAINS = 4 };
@@ -21,7 +31,20 @@ enum { CHAINS = 4 };
     for (int64_t c##_begin = 0; c##_begin < (rows); c##_begin += CHAINS)                                               \
     UNROLL for (int64_t i = 0, c = c##_begin; i < CHAINS; i++, c++) if (c < (rows))
 
+#if LANES == 16
 INLINE __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << min(LANES, count)) - 1); }
+INLINE Vector load_first(const float *row, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), row); }
+INLINE void store_first(float *row, int64_t count, Vector v) { _mm512_mask_storeu_ps(row, first_lanes(count), v); }
+INLINE Vector sqrt_lanes(Vector x) { return _mm512_sqrt_ps(x); }
+/* NaN if b is. */
+INLINE Vector max_lanes(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+#else
+INLINE __m256i first_lanes(int64_t count) { return (__m256i)(LANE_NUMBERS < (int32_t)min(LANES, count)); }
+INLINE Vector load_first(const float *row, int64_t count) { return _mm256_maskload_ps(row, first_lanes(count)); }
+INLINE void store_first(float *row, int64_t count, Vector v) { _mm256_maskstore_ps(row, first_lanes(count), v); }
+INLINE Vector sqrt_lanes(Vector x) { return _mm256_sqrt_ps(x); }
+INLINE Vector max_lanes(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+#endif
 
 /* The next numbers of a row of which so many are left; the other lanes are zeros. Sanitizers do not see masked loads and
  * stores. */
@@ -31,7 +54,7 @@ INLINE Vector load_lanes(const float *row, int64_t left) {
     for (int i = 0; i < min(LANES, left); i++) lanes[i] = row[i];
     return lanes;
 #else
-    return (Vector)_mm512_maskz_loadu_ps(first_lanes(left), row);
+    return load_first(row, left);
 #endif
 }
 
@@ -39,16 +62,13 @@ INLINE void store_lanes(float *row, int64_t left, Vector lanes) {
 #ifdef __SANITIZE_ADDRESS__
     for (int i = 0; i < min(LANES, left); i++) row[i] = lanes[i];
 #else
-    _mm512_mask_storeu_ps(row, first_lanes(left), lanes);
+    store_first(row, left, lanes);
 #endif
 }
 
 INLINE Vector select_lanes(Integers mask, Vector a, Vector b) {
     return (Vector)(((Integers)a & mask) | ((Integers)b & ~mask));
 }
-
-/* NaN if b is. */
-INLINE Vector max_lanes(Vector a, Vector b) { return (Vector)_mm512_max_ps(a, b); }
 
 /* 2^n times a polynomial of the rest, as in the Cephes library; NaN stays. */
 INLINE Vector exponential(Vector x) {
@@ -76,7 +96,7 @@ INLINE Vector gelu(Vector x) {
     return max_lanes((Vector){}, x) - size * (0.5f * sum * t * exponential(-0.5f * x * x));
 }
 
-/* Channels 0, 1, ... of up to 16 rows become vectors that are ld vectors apart; lanes without a row are zeros. */
+/* Channels 0, 1, ... of up to LANES rows become vectors that are ld vectors apart; lanes without a row are zeros. */
 void load_rows(const float *const *rows, int64_t count, int64_t channels, Vector *out, int64_t ld);
 
 /* The reverse; rows of base, where they are not 0, are added. */
