@@ -5,10 +5,12 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -46,6 +48,12 @@ BACKBONES = {
         arch=dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(2, 3), mlp_ratios=(2, 3), num_points=(4, 2)),
     ),
 }
+FIND_BASE = Config._get_cfg_path
+
+
+@cache
+def find_base_of_framework(name):
+    return FIND_BASE(name, '')
 
 
 def pytest_runtest_setup(item):
@@ -91,6 +99,23 @@ def same_start():
     """Each test begins with the same random numbers and the same registry scope, whatever ran before."""
     torch.manual_seed(0)
     init_default_scope('mmpretrain')
+
+
+@pytest.fixture
+def bases(monkeypatch):
+    """Search a framework's metafiles for each base of a config once."""
+    monkeypatch.setattr(
+        Config,
+        '_get_cfg_path',
+        staticmethod(lambda name, config: find_base_of_framework(name) if '::' in name else FIND_BASE(name, config)),
+    )
+
+
+@pytest.fixture
+def quick(bases, monkeypatch):
+    """Spare what a test does not look at: initial weights, and the search for bases of configs."""
+    for name in ('kaiming_uniform_', 'normal_', 'trunc_normal_', 'uniform_', 'xavier_uniform_'):
+        monkeypatch.setattr(nn.init, name, lambda weight, *args, **kwargs: weight)
 
 
 @pytest.fixture(params=['pvt', 'deit'])

@@ -29,7 +29,6 @@ SMALL = dict(
     mlp_ratios=(1, 1, 1, 1),
     sr_ratios=(8, 4, 2, 1),
 )
-FIND_BASE = Config._get_cfg_path
 
 
 @functools.cache
@@ -37,23 +36,6 @@ def metafile_models():
     index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
     metafiles = [yaml.safe_load((ROOT / name).read_text()) for name in index['Import']]
     return {model['Config']: model for metafile in metafiles for model in metafile['Models']}
-
-
-@functools.cache
-def find_base_of_framework(name):
-    return FIND_BASE(name, '')
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Spare what a test does not look at: initial weights, and the search in a framework's metafiles for each base."""
-    monkeypatch.setattr(
-        Config,
-        '_get_cfg_path',
-        staticmethod(lambda name, config: find_base_of_framework(name) if '::' in name else FIND_BASE(name, config)),
-    )
-    for name in ('kaiming_uniform_', 'normal_', 'trunc_normal_', 'uniform_', 'xavier_uniform_'):
-        monkeypatch.setattr(nn.init, name, lambda weight, *args, **kwargs: weight)
 
 
 def innermost(dataset):

@@ -6,9 +6,11 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from functools import cache
 from importlib import import_module
@@ -18,19 +20,13 @@ import pytest
 import yaml
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, TRANSFORMS, init_default_scope
+from pages import FENCE, PAGES, ROOT, all_commands, blocks, commands, text_of
 
 import mmdyn
 from mmdyn.analysis.flops import build_model
 from mmdyn.analysis.report import summary
 
-ROOT = Path(mmdyn.__file__).parents[1]
-PAGES = [
-    path.relative_to(ROOT)
-    for pattern in ('*.md', 'docs/*.md', 'docs/api/*.md', 'configs/*/README.md')
-    for path in sorted(ROOT.glob(pattern))
-]
 hooks = runpy.run_path(str(ROOT / 'tools/docs_tools/site_hooks.py'))
-FENCE = re.compile(r'^```(\w*)\n(.*?)^```', re.DOTALL | re.MULTILINE)
 # Of programs that are not ours, what the pages may call; each is run by a user's hands alone.
 FOREIGN = ('git', 'cd', '.venv/bin/pre-commit', '.venv/bin/ruff', 'find', 'xargs')
 # Tools whose command lines are run by another test than tests/tools/test_<name>.py.
@@ -41,15 +37,22 @@ TESTED_BY = {
     'tools/dist_test.sh': 'tests/tools/test_dist.py',
     'tools/docs_tools/drawings.py': 'tests/test_docs.py',
 }
-
-
-def text_of(page):
-    return (ROOT / page).read_text()
-
-
-def blocks(language, pages=PAGES):
-    """(page, code) of each block of a language."""
-    return [(page, code) for page in pages for name, code in FENCE.findall(text_of(page)) if name == language]
+# Targets of the Makefile that no check of a change runs, and why; `make -n` tells what they would.
+NOT_CHECKED = {
+    'demo': 'minutes of training',
+    'demo-det': 'minutes of training',
+    'demo-seg': 'minutes of training',
+    'demo-cls-cf': 'minutes of training',
+    'bench': 'half an hour on a machine that does nothing else',
+    'results': 'hours of training',
+    'results-time': 'a machine that does nothing else',
+    'docs': 'packages of its own',
+    'sanitize': 'an hour',
+    'test-forks': 'packages of its own',
+    'test-oldest': 'packages of its own',
+    'gpu-kit': 'wheels for another machine',
+    'clean': 'it removes what runs the tests',
+}
 
 
 def anchor(heading):
@@ -72,24 +75,6 @@ def test_links_lead_somewhere(page):
         if target and target.endswith('.md') and fragment not in anchors(target):
             wrong.append(f'{link}#{fragment}')
     assert wrong == []
-
-
-def commands(text):
-    """The command lines of a shell block, without comments and continued lines joined."""
-    text = re.sub(r'\\\n|\n +(?=\[?--)', ' ', text)
-    lines = (re.sub(r'(^|\s)#.*', '', line).strip() for line in text.splitlines())
-    return [part for line in lines if line for part in re.split(r'\s(?:&&|\|)\s', line)]
-
-
-def all_commands():
-    """(page, command) of all blocks, and of what is written inline as a command."""
-    for page, code in blocks('bash'):
-        yield from ((page, command) for command in commands(code))
-    for page in PAGES:
-        for code in re.findall(r'(?<!`)`([^`]+)`(?!`)', FENCE.sub('', text_of(page))):
-            code = re.sub(r'\s+', ' ', code)
-            if re.match(r'([A-Z_]+=\S+ )*(python|mim|make|bash|pip)\s', code):
-                yield from ((page, command) for command in commands(code))
 
 
 class Parsed(Exception):
@@ -219,6 +204,31 @@ def test_commands_exist_with_their_options():
 )
 def test_what_is_wrong_with_a_command(command, why):
     assert list(what_is_wrong(command)) == [why] * (why is not None)
+
+
+def test_the_checks_of_each_change_are_those_of_the_pages():
+    """.ci/run calls `make test`, which calls the others."""
+    rules = dict(re.findall(r'^(test|lint|run-tests): (\w+)$', text_of('Makefile'), re.MULTILINE))
+    assert rules == {'test': 'lint', 'lint': 'setup', 'run-tests': 'setup'}
+    assert re.search(r'^(\w+=\w+ )?make test$', text_of('.ci/run'), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    'target', sorted({word for _, command in all_commands() for word in command.split()[1:] if command[:5] == 'make '})
+)
+def test_targets_call_what_there_is(target):
+    """What `make` would run has the tools, configs and options that there are, if it is not run by the checks."""
+    if '=' in target or not re.fullmatch(r'[a-z-]+', target):
+        pytest.skip('a variable')
+    assert target in NOT_CHECKED or target in ('test', 'lint', 'setup')
+    # What the `make` that runs the tests was told is not for this one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith('MAKE')}
+    printed = subprocess.run(
+        ['make', '-n', target], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    called = [command for command in commands(printed) if re.match(r'\S+/python tools/', command)]
+    assert [(command, why) for command in called for why in what_is_wrong(command)] == []
+    assert bool(called) == (target.startswith(('demo', 'bench', 'results')))
 
 
 def test_each_documented_tool_is_run_by_a_test():

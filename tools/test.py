@@ -34,8 +34,11 @@ def main() -> None:
         hook = cfg.default_hooks.get('visualization')
         if hook is None:
             raise ValueError(f'--show-dir needs a visualization hook in the default_hooks of {args.config}.')
+        of_mmpretrain = cfg.default_scope == 'mmpretrain'
+        if args.tta and of_mmpretrain:
+            raise ValueError("--show-dir with --tta: mmpretrain's hook cannot draw several views; leave one out.")
         # mmpretrain's hook calls its options otherwise than mmdet's and mmseg's.
-        hook.update(dict(enable=True, out_dir=args.show_dir) if cfg.default_scope == 'mmpretrain' else dict(draw=True))
+        hook.update(dict(enable=True, out_dir=args.show_dir) if of_mmpretrain else dict(draw=True))
         cfg.visualizer.update(save_dir=args.show_dir)
         output_folder(args.show_dir)
     if args.tta:

@@ -1,5 +1,7 @@
 """Train the model of a config, whatever its task."""
 
+from mmengine.device import get_device
+
 import mmdyn  # noqa: F401
 from mmdyn.engine.command import check_checkpoint, command
 from mmdyn.engine.launch import build_runner, config_parser, load_config
@@ -15,6 +17,8 @@ def main() -> None:
 
     cfg = load_config(args)
     if args.amp:
+        if get_device() == 'cpu':
+            raise ValueError('--amp: mmengine trains so on a GPU alone, and torch finds none; leave it out.')
         cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=cfg.optim_wrapper.get('loss_scale', 'dynamic'))
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume == 'auto' else args.resume
