@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
+from torch.utils.data import DataLoader
 
 from mmdyn import datasets, engine, evaluation, models
 from mmdyn.analysis import budget, flops, latency, passes, synthetic, threshold, trace
@@ -175,7 +176,8 @@ TARGETS = {
         synthetic.synthetic_choice, regions=(4, 4), granularities=(1, 2), query_ratio=0.5, pattern='random'
     ),
     'calibrate': known(budget.calibrate, measure=measure, budgets=[0.5]),
-    'spend': known(budget.spend, model=models.DeiT(PLAIN, 32, patch_size=4, dge={}), batches=[], most=3),
+    'evenly_spaced': known(budget.evenly_spaced, loader=DataLoader([0, 1]), most=3),
+    'spend': known(budget.spend, model=models.DeiT(PLAIN, 32, patch_size=4, dge={}), batches=[]),
     'count_macs': known(flops.count_macs, model=MODEL, shape=(8, 8)),
     'family_and_size': known(passes.family_and_size, name='PVT-tiny'),
     'interleaved_times': known(latency.interleaved_times, cases={}, rounds=1),
@@ -189,7 +191,7 @@ TARGETS = {
 }
 # Arguments that are no options, but what a program hands over, and those of frameworks.
 HANDED = {'self', 'cls', 'args', 'kwargs', 'options', 'attn', 'model', 'measure', 'batches', 'cases', 'of', 'image'}
-HANDED |= {'allowed', 'mask', 'family', 'backbone', 'module', 'device'}
+HANDED |= {'allowed', 'mask', 'family', 'backbone', 'module', 'device', 'loader'}
 
 
 def test_all_that_a_config_names_is_tried():
@@ -279,7 +281,7 @@ def test_any_value_is_taken_or_refused(name):
         ('CocoDataset', dict(metainfo=dict(classes='cat')), r"mmdyn.CocoDataset: metainfo has classes='cat': give a s"),
         ('BaseSegDataset', dict(metainfo=dict(classes=3)), 'mmdyn.BaseSegDataset: metainfo has classes=3: give a s'),
         ('calibrate', dict(budgets=[]), r'budgets=\[\]: give a list of query ratios, e.g. \[0.3, 0.5\]'),
-        ('spend', dict(most=3), 'no images to measure what the model spends: give a test set that has some'),
+        ('spend', {}, 'no images to measure what the model spends: give a test set that has some'),
         ('split_pixels', dict(regions=[0.5]), r'regions=\[0.5\]: give the indices of patches, a list of integers'),
     ],
 )

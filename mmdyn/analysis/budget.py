@@ -10,6 +10,7 @@ import torch
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner, TestLoop
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 from ..evaluation import DynamicFLOPs
 from ..models.backbones.base import DynamicStages, find_backbones
@@ -81,15 +82,27 @@ def average(meter: CostMeter, images: int) -> Spent:
     )
 
 
-def spend(model: nn.Module, batches: Iterable[Any], most: int) -> Spent:
-    """What a model spends on the first images, at least ``most`` of them if there are so many."""
+def evenly_spaced(loader: DataLoader, most: int) -> DataLoader:
+    """Batches of ``most`` images from all of a loader's data, if there are so many: it may be sorted by class."""
     check_integer('most', most, 1, what='a number of images')
+    size = len(loader.dataset)
+    count = min(size, most)
+    return DataLoader(
+        Subset(loader.dataset, [place * size // count for place in range(count)]),
+        batch_size=loader.batch_size or 1,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def spend(model: nn.Module, batches: Iterable[Any]) -> Spent:
+    """What a model spends on all images of some batches."""
     meter, images = CostMeter(training=False, backbones=[dynamic_backbone(model)]), 0
     for batch in batches:
         with torch.inference_mode():
             images += len(model.test_step(batch))
-        if images >= most:
-            break
     if not images:
         raise ValueError('There are no images to measure what the model spends: give a test set that has some.')
     return average(meter, images)
@@ -158,13 +171,13 @@ def modes_of(backbone: DynamicStages, given: Sequence[str] | None) -> list[str]:
     return list(given or [mode for mode in MODES if mode == 'average' or not by_layer])
 
 
-def measure_prices(model: nn.Module, batches: Iterable[Any], budgets: Sequence[float], most: int) -> Prices:
-    """The prices of some budgets, measured on at least ``most`` images if there are so many."""
-    backbone = dynamic_backbone(model)
+def measure_prices(model: nn.Module, loader: DataLoader, budgets: Sequence[float], most: int) -> Prices:
+    """The prices of some budgets, measured on ``most`` evenly spaced images if there are so many."""
+    backbone, batches = dynamic_backbone(model), evenly_spaced(loader, most)
 
     def at_price(price: float) -> Spent:
         backbone.set_price(price)
-        return spend(model, batches, most)
+        return spend(model, batches)
 
     return calibrate(at_price, budgets)
 

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.structures import BaseDataElement
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..models.backbones.base import find_backbones
 from ..models.backbones.budget import check_budget
@@ -123,7 +123,7 @@ def measure_times(
 def budget_report(
     cfg: Config,
     model: nn.Module,
-    batches: Iterable[Any],
+    loader: DataLoader,
     evaluator: Evaluator,
     gallery: Gallery,
     budgets: Sequence[float] | None = None,
@@ -136,12 +136,12 @@ def budget_report(
     Args:
         cfg: config of the model.
         model: of any task, in evaluation mode.
-        batches, evaluator: of its test set.
+        loader, evaluator: of its test set.
         gallery: images to choose from.
         budgets: query ratios on average. Defaults to those of :data:`~mmdyn.analysis.budget.BUDGETS` that are
             reachable.
         metric: to show. Defaults to mIoU, or the first that the evaluator finds.
-        images: that prices are measured on.
+        images: that prices are measured on, evenly spaced in the test set.
         say: is told what is being done.
 
     Returns:
@@ -153,8 +153,8 @@ def budget_report(
     for budget in budgets:  # to say what is wrong before the work
         check_budget(backbone, budget, 'average')
     say(f'measuring the prices of {len(budgets)} budgets on {images} images')
-    prices, points = measure_prices(model, batches, budgets, images), []
-    for row in sweep(model, batches, evaluator, budgets, ['average'], prices):
+    prices, points = measure_prices(model, loader, budgets, images), []
+    for row in sweep(model, loader, evaluator, budgets, ['average'], prices):
         points.append(dict(row, label='trained' if row['budget'] is None else f'{row["budget"]:g}'))
         metric = metric_of(points, metric)
         say(f'{"as trained" if row["budget"] is None else "budget " + points[-1]["label"]}: {metric} {row[metric]:.4g}')
@@ -164,7 +164,7 @@ def budget_report(
         set_mode(backbone, points[index]['mode'], points[index]['budget'], prices)
 
     say('measuring times')
-    measure_times(model, batches, set_point, points)
+    measure_times(model, loader, set_point, points)
 
     backbone.set_budget(None)
     say(f'choosing from {len(gallery.files)} images')

@@ -28,7 +28,7 @@ from .latency import environment
 # What of a config a result depends on.
 TESTED = ('model', 'test_dataloader', 'test_evaluator')
 TRAINED = (*TESTED, 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks')
-CALIBRATED = 256  # images that prices are measured on, evenly spaced: data may be sorted by class
+CALIBRATED = 256  # images that prices are measured on
 # The metric that a table shows is the first of these.
 MAIN_METRICS = ('cf/top1', 'accuracy/top1', 'mIoU', 'coco/bbox_mAP_50')
 
@@ -262,8 +262,7 @@ class Results:
         metrics = {name: float(value) for name, value in runner.test().items()}
         at_budgets = {}
         if run.row.budgets:
-            batches = batches_of(self.settings(run.row).test_dataloader, CALIBRATED)
-            at_budgets = test_at_budgets(runner, cfg.load_from, batches, run.row.budgets)
+            at_budgets = test_at_budgets(runner, cfg.load_from, run.row.budgets)
         result = dict(
             row=run.row.name,
             seed=run.seed,
@@ -284,22 +283,10 @@ class Results:
         return result
 
 
-def batches_of(loader: dict, most: int) -> list[Any]:
-    """Batches of evenly spaced images of a test set, ``most`` of them if there are so many."""
-    size = loader.batch_size
-    loader = Runner.build_dataloader(loader)
-    data, collate = loader.dataset, loader.collate_fn
-    count = min(len(data), most)
-    samples = [data[place * len(data) // count] for place in range(count)]
-    return [collate(samples[i : i + size]) for i in range(0, count, size)]
-
-
-def test_at_budgets(
-    runner: Runner, weights: str, batches: list[Any], budgets: Sequence[float]
-) -> dict[str, list[dict[str, Any]]]:
-    """``budgets``: what weights reach at each, at prices that make it on some batches; metrics as those of a test."""
+def test_at_budgets(runner: Runner, weights: str, budgets: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
+    """``budgets``: what weights reach at each, at prices that make it on average; metrics as those of a test."""
     model, loop = model_and_loop(runner, weights)
-    prices, found = measure_prices(model, batches, budgets, CALIBRATED), []
+    prices, found = measure_prices(model, loop.dataloader, budgets, CALIBRATED), []
     for budget in budgets:
         set_mode(dynamic_backbone(model), 'average', budget, prices)
         tested = evaluate(model, loop.dataloader, loop.evaluator)

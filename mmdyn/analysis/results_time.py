@@ -16,9 +16,10 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
 from ..engine.launch import build_runner
+from .budget import evenly_spaced
 from .flops import build_model
 from .latency import interleaved_times, ratio
-from .results import Results, Run, batches_of
+from .results import Results, Run
 
 IMAGES = 100  # of a data set, evenly spaced
 LARGE_IMAGES = 8  # if each is a batch of its own
@@ -54,7 +55,8 @@ def time_tests(results: Results, runs: list[Run], rounds: int = 7) -> dict[str, 
     cfg = results.settings(runs[0].row)
     init_default_scope(cfg.default_scope)
     loader = cfg.test_dataloader
-    batches = batches_of(loader, IMAGES if loader.batch_size > 1 else LARGE_IMAGES)
+    most = IMAGES if loader.batch_size > 1 else LARGE_IMAGES
+    batches = list(evenly_spaced(Runner.build_dataloader(loader), most))
     images = sum(len(batch['data_samples']) for batch in batches)
 
     def test(model: nn.Module) -> None:

@@ -1,4 +1,3 @@
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -6,8 +5,19 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 from torch import nn
+from torch.utils.data import DataLoader
 
-from mmdyn.analysis.budget import Spent, average, calibrate, dynamic_backbone, evaluate, metric_of, spend
+from mmdyn.analysis.budget import (
+    Spent,
+    average,
+    calibrate,
+    dynamic_backbone,
+    evaluate,
+    evenly_spaced,
+    measure_prices,
+    metric_of,
+    spend,
+)
 from mmdyn.models.cost import CostMeter
 
 
@@ -75,13 +85,64 @@ def test_what_images_spend(model):
             backbone(image[None])
             ratios.append(backbone.cost.query_ratio.item()), macs.append(backbone.cost.spent.item())
             of_layer.append(backbone.cost.layers[1].query_ratio.item())
-    spent = spend(model, batches, most=100)
+    spent = spend(model, batches)
     assert spent.query_ratio == pytest.approx(sum(ratios) / 5) and spent.macs == pytest.approx(sum(macs) / 5)
     assert spent.layers['stages.0.blocks.1'] == pytest.approx(sum(of_layer) / 5) and len(spent.layers) == 3
-    # No more batches than it takes, and the passes before do not count.
-    assert spend(model, itertools.chain(batches[:1], (1 / 0 for _ in range(1))), most=2).query_ratio == pytest.approx(
-        sum(ratios[:2]) / 2
+    # The passes before do not count.
+    assert spend(model, batches[:1]).query_ratio == pytest.approx(sum(ratios[:2]) / 2)
+
+
+@pytest.mark.parametrize(
+    'size, most, places',
+    [
+        (10, 5, [0, 2, 4, 6, 8]),
+        (10, 4, [0, 2, 5, 7]),
+        (7, 3, [0, 2, 4]),
+        (3, 256, [0, 1, 2]),
+        (9, 9, list(range(9))),
+        (0, 4, []),
+    ],
+)
+def test_images_are_evenly_spaced(size, most, places):
+    loader = DataLoader(range(size), batch_size=2, collate_fn=list)
+    batches = evenly_spaced(loader, most)
+    assert [image for batch in batches for image in batch] == places
+    assert list(batches) == [places[start : start + 2] for start in range(0, len(places), 2)]  # again, too
+
+
+def test_batches_of_a_sampler_of_its_own():
+    """Where a loader has no size of a batch."""
+    loader = DataLoader(range(4), batch_sampler=[[3, 0], [1, 2]], collate_fn=list)
+    assert list(evenly_spaced(loader, 2)) == [[0], [2]]
+
+
+def test_prices_of_data_sorted_by_class(model, randomise):
+    """The images of the first class are dear: prices that are measured on them alone would miss all other budgets."""
+    model, _ = model
+    backbone, images = (
+        randomise(model).backbone,
+        torch.randn(96, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3),
     )
+    for module in backbone.modules():
+        if hasattr(module, 'router'):
+            nn.init.normal_(module.router.weight, std=1.0)
+    images = images[sorted(range(96), key=lambda place: -spent_alone(backbone, images[place]))]
+
+    def missed(prices):
+        """How far a budget of 0.5 is from what all images spend."""
+        backbone.set_budget(0.5, mode='average', prices=prices)
+        return abs(spend(model, images.split(32)).query_ratio - 0.5)
+
+    all_of_them, first = (measure_prices(model, DataLoader(data, 8), [0.5], 32) for data in (images, images[:32]))
+    assert missed(all_of_them) < 0.03 < 0.1 < missed(first)
+
+
+@torch.no_grad()
+def spent_alone(backbone, image):
+    """What an image spends by itself."""
+    backbone.set_budget(None)
+    backbone(image[None])
+    return backbone.cost.query_ratio.item()
 
 
 def test_an_image_in_several_passes_spends_their_sum(model):
@@ -103,7 +164,7 @@ def test_evaluation(model):
     )
     found = evaluate(model, batches, evaluator)
     assert [count for count, _ in seen] == [2, 2, 1] and all(a is b for (_, a), b in zip(seen, batches))
-    spent = spend(model, batches, 5)
+    spent = spend(model, batches)
     assert found.pop('milliseconds') > 0
     assert found == dict(query_ratio=spent.query_ratio, layers=spent.layers, gflops=spent.macs / 1e9, accuracy=5)
 

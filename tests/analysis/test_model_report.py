@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mmdyn.analysis.model_report import (
     budget_report,
@@ -39,12 +41,14 @@ class Images:
     def get_data_info(self, index):
         return dict(img_path=str(self.files[index]), gt_label=index % 3)
 
-    def batches(self):
+    def __getitem__(self, index):
         from mmpretrain.structures import DataSample
 
-        inputs = [torch.from_numpy(cv2.imread(str(file))).permute(2, 0, 1) for file in self.files]
-        samples = [DataSample().set_gt_label(i % 3) for i in range(len(inputs))]
-        return [dict(inputs=inputs[i : i + 4], data_samples=samples[i : i + 4]) for i in range(0, len(inputs), 4)]
+        image = torch.from_numpy(cv2.imread(str(self.files[index]))).permute(2, 0, 1)
+        return dict(inputs=image, data_samples=DataSample().set_gt_label(index % 3))
+
+    def loader(self):
+        return DataLoader(self, batch_size=4, collate_fn=pseudo_collate)
 
 
 class Top1:
@@ -92,7 +96,7 @@ def test_report_on_budgets(gallery, backbone_config, randomise, encoders):
     for encoder in encoders(model):
         nn.init.normal_(encoder.router.weight, std=1.0)
     said = []
-    report = budget_report(cfg, model, images.batches(), Top1(), gallery, [0.4, 0.7], images=10, say=said.append)
+    report = budget_report(cfg, model, images.loader(), Top1(), gallery, [0.4, 0.7], images=10, say=said.append)
 
     assert [point['budget'] for point in report['points']][report['start']] is None
     assert sorted(point['label'] for point in report['points']) == ['0.4', '0.7', 'trained']
@@ -144,7 +148,7 @@ def test_report_on_thresholds(gallery, backbone_config, randomise, tmp_path):
         )
     )
     model = randomise(MODELS.build(cfg.model), 0.5).eval()
-    report = threshold_report(cfg, model, images.batches(), Top1(), gallery, [0.0, 0.7, 1.0], say=lambda text: None)
+    report = threshold_report(cfg, model, images.loader(), Top1(), gallery, [0.0, 0.7, 1.0], say=lambda text: None)
     assert [point['label'] for point in report['points']] == ['0', '0.55', '0.7', '1'] and report['start'] == 1
     assert model.test_cfg == dict(threshold=0.55, every_stage=False)
     confidence = {}

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS
 from torch import nn
+from torch.utils.data import DataLoader
 
 import mmdyn
 from mmdyn.analysis.flops import build_model, pipeline_without_annotations
@@ -204,9 +205,10 @@ def test_pictures_of_dense_prediction(config, tmp_path, request):
         evaluate = staticmethod(lambda size: dict(mAP=0.5))
 
     meta = dict(classes=[str(i) for i in range(11)], palette=[(i, i, i) for i in range(11)])
-    batches = [pseudo_collate([pipeline_without_annotations(cfg)(dict(img_path=str(tmp_path / 'a.png'), img_id=0))])]
+    sample = pipeline_without_annotations(cfg)(dict(img_path=str(tmp_path / 'a.png'), img_id=0))
+    loader = DataLoader([sample], collate_fn=pseudo_collate)
     gallery = Gallery([tmp_path / 'a.png'], {}, meta, 1, score_thr=0.0)
-    found = budget_report(cfg, model, batches, Evaluator, gallery, [1.0], say=lambda text: None)
+    found = budget_report(cfg, model, loader, Evaluator, gallery, [1.0], say=lambda text: None)
     (picture,) = found['pictures']
     assert len(picture['views']) == 2 and len(picture['panels']) == 6 and picture['truth'] is None
     assert all(view['picture'].startswith('data:image/') and view['right'] is None for view in picture['views'])

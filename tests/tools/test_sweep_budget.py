@@ -81,12 +81,12 @@ def sweep(example, monkeypatch, capsys):
 
 
 @torch.no_grad()
-def measured_alone(folder, checkpoint='first', **budget):
-    """Top-1, mean query ratio and 1e9 multiply-adds of all images, one after the other."""
+def measured_alone(folder, checkpoint='first', images=slice(None), **budget):
+    """Top-1, mean query ratio and 1e9 multiply-adds of images, one after the other."""
     model = MODELS.build(Config.fromfile(folder / 'pvt.py').model).eval()
     model.load_state_dict(torch.load(folder / f'{checkpoint}.pth')['state_dict'])
     model.backbone.set_budget(**budget)
-    right, ratios, macs, files = 0, [], [], sorted((folder / 'images').rglob('*.png'))
+    right, ratios, macs, files = 0, [], [], sorted((folder / 'images').rglob('*.png'))[images]
     for file in files:
         (sample,) = model.test_step(dict(inputs=[torch.from_numpy(cv2.imread(str(file))).permute(2, 0, 1)]))
         right += sample.pred_label.item() == int(file.parent.name)
@@ -117,6 +117,19 @@ def test_each_row_is_a_test_at_its_budget(sweep, example):
         assert [row['mode'] for row in csv.DictReader(lines)] == [row['mode'] for row in rows]
     assert cv2.imread(str(example / 'out/sweep.png')).shape[1] == 1500
     assert json.loads((example / 'out/prices.json').read_text())['checkpoint'] == 'first.pth'
+
+
+def test_prices_are_measured_on_images_of_all_classes(sweep, example):
+    """Data are sorted by class, and the first images of the first."""
+    rng = np.random.default_rng(0)
+    for file in (example / 'images').rglob('*.png'):  # regions that are told apart
+        cv2.imwrite(str(file), rng.integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1))
+    sweep('--budgets', '0.5', '--modes', 'average', '--images', '10')
+    prices = json.loads((example / 'out/prices.json').read_text())
+    (as_trained,) = (ratio for price, ratio in zip(prices['price'], prices['query_ratio']) if price == 0)
+    every_second, first = slice(None, None, 2), slice(10)
+    assert as_trained == pytest.approx(measured_alone(example, images=every_second, budget=None)[1])
+    assert as_trained != pytest.approx(measured_alone(example, images=first, budget=None)[1])
 
 
 def test_checkpoints_together(sweep, example):

@@ -1,8 +1,8 @@
 """One checkpoint, every budget: accuracy over multiply-adds and over time.
 
 A price of queries moves a router's decisions to any budget, without training. This finds the prices of some budgets on
-the first images of the config's test set (without their labels), and tests the checkpoint at each. Writes the prices,
-prices.json for dge=dict(test_budget=0.4, prices=...), and sweep.json, sweep.csv and sweep.png.
+evenly spaced images of the config's test set (without their labels), and tests the checkpoint at each. Writes the
+prices, prices.json for dge=dict(test_budget=0.4, prices=...), and sweep.json, sweep.csv and sweep.png.
 
 Modes: `average` has one price for all images. With `exact` all images spend the same, each layer what it spends on
 average at that budget. With `equal` they do, and all layers have an equal share. A line `router` is what the routers
