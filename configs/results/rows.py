@@ -28,6 +28,11 @@ def from_dense(folder, base, **start):
     ]
 
 
+def by_layer(folder, base, turn):
+    row = dict(name=f'{folder}/dge-layers', label='DGE 0.5, also by layer, from dense', start=f'{folder}/base')
+    return [dict(base, turn=turn, beside=f'{folder}/dense', parts=[*FINETUNE, 'layers'], **row)]
+
+
 # Turns of dense and fine-tuned models, and of those from scratch; and the seeds of each.
 for model, data, turn, seeds, last, last_seeds in (
     ('pvt', 'tiny-imagenet-50', 1, ALL_SEEDS, 5, ALL_SEEDS),
@@ -46,6 +51,7 @@ for model, data, turn, seeds, last, last_seeds in (
         dict(late, name=f'{folder}/scratch', label='DGE 0.5, from scratch, all branches', parts=SCRATCH),
     ]
     if folder == 'tiny-imagenet-50/pvt':
+        rows += by_layer(folder, base, 3)
         changed = dict(base, start=f'{folder}/base', turn=6, beside=f'{folder}/dense')
         rows += [
             dict(changed, name=f'{folder}/budget-{budget}', label=f'DGE {budget}, from dense', parts=[*FINETUNE, part])
@@ -156,6 +162,8 @@ for data, title, config in (
         base = dict(config=config.format(model), table=f'{title} {NAMES[model]}', turn=turn, **seeds)
         late = dict(base, turn=last, backbone=pretrained, beside=f'{folder}/dense', **last_seeds)
         rows += from_dense(folder, base, backbone=pretrained)
+        if model == 'pvt':
+            rows += by_layer(folder, base, turn)
         rows += [dict(late, name=f'{folder}/scratch', label='DGE 0.5, from a dense backbone alone', parts=SCRATCH)]
 
 # Models of other libraries, by mmdyn.WithDGE.

@@ -21,6 +21,8 @@ sparse = dict(
 budget_25 = dict(custom_hooks=[dict(BUDGET, schedule='cosine', budget=0.25)])
 budget_75 = dict(custom_hooks=[dict(BUDGET, schedule='cosine', budget=0.75)])
 budget_100 = dict(custom_hooks=[dict(BUDGET, budget=1.0)])
+# Each layer has a share of the budget, too, so that layers choose by region and not as a whole.
+layers = dict(custom_hooks=[dict(BUDGET, schedule='cosine', layer_weight=1.5)])
 # The paper's table 1.
 layerwise = dict(model=dict(backbone=dict(dge=dict(routing='layer'))))
 g01 = dict(model=dict(backbone=dict(dge=dict(granularities=(0, 1)))))
