@@ -234,6 +234,8 @@ def weights(config, name=None):
     return str(path)
 
 
+# Where configs and commands look for data, and what of the demo's is there.
+DATA = {'imagenet': 'imagenet', 'camvid/images': 'imagenet', 'coco': 'coco', 'ade/ADEChallengeData2016': 'ade'}
 VOC = """<annotation><size><width>9</width><height>9</height></size><object><name>WBC</name><bndbox>
 <xmin>1</xmin><ymin>1</ymin><xmax>3</xmax><ymax>4</ymax></bndbox></object></annotation>"""
 
@@ -287,10 +289,11 @@ def folder(tmp_path_factory):
             Path(name).symlink_to(ROOT / name)
         shutil.copytree(ROOT / 'docs/results', 'docs/results')
         shutil.copy(ROOT / 'docs/benchmark.json', 'docs')
-        for name in ('small', 'weights', 'sources', 'work_dirs/...', 'work_dirs/NAME', 'data/ade', 'data/camvid', 'data/zeros'):
+        for name in ('small', 'weights', 'sources', 'work_dirs/...', 'work_dirs/NAME', 'data/zeros'):
             Path(name).mkdir(parents=True)
         runpy.run_path('tools/dataset_tools/make_demo_dataset.py')['main'](SMALLER['make_demo_dataset.py'])
-        for name, data in (('imagenet', 'imagenet'), ('camvid/images', 'imagenet'), ('coco', 'coco'), ('ade/ADEChallengeData2016', 'ade')):
+        for name, data in DATA.items():
+            (Path('data') / name).parent.mkdir(exist_ok=True)
             (Path('data') / name).symlink_to(folder / 'data/demo' / data)
         shutil.copytree('data/demo/imagenet/train/0', 'data/zeros/0')
         shutil.copytree('data/demo/imagenet/val/0', 'data/zeros/0', dirs_exist_ok=True)
