@@ -94,6 +94,7 @@ test_dataloader = val_dataloader
 """
 MODELS = {
     'dynamic': ('pvt-mini-dge_digits', FEW + DYNAMIC),
+    'dense': ('pvt-mini_digits', FEW),
     'plain': ('vit-mini_digits', FEW),
     'coarse': ('cf-vit-mini_digits', FEW + COARSE),
     'detector': ('mask-rcnn_pvt-mini-dge_digits', FEW),
@@ -101,6 +102,7 @@ MODELS = {
 }
 # Which of them a command is about that has one of these words; else the first.
 ABOUT = {
+    'dge.router=': 'dense',
     'sweep_threshold': 'coarse',
     'class_attention': 'coarse',
     'draw_regions': 'coarse',
@@ -232,6 +234,8 @@ def weights(config, name=None):
     return str(path)
 
 
+# Where configs and commands look for data, and what of the demo's is there.
+DATA = {'imagenet': 'imagenet', 'camvid/images': 'imagenet', 'coco': 'coco', 'ade/ADEChallengeData2016': 'ade'}
 VOC = """<annotation><size><width>9</width><height>9</height></size><object><name>WBC</name><bndbox>
 <xmin>1</xmin><ymin>1</ymin><xmax>3</xmax><ymax>4</ymax></bndbox></object></annotation>"""
 
@@ -285,10 +289,11 @@ def folder(tmp_path_factory):
             Path(name).symlink_to(ROOT / name)
         shutil.copytree(ROOT / 'docs/results', 'docs/results')
         shutil.copy(ROOT / 'docs/benchmark.json', 'docs')
-        for name in ('small', 'weights', 'sources', 'work_dirs/...', 'work_dirs/NAME', 'data/ade', 'data/zeros'):
+        for name in ('small', 'weights', 'sources', 'work_dirs/...', 'work_dirs/NAME', 'data/zeros'):
             Path(name).mkdir(parents=True)
         runpy.run_path('tools/dataset_tools/make_demo_dataset.py')['main'](SMALLER['make_demo_dataset.py'])
-        for name, data in (('imagenet', 'imagenet'), ('coco', 'coco'), ('ade/ADEChallengeData2016', 'ade')):
+        for name, data in DATA.items():
+            (Path('data') / name).parent.mkdir(exist_ok=True)
             (Path('data') / name).symlink_to(folder / 'data/demo' / data)
         shutil.copytree('data/demo/imagenet/train/0', 'data/zeros/0')
         shutil.copytree('data/demo/imagenet/val/0', 'data/zeros/0', dirs_exist_ok=True)

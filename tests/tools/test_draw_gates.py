@@ -60,6 +60,20 @@ def test_images_of_other_sizes_are_drawn_without_their_padding(config, draw):
     assert abs(picture.shape[1] - (2 + 6) * (240 + 4)) <= 2 + 6
 
 
+def test_a_sheet_of_one_layer(draw, tmp_path):
+    _, row = draw(
+        'fpn_pvt-mini-dge_digits', '--predictions', '--layers', 'stages.1.blocks.0', '--sheet', size=(80, 120)
+    )
+    sheet = cv2.imread(str(tmp_path / 'out/sheet.jpg'))
+    # Images side by side, here one; below it the prediction and the gates, each with a title and a margin.
+    assert row is None and sheet.shape == (3 * (160 + 18 + 4), 240 + 4, 3)
+
+
+def test_layers_that_there_are(draw):
+    with pytest.raises(SystemExit, match=r'--layers nowhere: no gates to draw; choose from stages\.0\.blocks\.0, '):
+        draw('pvt-mini-dge_digits', '--layers', 'nowhere')
+
+
 def test_json_tells_of_each_layer(draw):
     printed, _ = draw('pvt-mini-dge_digits', '--json')
     found = json.loads(printed)

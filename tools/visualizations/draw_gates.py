@@ -2,9 +2,11 @@
 
 Writes a row of pictures for each image: the image as the network sees it, with --predictions what the model predicts,
 drawn by its framework, then each DGE layer whose map has more than one region. Red is the finest granularity, then
-green, blue, yellow. With --masks, folders of the same names, the object's outline is drawn and the share of pixels that
-the finest granularity serves is printed, on objects and on background, over all images; and the difference of the two,
-the layer's selectivity, and how much of the variance of its choice lies within images.
+green, blue, yellow. --sheet draws all in one picture, sheet.jpg, in which each row is a column.
+
+With --masks, folders of the same names, the object's outline is drawn and the share of pixels that the finest
+granularity serves is printed, on objects and on background, over all images; and the difference of the two, the layer's
+selectivity, and how much of the variance of its choice lies within images.
 """
 
 import argparse
@@ -30,6 +32,15 @@ from mmdyn.visualization import (
 )
 
 
+def chosen(layers: list, names: list[str] | None) -> list:
+    """Those of an image's layers that were asked for."""
+    found = [name for name, _, _ in layers]
+    unknown = set(names or ()) - set(found)
+    if unknown:
+        raise ValueError(f'--layers {" ".join(sorted(unknown))}: no gates to draw; choose from {", ".join(found)}.')
+    return [layer for layer in layers if names is None or layer[0] in names]
+
+
 @command
 @only_results
 def main() -> str:
@@ -44,6 +55,8 @@ def main() -> str:
     parser.add_argument('--out', required=True, help='folder of the pictures')
     parser.add_argument('--num', type=int, default=16, help='number of pictures')
     parser.add_argument('--side', type=int, default=160, help='height of a picture in pixels')
+    parser.add_argument('--layers', nargs='+', help='names of layers to draw, e.g. stages.0.blocks.0 (default: all)')
+    parser.add_argument('--sheet', action='store_true', help='draw one picture of all images')
     parser.add_argument('--json', action='store_true', help='print what --masks tells as JSON')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()
@@ -59,9 +72,10 @@ def main() -> str:
 
     files, out = image_files(args.images), output_folder(args.out)
     drawn = set(files[:: max(1, len(files) // args.num)][: args.num])
-    selectivity = Selectivity()
+    selectivity, columns = Selectivity(), []
     for gated in run_with_gates(model, backbone, cfg, files if args.masks else sorted(drawn)):
         run, image, mask = gated.run, gated.image, None
+        layers = chosen(gated.layers, args.layers)
         path, (height, width) = run.path, image.shape[:2]
         if args.masks:
             mask_file = Path(args.masks) / path.relative_to(args.images)
@@ -72,28 +86,31 @@ def main() -> str:
         row = [labelled(image if mask is None else draw_outline(image, mask), path.stem, args.side)]
         if visualizer and path in drawn:
             row.append(prediction_panel(visualizer, path, run.sample, args.side, args.score_thr))
-        for name, encoder, shape in gated.layers:
+        for name, encoder, shape in layers:
             phi = granularity_of_pixels(encoder, shape, gated.size)[:height, :width]
             if mask is not None:
                 selectivity.add(name, phi == min(filter(None, encoder.granularities)), mask)
             if path in drawn:
                 row.append(labelled(draw_gates(image, phi, encoder.granularities, mask), name, args.side))
-        if path in drawn:
-            cv2.imwrite(
-                str(out / f'{"-".join(path.relative_to(args.images).with_suffix("").parts)}.png'),
-                cv2.cvtColor(np.concatenate(row, axis=1), cv2.COLOR_RGB2BGR),
-            )
-    layers = selectivity.result()
+        if path in drawn and args.sheet:
+            columns.append(np.concatenate(row, axis=0))
+        elif path in drawn:
+            name = '-'.join(path.relative_to(args.images).with_suffix('').parts)
+            cv2.imwrite(str(out / f'{name}.png'), cv2.cvtColor(np.concatenate(row, axis=1), cv2.COLOR_RGB2BGR))
+    if columns:
+        sheet = cv2.cvtColor(np.concatenate(columns, axis=1), cv2.COLOR_RGB2BGR)
+        cv2.imwrite(str(out / 'sheet.jpg'), sheet, [cv2.IMWRITE_JPEG_QUALITY, 88])
+    found = selectivity.result()
     if args.json:
-        return json.dumps(dict(pictures=len(drawn), out=str(out), layers=layers))
+        return json.dumps(dict(pictures=len(drawn), out=str(out), layers=found))
     return '\n'.join(
         [
             f'{len(drawn)} pictures in {out}',
             *(
-                f'{name:18} finest granularity on {found["object"]:6.1%} of the object, {found["background"]:6.1%} of '
-                f'the background: selectivity {found["selectivity"]:+.3f}, {found["within_images"]:.0%} of the '
+                f'{name:18} finest granularity on {of["object"]:6.1%} of the object, {of["background"]:6.1%} of '
+                f'the background: selectivity {of["selectivity"]:+.3f}, {of["within_images"]:.0%} of the '
                 'variance within images'
-                for name, found in layers.items()
+                for name, of in found.items()
             ),
         ]
     )
