@@ -92,9 +92,14 @@ pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=96), dict(
 val_dataloader = dict(dataset=dict(data_root='data/zeros', data_prefix='', pipeline=pipeline))
 test_dataloader = val_dataloader
 """
+LARGE = """
+pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=128), dict(type='PackInputs')]
+val_dataloader = dict(dataset=dict(pipeline=pipeline))
+test_dataloader = val_dataloader
+"""
 MODELS = {
     'dynamic': ('pvt-mini-dge_digits', FEW + DYNAMIC),
-    'dense': ('pvt-mini_digits', FEW),
+    'dense': ('pvt-mini_digits', FEW + LARGE),
     'plain': ('vit-mini_digits', FEW),
     'coarse': ('cf-vit-mini_digits', FEW + COARSE),
     'detector': ('mask-rcnn_pvt-mini-dge_digits', FEW),
