@@ -77,8 +77,11 @@ def test_classification(run, trained, tmp_path, dtype):
     assert list(rows) == ['dense', 'DGE trained', 'DGE finest', 'timm']
     # One region of 4 x 4 cells, and the class token.
     assert rows['DGE trained']['query_ratio'] == pytest.approx(2 / 17)
-    # Without kernels both are torch's own operators.
-    assert (1e-4 if run_blocks.kernels else 0) <= rows['timm']['max_difference'] < 0.1
+    # Without kernels, or where none computes in bfloat16, both are torch's own operators.
+    kernels = run_blocks.kernels and (
+        dtype != 'bfloat16' or importlib.import_module('mmdyn.kernels.library').runs(half=True) is None
+    )
+    assert (1e-4 if kernels else 0) <= rows['timm']['max_difference'] < 0.1
     assert all(f'| {case} ' in printed.out for case in rows)
     assert all((tmp_path / 'out' / name).stat().st_size for name in ('benchmark.md', 'benchmark.png'))
 
