@@ -6,6 +6,7 @@ parameters only if type, shape and order are those that the kernel reads. All el
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -17,6 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from ..models.dge.budget import queries_within
 
+_NOTHING = object()  # where a name is not in a dict
 _dtypes, _shapes = attrgetter('dtype'), attrgetter('shape')
 
 
@@ -141,7 +143,7 @@ class Prepared:
         return self._keep(place, name)
 
     def _keep(self, place: dict, name: str) -> Any:
-        found = place.get(name)
+        found = place.get(name, _NOTHING)
         self._places.append(place), self._names.append(name), self._found.append(found)
         return found
 
@@ -152,7 +154,7 @@ class Prepared:
             raise Refusal(f'{name} is a {type(module).__name__}, not a {" or ".join(kind.__name__ for kind in kinds)}')
         if module._forward_hooks or module._forward_pre_hooks:
             raise Refusal(f'{name} has forward hooks')
-        if self._keep(module.__dict__, 'forward') is not None:
+        if self._keep(module.__dict__, 'forward') is not _NOTHING:
             raise Refusal(f'{name} has a forward function of its own')
         self._modules.append(ref(module))
         self._types.append(type(module))
@@ -239,7 +241,7 @@ class Prepared:
         """Whether all is as it was."""
         modules = [found() for found in self._modules]
         return (
-            all(map(is_, map(dict.get, self._places, self._names), self._found))
+            all(map(is_, map(dict.get, self._places, self._names, repeat(_NOTHING)), self._found))
             and list(map(type, modules)) == self._types
             and not any(self._hooks)
             and self._looks() == self._facts

@@ -102,6 +102,23 @@ def test_what_is_refused_is_not_kept(cache):
     assert get(parent).address == first.address
 
 
+def test_a_forward_of_none_is_one_of_its_own(cache):
+    """The model cannot be called then, so that no kernel may stand in for it."""
+    (get, _), parent = cache, parent_of()
+    get(parent)
+    parent[0].forward = None
+    with pytest.raises(Refusal, match='parent.0 has a forward function of its own'):
+        get(parent)
+
+
+def test_what_is_gone_is_noticed_though_it_was_none(cache):
+    (get, _), parent = cache, parent_of(nn.Linear(3, 2, bias=False))
+    get(parent)
+    del parent[0].bias
+    with pytest.raises(Refusal, match='parent.0.bias is not what it was when the layer was made'):
+        get(parent)
+
+
 @torch.no_grad()
 def test_models_are_not_kept_alive(make_block, stage_of, compiled):
     """Nor copied or saved with what was prepared for them."""
