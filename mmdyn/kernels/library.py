@@ -115,9 +115,12 @@ def library() -> ctypes.CDLL | Refused:
 
     Where it runs the encoder of none, the first build has the other functions.
     """
-    builds = [build(name) for name in BUILDS]
-    able = [functions for functions in builds if not isinstance(functions, Refused) and functions.runs()]
-    return (able or builds)[0]
+    builds = []
+    for name in BUILDS:
+        builds.append(build(name))
+        if not isinstance(builds[-1], Refused) and builds[-1].runs():
+            return builds[-1]
+    return builds[0]
 
 
 def build(name: str) -> ctypes.CDLL | Refused:

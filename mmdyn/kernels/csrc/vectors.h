@@ -1,12 +1,9 @@
-/* Vectors of LANES float32: what is computed lane by lane, and the ways from and to rows of channels. All is compiled twice,
- * for AVX-512 and, with 8 lanes, for AVX2. */
+/* Vectors of LANES float32: what is computed lane by lane, and the ways from and to rows of channels. setup.py compiles
+ * all twice: for AVX-512 with 16 lanes, and for AVX2 with 8. */
 #pragma once
 #include "common.h"
 #include <immintrin.h>
 
-#ifndef LANES
-#define LANES 16
-#endif
 #if LANES == 16
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,fma,prefer-vector-width=512")))
 #define LANE_NUMBERS ((Integers){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
