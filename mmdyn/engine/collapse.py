@@ -4,10 +4,11 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.dist import all_reduce
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.backbones.base import DynamicStages
-from ..models.dge import DynamicGrainedEncoder, share_within_images
+from ..models.backbones.budget import spent_layers
+from ..models.dge import share_within_images
 
 # Routers start with the finest granularity at a probability of 0.95.
 NEARLY_ALL = 0.99
@@ -18,11 +19,6 @@ ADVICE = {
     False: 'the budget outweighs the task. Raise budget or lower weight of BudgetHook, start from a checkpoint of the '
     "dense model, or let routers learn from what they did not choose: dge=dict(train_mode='dense'), the default.",
 }
-
-
-def encoders_of(backbone: nn.Module) -> list[DynamicGrainedEncoder]:
-    """The dynamic grained encoders of a backbone, in the order of its layers."""
-    return [module for module in backbone.modules() if isinstance(module, DynamicGrainedEncoder)]
 
 
 def count_choices(choice: Tensor, num: int) -> Tensor:
@@ -48,8 +44,7 @@ def look(backbones: list[DynamicStages]) -> dict[str, LayerView]:
     """What each layer decided in the last forward pass, over the images of all processes, by its name."""
     rows, phis = {}, {}
     for number, backbone in enumerate(backbones):
-        layers = [layer for layer in backbone.cost.layers if layer.dynamic]
-        for layer, encoder in zip(layers, encoders_of(backbone), strict=True):
+        for layer, encoder in spent_layers(backbone):
             name = layer.name if len(backbones) == 1 else f'{number}.{layer.name}'
             ratio, phis[name], decision = layer.query_ratio.detach(), encoder.granularities, encoder.decision
             assert decision is not None and layer.finest is not None  # or there would be no cost

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..models.backbones.base import find_backbones
-from ..models.backbones.budget import encoders_of
+from ..models.backbones.budget import spent_layers
 from ..models.dge import Bound, DynamicGrainedEncoder
 from ..values import check_number
 
@@ -30,9 +30,7 @@ def spent_shares(model: nn.Module, example: Tensor) -> dict[DynamicGrainedEncode
         encoder: layer.query_ratio.max().item()
         for backbone in find_backbones(model)
         if backbone.has_dge
-        for encoder, layer in zip(
-            encoders_of(backbone), (layer for layer in backbone.cost.layers if layer.dynamic), strict=True
-        )
+        for layer, encoder in spent_layers(backbone)
     }
 
 

@@ -42,6 +42,12 @@ def dynamic_layers(backbone: 'DynamicStages') -> list[DynamicLayer]:
     return [DynamicLayer(cost, bounds) for cost, bounds in zip(layers, found, strict=True) if cost.dynamic]
 
 
+def spent_layers(backbone: 'DynamicStages') -> list[tuple[LayerCost, DynamicGrainedEncoder]]:
+    """What each layer with DGE spent in the last forward pass, and its encoder."""
+    layers = [layer for layer in backbone.cost.layers if layer.dynamic]
+    return list(zip(layers, encoders_of(backbone), strict=True))
+
+
 def check_budget(backbone: 'DynamicStages', budget: float, mode: str) -> None:
     """Raise ValueError for a budget that the backbone cannot keep."""
     name = type(backbone.entry).__name__
@@ -138,7 +144,7 @@ def expected_ratios(backbone: 'DynamicStages', prices: Tensor) -> Tensor:
     Returns:
         (P) beta of eq. 7, with the probabilities softmax(h - lambda c) in place of the gates.
     """
-    layers = [layer for layer in backbone.cost.layers if layer.dynamic]
+    layers = spent_layers(backbone)
     shapes = [
         (stage, shape)
         for (stage, _), shape in zip(backbone.named_stages(), backbone.last_shapes)
@@ -146,7 +152,7 @@ def expected_ratios(backbone: 'DynamicStages', prices: Tensor) -> Tensor:
         if encoder is not None
     ]
     of_layers, spent = prices_of_layers(backbone, 1.0), prices.new_zeros(len(prices))
-    for layer, encoder, (stage, shape), price in zip(layers, encoders_of(backbone), shapes, of_layers, strict=True):
+    for (layer, encoder), (stage, shape), price in zip(layers, shapes, of_layers, strict=True):
         if encoder.decision.logits is None:  # frozen
             spent = spent + layer.per_query * layer.queries.to(prices).mean()
             continue
@@ -158,4 +164,4 @@ def expected_ratios(backbone: 'DynamicStages', prices: Tensor) -> Tensor:
         patches = count_patches(shape, encoder.granularities, encoder.region, prices.device)
         queries = stage.num_extra + (probabilities * patches).sum((2, 3, 4)).mean(1)
         spent = spent + layer.per_query * queries
-    return spent / sum(layer.per_query * layer.dense_queries for layer in layers)
+    return spent / sum(layer.per_query * layer.dense_queries for layer, _ in layers)
