@@ -160,6 +160,7 @@ TARGETS = {
     'DenseTeacherHook': known(engine.DenseTeacherHook),
     'FineSelectionHook': known(engine.FineSelectionHook),
     'FrozenStartHook': known(engine.FrozenStartHook),
+    'GateNoiseHook': known(engine.GateNoiseHook),
     'LossGuardHook': known(engine.LossGuardHook),
     'RandomStateHook': known(engine.RandomStateHook),
     'CoarseToFineMetric': known(evaluation.CoarseToFineMetric),

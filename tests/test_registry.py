@@ -57,6 +57,7 @@ PUBLIC = {
         'DenseTeacherHook',
         'FineSelectionHook',
         'FrozenStartHook',
+        'GateNoiseHook',
         'LossGuardHook',
         'RandomStateHook',
     ],

@@ -28,9 +28,13 @@ def from_dense(folder, base, **start):
     ]
 
 
-def by_layer(folder, base, turn):
-    row = dict(name=f'{folder}/dge-layers', label='DGE 0.5, also by layer, from dense', start=f'{folder}/base')
-    return [dict(base, turn=turn, beside=f'{folder}/dense', parts=[*FINETUNE, 'layers'], **row)]
+def changed_recipe(folder, base, turn):
+    # What is another recipe worth?
+    on = dict(base, turn=turn, start=f'{folder}/base', beside=f'{folder}/dense')
+    return [
+        dict(on, name=f'{folder}/dge-noise', label='DGE 0.5, noise to the end, from dense', parts=[*FINETUNE, 'noise']),
+        dict(on, name=f'{folder}/dge-layers', label='DGE 0.5, also by layer, from dense', parts=[*FINETUNE, 'layers']),
+    ]
 
 
 # Turns of dense and fine-tuned models, and of those from scratch; and the seeds of each.
@@ -51,7 +55,7 @@ for model, data, turn, seeds, last, last_seeds in (
         dict(late, name=f'{folder}/scratch', label='DGE 0.5, from scratch, all branches', parts=SCRATCH),
     ]
     if folder == 'tiny-imagenet-50/pvt':
-        rows += by_layer(folder, base, 3)
+        rows += changed_recipe(folder, base, 3)
         changed = dict(base, start=f'{folder}/base', turn=6, beside=f'{folder}/dense')
         rows += [
             dict(changed, name=f'{folder}/budget-{budget}', label=f'DGE {budget}, from dense', parts=[*FINETUNE, part])
@@ -87,7 +91,7 @@ for model, data, turn, seeds, last, last_seeds in (
             for label, start, router, turn in (
                 *((f'{router}, off the shelf', 'dense', router, 4) for router in UNTRAINED),
                 *((f'{router}, fine-tuned', f'router-{router}', router, 6) for router in UNTRAINED),
-                ('linear, fine-tuned', 'dge', 'linear', 4),
+                ('linear, fine-tuned', 'dge-noise', 'linear', 4),
             )
         ]
 
@@ -163,7 +167,7 @@ for data, title, config in (
         late = dict(base, turn=last, backbone=pretrained, beside=f'{folder}/dense', **last_seeds)
         rows += from_dense(folder, base, backbone=pretrained)
         if model == 'pvt':
-            rows += by_layer(folder, base, turn)
+            rows += changed_recipe(folder, base, turn)
         rows += [dict(late, name=f'{folder}/scratch', label='DGE 0.5, from a dense backbone alone', parts=SCRATCH)]
 
 # Models of other libraries, by mmdyn.WithDGE.
@@ -171,4 +175,5 @@ for folder, config, table in (
     ('tiny-imagenet-50/timm-vit', 'timm-vit_tiny-imagenet-50.py', "Tiny-ImageNet-50: timm's ViT"),
     ('camvid/mit', 'segformer-mit_camvid.py', "CamVid: mmseg's SegFormer"),
 ):
-    rows += from_dense(folder, dict(config=config, table=table, turn=4, **ALL_SEEDS))
+    base = dict(config=config, table=table, turn=4, **ALL_SEEDS)
+    rows += from_dense(folder, base) + changed_recipe(folder, base, 6)

@@ -1,3 +1,19 @@
-from .hooks import BudgetHook, DenseTeacherHook, FineSelectionHook, FrozenStartHook, LossGuardHook, RandomStateHook
+from .hooks import (
+    BudgetHook,
+    DenseTeacherHook,
+    FineSelectionHook,
+    FrozenStartHook,
+    GateNoiseHook,
+    LossGuardHook,
+    RandomStateHook,
+)
 
-__all__ = ['BudgetHook', 'DenseTeacherHook', 'FineSelectionHook', 'FrozenStartHook', 'LossGuardHook', 'RandomStateHook']
+__all__ = [
+    'BudgetHook',
+    'DenseTeacherHook',
+    'FineSelectionHook',
+    'FrozenStartHook',
+    'GateNoiseHook',
+    'LossGuardHook',
+    'RandomStateHook',
+]

@@ -6,7 +6,7 @@ import re
 from mmengine.logging import print_log
 from torch import nn
 
-from .backbones.base import find_backbones
+from .backbones.base import DynamicStages, find_backbones
 
 
 def check_channels(model: nn.Module) -> None:
@@ -80,5 +80,22 @@ def has_backbone(model: nn.Module, who: str) -> bool:
             f'{who} does nothing, because the {type(model).__name__} has no backbone.',
             logger='current',
             level=logging.WARNING,
+        )
+    return found
+
+
+def dynamic_backbones(model: nn.Module, who: str) -> list[DynamicStages]:
+    """The backbones with DGE; none if a tool swapped the model, which the log says.
+
+    Raises:
+        ValueError: if no backbone has DGE.
+    """
+    if not has_backbone(model, who):
+        return []
+    found = [backbone for backbone in find_backbones(model) if backbone.has_dge]
+    if not found:
+        raise ValueError(
+            f'{who} found no DGE in the model: give its backbone '
+            'dge=dict(granularities=(1, 2, 4)), or leave out the hook.'
         )
     return found

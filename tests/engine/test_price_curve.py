@@ -3,7 +3,7 @@ import torch
 
 from mmdyn.engine.price_curve import PRICES, PriceCurve
 from mmdyn.models import PVT
-from mmdyn.models.backbones.budget import expected_ratios, train_by
+from mmdyn.models.backbones.budget import encoders_of, expected_ratios, train_by
 
 ARCH = dict(embed_dims=(16, 32), depths=(1, 2), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1))
 
@@ -20,8 +20,11 @@ def backbone(request):
 
 
 @torch.no_grad()
-def test_expected_ratios_are_the_means_of_what_is_drawn(backbone):
+@pytest.mark.parametrize('noise', [1.0, 2.0])
+def test_expected_ratios_are_the_means_of_what_is_drawn(backbone, noise):
     images = torch.randn(2, 3, 72, 56)
+    for encoder in encoders_of(backbone):
+        encoder.noise = noise
     for price in (0.0, 0.1):
         train_by(backbone, price)
         drawn, expected = [], []
@@ -32,6 +35,17 @@ def test_expected_ratios_are_the_means_of_what_is_drawn(backbone):
         drawn, expected = torch.stack(drawn), torch.cat(expected)
         assert 0.3 < expected.mean() < 0.99 and expected.std() < drawn.std()
         assert (drawn - expected).mean().abs() < 4 * drawn.std() / 60**0.5
+
+
+def test_expected_ratios_without_noise_are_those_of_the_gates(backbone):
+    """And still tell the routers which way to go."""
+    for encoder in encoders_of(backbone):
+        encoder.noise = 0.0
+    backbone(torch.randn(2, 3, 72, 56))
+    expected = expected_ratios(backbone, torch.zeros(1))
+    torch.testing.assert_close(expected, backbone.cost.query_ratio.mean()[None])
+    expected.sum().backward()
+    assert all(encoder.router.weight.grad.abs().max() > 0 for encoder in encoders_of(backbone))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import build_model
-from mmdyn.engine import BudgetHook, FineSelectionHook, LossGuardHook
+from mmdyn.engine import BudgetHook, FineSelectionHook, GateNoiseHook, LossGuardHook
 from mmdyn.models.backbones.base import check_sides, least_side
 from mmdyn.models.checks import check_channels, check_classes
 
@@ -166,14 +166,15 @@ class Dummy(BaseModel):
         return {}
 
 
-@pytest.mark.parametrize('hook', [BudgetHook(log_interval=1), FineSelectionHook(begin=1)])
+@pytest.mark.parametrize('hook', [BudgetHook(log_interval=1), FineSelectionHook(begin=1), GateNoiseHook()])
 def test_tools_may_swap_the_model(hook, monkeypatch):
     said = []
     monkeypatch.setattr('mmdyn.models.checks.print_log', lambda message, *options, **more: said.append(message))
-    runner = SimpleNamespace(model=Dummy(), max_epochs=3, epoch=0, iter=0)
+    runner = SimpleNamespace(model=Dummy(), max_epochs=3, max_iters=9, epoch=0, iter=0)
     hook.before_run(runner)
     hook.before_train(runner)
     hook.before_train_epoch(runner)
+    hook.before_train_iter(runner, 0)
     runner.model(torch.zeros(1))
     hook.after_train_iter(runner, 0)
     hook.after_train(runner)

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from mmengine.runner import Runner
 
-from ...models.backbones.base import find_backbones
 from ...models.backbones.budget import expected_ratios, train_by
-from ...models.checks import has_backbone
+from ...models.checks import dynamic_backbones
 from ...models.cost import BackboneCost, CostMeter
 from ...models.dge.budget import budget_loss, mean_over_processes
 from ...registry import HOOKS
@@ -105,14 +104,9 @@ class BudgetHook(LossHook):
     def prepare(self, runner: Runner, model: torch.nn.Module) -> None:
         """Check the budget against the model, and the schedule against the training."""
         self._runner, self._meter, self._curve = runner, None, None
-        if not has_backbone(model, 'BudgetHook'):
-            return
-        backbones = [backbone for backbone in find_backbones(model) if backbone.has_dge]
+        backbones = dynamic_backbones(model, 'BudgetHook')
         if not backbones:
-            raise ValueError(
-                'BudgetHook found no DGE in the model: give its backbone '
-                'dge=dict(granularities=(1, 2, 4)), or leave out the hook.'
-            )
+            return
         for backbone in backbones:
             least, most = backbone.ratio_bounds()
             targets = [('budget', target) for target in dict.fromkeys(self.range)]

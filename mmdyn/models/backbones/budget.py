@@ -142,7 +142,8 @@ def expected_ratios(backbone: 'DynamicStages', prices: Tensor) -> Tensor:
         prices: (P) lambda.
 
     Returns:
-        (P) beta of eq. 7, with the probabilities softmax(h - lambda c) in place of the gates.
+        (P) beta of eq. 7, with the probabilities of the gates, softmax((h - lambda c) / noise), in their place; its
+        gradient is that of the noise's whole scale, as that of gates.
     """
     layers = spent_layers(backbone)
     shapes = [
@@ -160,7 +161,9 @@ def expected_ratios(backbone: 'DynamicStages', prices: Tensor) -> Tensor:
         if encoder.router.training_price is not None:
             logits = logits + encoder.router.training_price
         of_granularities = prices_of_granularities(encoder, price, prices.device)
-        probabilities = (logits - prices.view(-1, 1, 1, 1, 1) * of_granularities).softmax(-1)
+        priced = logits - prices.view(-1, 1, 1, 1, 1) * of_granularities
+        soft, drawn = priced.softmax(-1), (priced.detach() / max(encoder.noise, 1e-6)).softmax(-1)
+        probabilities = drawn + (soft - soft.detach())
         patches = count_patches(shape, encoder.granularities, encoder.region, prices.device)
         queries = stage.num_extra + (probabilities * patches).sum((2, 3, 4)).mean(1)
         spent = spent + layer.per_query * queries

@@ -130,6 +130,7 @@ class DynamicGrainedEncoder(nn.Module):
         decision: the :class:`Decision` of the thread's last forward pass.
         bound: the :class:`Bound` of the thread's passes in inference; None waits for the number of queries.
         forced: (rows, columns) a choice that counts in place of the router's, for benchmarks.
+        noise: scale of the noise that gates are drawn with in training.
     """
 
     decision: ThreadLocal[Decision] = ThreadLocal()
@@ -160,6 +161,7 @@ class DynamicGrainedEncoder(nn.Module):
         self.routing, self.train_mode, self.tau = routing, train_mode, tau
         self.router = ROUTERS[router](dim, self.granularities)
         self.forced: Tensor | None = None
+        self.noise = 1.0
 
     def extra_repr(self) -> str:
         return f'granularities={self.granularities}, region={self.region}, routing={self.routing}'
@@ -288,7 +290,7 @@ class DynamicGrainedEncoder(nn.Module):
         logits = self.router.logits(tokens, shape, side, num_extra)
         if self.router.training_price is not None:
             logits = logits - self.router.training_price
-        gates, choice = straight_through_gates(logits, self.tau, forced)
+        gates, choice = straight_through_gates(logits, self.tau, forced, self.noise)
         return gates.expand(-1, *regions, -1), choice.expand(-1, *regions), logits
 
     def _capacity(self, tokens: Tensor, shape: tuple[int, int], num_extra: int) -> int | None:

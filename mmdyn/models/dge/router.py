@@ -90,18 +90,21 @@ def choose_greatest(
     return choose_within(logits, router.granularities, patches, budget)
 
 
-def straight_through_gates(logits: Tensor, tau: float, choice: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def straight_through_gates(
+    logits: Tensor, tau: float, choice: Tensor | None = None, noise: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Sample hard gates with Gumbel noise (eq. 4) that have the gradient of the soft score (eq. 5).
 
     Args:
         logits: (..., K) gating logits.
         tau: temperature of the softmax.
         choice: (...) indices that are taken in place of the greatest noisy logits.
+        noise: scale of the noise; at 0 gates are those of inference.
 
     Returns:
         (..., K) gates, exactly 0 or 1, and the (...) indices of the ones.
     """
-    noise = -torch.empty_like(logits).exponential_().log()
-    soft = ((logits + noise) / tau).softmax(-1)
+    gumbel = -torch.empty_like(logits).exponential_().log()
+    soft = ((logits + noise * gumbel) / tau).softmax(-1)
     choice = soft.argmax(-1) if choice is None else choice
     return F.one_hot(choice, logits.shape[-1]) + (soft - soft.detach()), choice

@@ -82,6 +82,26 @@ def test_gates_follow_the_distribution_of_the_logits():
     assert ((frequency - expected).abs() < 4 * (expected * (1 - expected) / 100_000).sqrt()).all()
 
 
+@pytest.mark.parametrize('noise', [0.5, 0.25])
+def test_less_noise_is_a_lower_temperature_of_the_choice(noise):
+    """P(argmax_k x_k + s g_k = k) = softmax(x / s)_k, because dividing by s changes no greatest."""
+    logits = torch.tensor([0.3, 0.0, -0.4])
+    gates, _ = straight_through_gates(logits.expand(100_000, 3), tau=1.0, noise=noise)
+    frequency, expected = gates.mean(0), (logits / noise).softmax(0)
+    assert ((frequency - expected).abs() < 4 * (expected * (1 - expected) / 100_000).sqrt()).all()
+
+
+def test_gates_without_noise_are_those_of_inference():
+    logits = torch.randn(50, 3, requires_grad=True)
+    gates, choice = straight_through_gates(logits, tau=1.0, noise=0.0)
+    assert torch.equal(choice, logits.argmax(-1))
+    weights = torch.randn(50, 3)
+    torch.testing.assert_close(
+        torch.autograd.grad((weights * gates).sum(), logits),
+        torch.autograd.grad((weights * logits.softmax(-1)).sum(), logits),
+    )
+
+
 def test_gates_have_the_gradient_of_the_soft_score():
     """d softmax(x / tau)_0 = s_0 (1[k=0] - s_k) / tau (eq. 5)."""
     logits = torch.randn(3, requires_grad=True)
