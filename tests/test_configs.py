@@ -62,6 +62,7 @@ def test_config_builds(path, quick):
     starts = '-pre_' in path.stem and path.stem.partition('-pre_')[0].endswith(('dense', 'plain'))
     expected = (
         ['BudgetHook'] * backbone.has_dge
+        + ['GateNoiseHook'] * (backbone.has_dge and cfg.get('load_from') is not None)
         + ['DenseTeacherHook'] * (starts and backbone.has_dge)
         + ['FineSelectionHook'] * two_stages
     )

@@ -287,7 +287,7 @@ def test_recipe_makes_a_dense_model_dynamic(tmp_path):
     assert build_model(cfg).backbone.has_dge and cfg.optim_wrapper.optimizer.lr == 1e-5
     assert cfg.optim_wrapper.paramwise_cfg.custom_keys['.router'] == dict(lr_mult=50.0)
     hooks = [HOOKS.build(hook) for hook in cfg.custom_hooks]
-    assert [type(hook).__name__ for hook in hooks] == ['BudgetHook', 'DenseTeacherHook']
+    assert [type(hook).__name__ for hook in hooks] == ['BudgetHook', 'GateNoiseHook', 'DenseTeacherHook']
 
 
 def test_first_config_is_a_detector(tmp_path):

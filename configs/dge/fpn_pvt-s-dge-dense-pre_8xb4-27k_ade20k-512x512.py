@@ -10,5 +10,6 @@ train_cfg = dict(max_iters=27000, val_interval=9000)
 default_hooks = dict(checkpoint=dict(interval=9000))
 custom_hooks = [
     dict(type='mmdyn.BudgetHook', budget=0.5, weight=2.0, schedule='cosine'),
+    dict(type='mmdyn.GateNoiseHook'),
     dict(type='mmdyn.DenseTeacherHook'),
 ]

@@ -12,5 +12,6 @@ param_scheduler = [
 train_cfg = dict(max_epochs=4)
 custom_hooks = [
     dict(type='mmdyn.BudgetHook', budget=0.5, weight=2.0, schedule='cosine'),
+    dict(type='mmdyn.GateNoiseHook'),
     dict(type='mmdyn.DenseTeacherHook'),
 ]

@@ -2,6 +2,7 @@
 # teacher and the few epochs are DynamicViT's.
 # - The model is the dense one where routers choose the finest granularity, as they do in the beginning. The target of
 #   the query ratio falls in the first 12 epochs, while the dense model teaches.
+# - Then the noise of the gates falls, and from epoch 24 on they are those of inference.
 # - Blocks move from good weights by small steps, routers begin anew and need greater ones.
 _base_ = './imagenet_adamw_300e.py'
 
@@ -15,5 +16,6 @@ param_scheduler = [
 train_cfg = dict(max_epochs=30)
 custom_hooks = [
     dict(type='mmdyn.BudgetHook', budget=0.5, weight=2.0, schedule='cosine'),
+    dict(type='mmdyn.GateNoiseHook'),
     dict(type='mmdyn.DenseTeacherHook'),
 ]
