@@ -7,7 +7,7 @@ import linecache
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +159,16 @@ def output_folder(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f'Cannot write to the folder {path}: {error.strerror}.') from error
     return Path(path)
+
+
+def names_apart(paths: Sequence[str | Path]) -> list[str]:
+    """Short names of files: how they are called if that tells them apart, else the folder that does.
+
+    ``a/weights.pth`` and ``b/weights.pth`` are ``a`` and ``b``. Where no one folder does, names are whole paths.
+    """
+    stems, folders = [Path(path).stem for path in paths], [Path(path).absolute().parts[-2::-1] for path in paths]
+    levels = [stems, *map(list, zip(*folders))]
+    different = len({Path(path).absolute() for path in paths})
+    if different == 1:
+        return stems
+    return next((names for names in levels if len(set(names)) == different), [str(path) for path in paths])

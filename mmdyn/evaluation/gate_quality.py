@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..models.backbones.base import DynamicStages
 from ..models.dge import DynamicGrainedEncoder
-from ..models.dge.routing import grid, pool
+from ..models.dge.routing import grid
 from ..registry import METRICS
 from ..values import check_integer, check_type
 
@@ -325,7 +325,7 @@ def finest_score(
     """
     side = encoder.decision_side(shape)
     finest = min(range(len(encoder.granularities)), key=lambda k: encoder.granularities[k] or 1e9)
-    score = encoder.router(pool(tokens, shape, side, num_extra)).softmax(-1)[..., finest]
+    score = encoder.router.logits(tokens, shape, side, num_extra).softmax(-1)[..., finest]
     # Regions hang over the map, and over the image, at the bottom and on the right.
     whole = [round(count * side * length / cells) for count, length, cells in zip(score.shape[1:], size, shape)]
     score = F.interpolate(score[:, None].float(), size=whole, mode='bilinear', align_corners=False)[:, 0]

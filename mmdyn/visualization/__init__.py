@@ -2,7 +2,7 @@ from .attention import draw_attention
 from .gates import Selectivity, draw_gates, draw_outline, granularity_of_pixels
 from .page import data_uri, finite, report_page
 from .predictions import build_visualizer, describe_label, draw_prediction, prediction_panel
-from .regions import describe_stages, draw_regions, labelled, split_pixels, with_title
+from .regions import describe_stages, draw_regions, labelled, split_pixels, with_title, write_rows
 
 __all__ = [
     'Selectivity',
@@ -22,4 +22,5 @@ __all__ = [
     'report_page',
     'split_pixels',
     'with_title',
+    'write_rows',
 ]

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+
+DEPTHS = matplotlib.colormaps['turbo']  # colours of layers, blue to red
 
 
 def draw_redundancy(
@@ -80,28 +83,32 @@ def draw_stages(stages: dict[str, Sequence[tuple[float, float, float]]], path: s
 def draw_training(
     trainings: dict[str, dict[str, Sequence[tuple[float, float]]]], metric: str, path: str | Path
 ) -> None:
-    """Loss, accuracy, and budget with query ratio over the steps of some trainings."""
-    figure = Figure(figsize=(13, 4), layout='constrained')
-    left, middle, right = figure.subplots(1, 3)
-    for index, (name, of) in enumerate(trainings.items()):
-        colour = f'C{index}'
-        for axes, quantity, style in (
-            (left, 'loss', '-'),
-            (middle, metric, '.-'),
-            (right, 'query_ratio', '-'),
-            (right, 'budget', ':'),
-        ):
-            if points := of.get(quantity):
-                label = name if quantity != 'budget' else f'{name}, budget'
-                axes.plot(*zip(*points), style, color=colour, label=label)
-        for quantity, points in of.items():
-            if quantity.startswith('query_ratio/'):
-                right.plot(*zip(*points), '-', color=colour, alpha=0.2)
-    for axes, label in ((left, 'loss'), (middle, metric), (right, 'query ratio; faint: of each layer')):
-        axes.set(xlabel='step', ylabel=label)
+    """Loss, accuracy, and budget with query ratio over the steps of some trainings; what none tells has no panel.
+
+    Layers' query ratios have the training's colour, faint; those of a single training have colours of their own.
+    """
+    told = {quantity: None for of in trainings.values() for quantity in of}
+    panels = {'loss': ('loss',), metric: (metric,), 'query ratio': ('query_ratio', 'budget')}
+    panels = {label: shown for label, shown in panels.items() if told.keys() & shown}
+    alone, prefix = len(trainings) == 1, 'query_ratio/'
+    figure = Figure(figsize=(4.4 * max(len(panels), 1), 4), layout='constrained')
+    for axes, (label, shown) in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels.items()):
+        layers = [quantity for quantity in told if quantity.startswith(prefix) and label == 'query ratio']
+        for index, (name, of) in enumerate(trainings.items()):
+            colour = 'black' if alone and layers else f'C{index}'
+            for quantity in filter(of.get, shown):
+                style, title = (':', f'{name}, budget') if quantity == 'budget' else ('.-', name)
+                axes.plot(*zip(*of[quantity]), style, color=colour, label=title)
+            for depth, quantity in enumerate(layers):
+                style = dict(color=colour, alpha=0.2)
+                if alone:
+                    style = dict(color=DEPTHS(depth / len(layers)), label=quantity.removeprefix(prefix), linewidth=1)
+                axes.plot(*zip(*of.get(quantity, [(np.nan, np.nan)])), '-', **style)
+        axes.set(xlabel='step', ylabel=label if alone or not layers else f'{label}; faint: each layer')
         axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend(fontsize=7)
+        columns = 1 + len(axes.get_lines()) // 28
+        place = dict(loc='upper left', bbox_to_anchor=(1, 1), ncols=columns) if alone and layers else {}
+        axes.legend(fontsize=7, **place)
     figure.savefig(path, dpi=150)
 
 

@@ -1,6 +1,7 @@
 """Pictures of CF-ViT's two stages, after the CF-ViT paper's figure 9."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -93,3 +94,26 @@ def labelled(picture: np.ndarray, text: str, side: int) -> np.ndarray:
     interpolation = cv2.INTER_NEAREST if picture.shape[0] <= side else cv2.INTER_AREA
     size = round(picture.shape[1] * side / picture.shape[0]), side
     return with_title(cv2.resize(picture, size, interpolation=interpolation), text)
+
+
+def write_rows(rows: dict[str, Sequence[np.ndarray]], folder: str | Path, sheet: bool = False) -> None:
+    """Write rows of pictures.
+
+    Args:
+        rows: of each image, by its name: pictures (H, W, 3) uint8, RGB.
+        folder: of the files, NAME.png for each row.
+        sheet: write all as one picture, sheet.jpg, in which each row is a column.
+    """
+    if sheet and rows:
+        columns = [side_by_side([picture.swapaxes(0, 1) for picture in row]).swapaxes(0, 1) for row in rows.values()]
+        picture = cv2.cvtColor(side_by_side(columns), cv2.COLOR_RGB2BGR)
+        cv2.imwrite(str(Path(folder) / 'sheet.jpg'), picture, [cv2.IMWRITE_JPEG_QUALITY, 88])
+    for name, row in rows.items() if not sheet else ():
+        cv2.imwrite(str(Path(folder) / f'{name}.png'), cv2.cvtColor(side_by_side(row), cv2.COLOR_RGB2BGR))
+
+
+def side_by_side(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures as one, white below those that are not as high as others."""
+    height = max(len(picture) for picture in pictures)
+    whole = [np.pad(p, ((0, height - len(p)), (0, 0), (0, 0)), constant_values=255) for p in pictures]
+    return np.concatenate(whole, axis=1)

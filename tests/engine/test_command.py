@@ -16,6 +16,7 @@ from mmdyn.engine.command import (
     check_has,
     command,
     load_weights,
+    names_apart,
     only_results,
     output_folder,
     read_config,
@@ -227,3 +228,17 @@ def test_each_tool_refuses_in_one_line(tmp_path, monkeypatch, capsys):
         lines = [line for line in err.splitlines() if line.startswith(f'{path.name}: ')]
         assert (end.value.code, len(lines), out) == (2, 1, ''), (tool, err)
         assert 'Traceback' not in err
+
+
+@pytest.mark.parametrize(
+    'paths, names',
+    [
+        (['a/x.pth', 'a/y.pth'], ['x', 'y']),
+        (['r/a/seed0/w.pth', 'r/b/seed0/w.pth'], ['a', 'b']),
+        (['a/w.pth', 'b/w.pth', 'a/w.pth'], ['a', 'b', 'a']),
+        (['r/a/0/w.pth', 'r/a/1/w.pth', 'r/b/0/w.pth'], ['r/a/0/w.pth', 'r/a/1/w.pth', 'r/b/0/w.pth']),
+        (['a/w.pth', 'a/w.pth'], ['w', 'w']),
+    ],
+)
+def test_names_that_tell_files_apart(paths, names):
+    assert names_apart(paths) == names_apart([Path(path) for path in paths]) == names

@@ -146,6 +146,24 @@ def test_score_of_the_finest_granularity(make_backbone, encoders):
     assert torch.allclose(score[:, 0, 7], column[0] * 9 / 16 + column[1] * 7 / 16, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('router', ['entropy', 'correlation'])
+def test_score_of_a_router_that_is_not_trained(router, backbone_config):
+    """The logits fall from 0 by what a region of 2 x 2 cells loses: its entropy, or what its correlation lacks of 1."""
+    backbone = MODELS.build(backbone_config('deit', dge=dict(granularities=(1, 2), router=router))).eval()
+    seen, encoder = {}, backbone.dge[0]
+    encoder.register_forward_pre_hook(lambda module, inputs: seen.update(tokens=inputs[1]))
+    images = torch.rand(2, 3, 32, 32)
+    images[:, :, :8, :8] = 0.5  # without entropy
+    backbone(images)
+    score = finest_score(encoder, seen['tokens'], (8, 8), 1, size=(32, 32))
+    for image, cells in enumerate(seen['tokens'][:, 1:].unflatten(1, (8, 8)).numpy()):
+        region = cells[:2, :2].reshape(4, -1)
+        loss = 1 - np.mean([np.corrcoef(cell, region.mean(0))[0, 1] for cell in region]) if router != 'entropy' else 0
+        assert score[image, 0, 0].item() == pytest.approx(1 / (1 + np.exp(-loss)), abs=1e-5)
+    assert score[:, 20:].min() > 0.5
+
+
 @pytest.fixture
 def example(tmp_path, backbone_config):
     """A classifier, a batch of three images and their masks, and the samples as an evaluator hands them over."""

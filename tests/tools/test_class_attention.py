@@ -66,6 +66,12 @@ def test_table_and_pictures(run):
     assert cv2.imread(str(out / '0-0.png')).shape == (60 + 18 + 4, 3 * 64, 3)
 
 
+def test_a_sheet(run):
+    _, out = run('--patches', '20', '--num', '2', '--side', '60', '--sheet')
+    assert not list(out.glob('*-*.png'))
+    assert cv2.imread(str(out / 'sheet.jpg')).shape == (3 * (60 + 18 + 4), 2 * 64, 3)
+
+
 def test_images_of_a_folder(run, tmp_path):
     _, out = run('--patches', '20', '--images', str(tmp_path / 'images/b'))
     assert sorted(path.name for path in out.glob('*-*.png')) == ['0-1.png', '1-3.png', '2-5.png']

@@ -51,6 +51,35 @@ def test_gates(draw):
     assert red > blue + 30
 
 
+def test_a_sheet(draw, tmp_path):
+    """Each image is a column: itself and what two models predict."""
+    _, row = draw(['pvt-mini_digits', 'pvt-mini-dge_digits'], '--sheet')
+    assert row is None and cv2.imread(str(tmp_path / 'out/sheet.jpg')).shape == (3 * (128 + 18 + 4), 2 * 132, 3)
+
+
+def test_models_of_the_same_config_are_told_apart(draw, monkeypatch):
+    """By their checkpoints; those of other configs by these."""
+    titles = []
+
+    def panel(visualizer, path, sample, side, score_thr, title):
+        titles.append(title.partition(',')[0])
+        return np.zeros((side, side, 3), np.uint8)
+
+    monkeypatch.setattr(draw_predictions, 'prediction_panel', panel)
+    draw(['pvt-mini_digits', 'pvt-mini-dge_digits'], '--num', '1')
+    assert titles == ['pvt-mini_digits', 'pvt-mini-dge_digits']
+    checkpoints = [Path(word) for word in sys.argv if word.endswith('.pth')]
+    for name, source in zip('ab', checkpoints[:1] * 2):
+        (source.parent / name).mkdir()
+        (source.parent / name / 'weights.pth').write_bytes(source.read_bytes())
+    config = str(ROOT / 'configs/demo/pvt-mini_digits.py')
+    models = [word for name in 'ab' for word in (config, str(checkpoints[0].parent / name / 'weights.pth'))]
+    monkeypatch.setattr(sys, 'argv', ['draw_predictions.py', *models, *sys.argv[5:]])
+    titles.clear()
+    draw_predictions.main()
+    assert titles == ['a', 'b']
+
+
 @pytest.mark.parametrize(
     'configs, drop, message',
     [

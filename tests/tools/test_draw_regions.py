@@ -68,6 +68,12 @@ def test_images_that_go_on_show_the_patches_that_were_split(draw):
     assert 0.75 * 0.5 < red[:, 2 * SIDE : 2 * SIDE + 160].mean() < 0.5
 
 
+def test_a_sheet_is_as_long_as_its_longest_row(draw, tmp_path):
+    """An image that stops is a shorter column."""
+    _, pictures = draw('cf-vit-mini_digits', '--threshold', '1', '--sheet')
+    assert pictures == [None, None] and cv2.imread(str(tmp_path / 'out/sheet.jpg')).shape == (3 * 182, 2 * SIDE, 3)
+
+
 def test_images_that_stop_have_no_fine_stage(draw):
     printed, pictures = draw('cf-vit-mini_digits', '--threshold', '0')
     assert '2 of 2 images stop' in printed and 'object' not in printed

@@ -1,10 +1,11 @@
+import cv2
 import numpy as np
 import pytest
 import torch
 from mmpretrain.structures import DataSample
 
 from mmdyn.models.cfvit import split
-from mmdyn.visualization import describe_stages, draw_regions, split_pixels, with_title
+from mmdyn.visualization import describe_stages, draw_regions, split_pixels, with_title, write_rows
 from mmdyn.visualization.regions import GREY, LINE
 
 
@@ -75,3 +76,19 @@ def test_a_title_stands_above_the_picture():
     assert (titled[18:38, :60] == 9).all() and (titled[38:] == 255).all() and (titled[:, 60:] == 255).all()
     ink = titled[:18, :60].reshape(-1, 3)
     assert 0 < (ink != 255).any(1).sum() < len(ink) and (ink[:, 0] >= 200).all()
+
+
+def test_rows_and_their_sheet(tmp_path):
+    """A blue and a red picture of an image, and of another image a picture that is higher and less wide."""
+    blue, red, small = (np.full(size, value, np.uint8) for size, value in (((16, 32, 3), (0, 0, 255)),
+                        ((16, 32, 3), (255, 0, 0)), ((24, 8, 3), (0, 255, 0))))  # fmt: skip
+    rows = {'a': [blue, red], 'b': [small]}
+    write_rows(rows, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.png', 'b.png']
+    a = cv2.imread(str(tmp_path / 'a.png'))
+    assert a.shape == (16, 64, 3) and (a[:, :32] == (255, 0, 0)).all() and (a[:, 32:] == (0, 0, 255)).all()
+    write_rows(rows, tmp_path, sheet=True)
+    sheet = cv2.imread(str(tmp_path / 'sheet.jpg')).astype(int)
+    assert sheet.shape == (32, 40, 3)
+    for part, colour in (((8, 8), (255, 0, 0)), ((28, 8), (0, 0, 255)), ((8, 36), (0, 255, 0)), ((30, 38), 255)):
+        assert np.abs(sheet[part] - colour).max() < 40

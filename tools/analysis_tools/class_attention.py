@@ -2,7 +2,8 @@
 
 Tests a plain vision transformer, or CF-ViT's fine stage, with the patches of the highest and of the lowest class
 attention of each block alone. Draws the class attention of the last block with coarse and with fine splitting side by
-side. Writes patches.json, patches.png and a picture for each image.
+side. Writes patches.json, patches.png and a row of pictures for each image; --sheet draws all in one picture,
+sheet.jpg, in which each row is a column.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from mmdyn.analysis.class_attention import accuracy_of_patches, class_attention,
 from mmdyn.analysis.flops import image_files, pipeline_without_annotations
 from mmdyn.engine.command import check_checkpoint, check_has, command, only_results, output_folder, read_config
 from mmdyn.engine.launch import build_runner
-from mmdyn.visualization import draw_attention, with_title
+from mmdyn.visualization import draw_attention, with_title, write_rows
 from mmdyn.visualization.curves import draw_patches
 
 
 @torch.no_grad()
-def picture(model, packed: dict, side: int) -> np.ndarray:
+def row_of(model, packed: dict, side: int) -> list[np.ndarray]:
     """An image, and the class attention of the last block with coarse and fine splitting, side by side."""
     backbone, view = plain_classifier(model), packed['inputs']
     image = np.ascontiguousarray(view.numpy()[::-1].transpose(1, 2, 0))
@@ -37,7 +38,7 @@ def picture(model, packed: dict, side: int) -> np.ndarray:
     for tokens, (rows, columns) in (coarse_tokens(backbone, inputs), backbone.embed(inputs)):
         score = class_attention(backbone, tokens)[-1][0].view(rows, columns).cpu().numpy()
         row.append(with_title(draw_attention(image, score), f'{rows} x {columns}'))
-    return np.concatenate(row, axis=1)
+    return row
 
 
 @command
@@ -50,6 +51,7 @@ def main() -> str:
     parser.add_argument('--num', type=int, default=8, help='number of pictures (default: 8)')
     parser.add_argument('--patches', type=int, default=100, help='patches that are kept (default: 100)')
     parser.add_argument('--side', type=int, default=160, help='width of a picture in pixels (default: 160)')
+    parser.add_argument('--sheet', action='store_true', help='draw one picture of all images')
     parser.add_argument('--out', help='folder of the results (default: work_dirs/<name of the config>/attention)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
     args = parser.parse_args()
@@ -73,9 +75,11 @@ def main() -> str:
         files = [Path(dataset.get_data_info(index)['img_path']) for index in range(len(dataset))]
     drawn = files[:: max(1, len(files) // args.num)][: args.num]
     pipeline = pipeline_without_annotations(cfg)
-    for number, file in enumerate(drawn):
-        row = picture(model, pipeline(dict(img_path=str(file), img_id=0)), args.side)
-        cv2.imwrite(str(out / f'{number}-{file.stem}.png'), cv2.cvtColor(row, cv2.COLOR_RGB2BGR))
+    rows = {
+        f'{number}-{file.stem}': row_of(model, pipeline(dict(img_path=str(file), img_id=0)), args.side)
+        for number, file in enumerate(drawn)
+    }
+    write_rows(rows, out, args.sheet)
     pairs = enumerate(zip(found['highest'], found['lowest']), 1)
     return '\n'.join(
         [

@@ -38,17 +38,18 @@ def quality_of_gradcam(runner: Runner, masks: ForegroundMasks) -> dict[str, floa
 
 
 def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
-    """Plot each metric over the layers, and what is no layer as lines across."""
-    axes = (figure := Figure(figsize=(max(6, 0.6 * len(rows)), 4), layout='constrained')).subplots()
+    """Plot each metric over the layers in a panel of its own, and what is no layer as lines across."""
     layers = [name for name in rows if name not in ('random', 'Grad-CAM')]
-    for colour, metric in enumerate(METRICS):
-        axes.plot(layers, [rows[name][metric] for name in layers], '.-', color=f'C{colour}', label=metric)
+    figure = Figure(figsize=(max(9, 0.9 * len(layers)), 3.2), layout='constrained')
+    for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS):
+        axes.plot(layers, [rows[name][metric] for name in layers], '.-', label='score of the router')
         for name, style in (('random', ':'), ('Grad-CAM', '--')):
             if name in rows:
-                axes.axhline(rows[name][metric], linestyle=style, color=f'C{colour}', label=f'{metric}, {name}')
-    axes.set(ylabel='%')
-    axes.tick_params(axis='x', rotation=60)
-    axes.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
+                axes.axhline(rows[name][metric], linestyle=style, color='0.4', label=name)
+        axes.set(ylabel=f'{metric} (%)')
+        axes.set_xticks(range(len(layers)), layers, rotation=60, ha='right', rotation_mode='anchor', fontsize=7)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=150)
 
 

@@ -30,12 +30,22 @@ from mmdyn.analysis.budget import (
     modes_of,
     sweep,
 )
-from mmdyn.engine.command import check_checkpoint, check_has, command, only_results, output_folder, read_config
+from mmdyn.engine.command import (
+    check_checkpoint,
+    check_has,
+    command,
+    names_apart,
+    only_results,
+    output_folder,
+    read_config,
+)
 from mmdyn.engine.launch import build_tester
 
 
-def sweep_checkpoint(runner: Runner, args: argparse.Namespace, checkpoint: str, prices_file: Path) -> list[dict]:
-    """Calibrate and test one checkpoint."""
+def sweep_checkpoint(
+    runner: Runner, args: argparse.Namespace, checkpoint: str, name: str, prices_file: Path
+) -> list[dict]:
+    """Calibrate and test one checkpoint, called ``name`` in its rows."""
     model, loop = model_and_loop(runner, checkpoint)
     backbone = dynamic_backbone(model)
     budgets, modes = budgets_of(backbone, args.budgets), modes_of(backbone, args.modes)
@@ -46,7 +56,7 @@ def sweep_checkpoint(runner: Runner, args: argparse.Namespace, checkpoint: str, 
     prices_file.write_text(json.dumps(dict(prices._asdict(), checkpoint=Path(checkpoint).name, images=args.images)))
     rows = []
     for found in sweep(model, loop.dataloader, loop.evaluator, budgets, modes, prices):
-        rows.append(dict(checkpoint=Path(checkpoint).stem, **found))
+        rows.append(dict(checkpoint=name, **found))
         metric_of(rows, args.metric)
     return rows
 
@@ -106,9 +116,9 @@ def main() -> str:
         raise ValueError(f'--images {args.images}: give the number of images that prices are measured on, at least 1.')
     out = output_folder(args.out or Path('work_dirs') / Path(args.config).stem / 'budget')
     runner, rows = build_tester(cfg, out), []
-    for place, checkpoint in enumerate(args.checkpoint):
-        name = 'prices.json' if len(args.checkpoint) == 1 else f'prices_{place}_{Path(checkpoint).stem}.json'
-        rows += sweep_checkpoint(runner, args, checkpoint, out / name)
+    for place, (checkpoint, name) in enumerate(zip(args.checkpoint, names_apart(args.checkpoint))):
+        prices = 'prices.json' if len(args.checkpoint) == 1 else f'prices_{place}_{Path(checkpoint).stem}.json'
+        rows += sweep_checkpoint(runner, args, checkpoint, name, out / prices)
 
     metric = metric_of(rows, args.metric)
     (out / 'sweep.json').write_text(json.dumps(dict(images=args.images, metric=metric, rows=rows), indent=1))

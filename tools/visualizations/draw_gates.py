@@ -13,8 +13,6 @@ import argparse
 import json
 from pathlib import Path
 
-import cv2
-import numpy as np
 from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
@@ -29,6 +27,7 @@ from mmdyn.visualization import (
     granularity_of_pixels,
     labelled,
     prediction_panel,
+    write_rows,
 )
 
 
@@ -72,7 +71,7 @@ def main() -> str:
 
     files, out = image_files(args.images), output_folder(args.out)
     drawn = set(files[:: max(1, len(files) // args.num)][: args.num])
-    selectivity, columns = Selectivity(), []
+    selectivity, rows = Selectivity(), {}
     for gated in run_with_gates(model, backbone, cfg, files if args.masks else sorted(drawn)):
         run, image, mask = gated.run, gated.image, None
         layers = chosen(gated.layers, args.layers)
@@ -92,14 +91,9 @@ def main() -> str:
                 selectivity.add(name, phi == min(filter(None, encoder.granularities)), mask)
             if path in drawn:
                 row.append(labelled(draw_gates(image, phi, encoder.granularities, mask), name, args.side))
-        if path in drawn and args.sheet:
-            columns.append(np.concatenate(row, axis=0))
-        elif path in drawn:
-            name = '-'.join(path.relative_to(args.images).with_suffix('').parts)
-            cv2.imwrite(str(out / f'{name}.png'), cv2.cvtColor(np.concatenate(row, axis=1), cv2.COLOR_RGB2BGR))
-    if columns:
-        sheet = cv2.cvtColor(np.concatenate(columns, axis=1), cv2.COLOR_RGB2BGR)
-        cv2.imwrite(str(out / 'sheet.jpg'), sheet, [cv2.IMWRITE_JPEG_QUALITY, 88])
+        if path in drawn:
+            rows['-'.join(path.relative_to(args.images).with_suffix('').parts)] = row
+    write_rows(rows, out, args.sheet)
     found = selectivity.result()
     if args.json:
         return json.dumps(dict(pictures=len(drawn), out=str(out), layers=found))

@@ -2,8 +2,9 @@
 
 Writes a row of pictures for each image: the image as the network sees it; the coarse patches, with the coarse stage's
 class and confidence; and, where the fine stage ran, the patches that it split, the others greyed, with its class and
-confidence. The title of the stage whose prediction counts is red. With --masks, folders of the same names, the share of
-the object's pixels and of the background's that lie in split regions is printed, over all images.
+confidence. The title of the stage whose prediction counts is red. --sheet draws all in one picture, sheet.jpg, in which
+each row is a column. With --masks, folders of the same names, the share of the object's pixels and of the background's
+that lie in split regions is printed, over all images.
 """
 
 import argparse
@@ -18,12 +19,12 @@ from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pip
 from mmdyn.analysis.gates import image_of
 from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
 from mmdyn.models import CFViT
-from mmdyn.visualization import build_visualizer, describe_stages, draw_regions, split_pixels, with_title
+from mmdyn.visualization import build_visualizer, describe_stages, draw_regions, split_pixels, with_title, write_rows
 
 RED, BLACK = (200, 0, 0), (0, 0, 0)
 
 
-def row_of(run, name: str, coarse_size: int, side: int, dataset_meta: dict) -> np.ndarray:
+def row_of(run, name: str, coarse_size: int, side: int, dataset_meta: dict) -> list[np.ndarray]:
     """The pictures of an image side by side."""
     image = image_of(run)
     image = cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST if len(image) <= side else cv2.INTER_AREA)
@@ -34,7 +35,7 @@ def row_of(run, name: str, coarse_size: int, side: int, dataset_meta: dict) -> n
     for title, colour, split in zip(titles, colours, regions):
         split = None if split is None else split.tolist()
         row.append(with_title(draw_regions(image, coarse_size, split), title, colour))
-    return np.concatenate(row, axis=1)
+    return row
 
 
 @command
@@ -49,6 +50,7 @@ def main() -> str:
     parser.add_argument('--out', required=True, help='folder of the pictures')
     parser.add_argument('--num', type=int, default=16, help='number of pictures')
     parser.add_argument('--side', type=int, default=160, help='side of a picture in pixels')
+    parser.add_argument('--sheet', action='store_true', help='draw one picture of all images')
     parser.add_argument('--threshold', type=float, help="confidence that stops an image, instead of the config's")
     parser.add_argument('--every-stage', action='store_true', help='run the fine stage on images that stop as well')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config')
@@ -67,7 +69,7 @@ def main() -> str:
 
     files, out = image_files(args.images), output_folder(args.out)
     drawn = set(files[:: max(1, len(files) // args.num)][: args.num])
-    pixels, stopped = np.zeros((2, 2), int), 0  # of background and object: in split regions, all
+    rows, pixels, stopped = {}, np.zeros((2, 2), int), 0  # of background and object: in split regions, all
     # Each stage is a run of its own, with the same prediction.
     runs = {run.path: run for run in run_on_images(model, cfg, files if args.masks else sorted(drawn))}
     for path, run in runs.items():
@@ -83,8 +85,8 @@ def main() -> str:
             pixels += [[(split & part).sum(), part.sum()] for part in (~mask, mask)]
         if path in drawn:
             title = '-'.join(name.with_suffix('').parts)
-            picture = row_of(run, title, backbone.coarse_size, args.side, dataset_meta)
-            cv2.imwrite(str(out / f'{title}.png'), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            rows[title] = row_of(run, title, backbone.coarse_size, args.side, dataset_meta)
+    write_rows(rows, out, args.sheet)
     results = (
         f'{len(drawn)} pictures in {out}\n{stopped} of {len(runs)} images stop after the coarse stage, at a '
         f'confidence of {model.test_cfg["threshold"]:g}'
