@@ -240,7 +240,14 @@ def weights(config, name=None):
 
 
 # Where configs and commands look for data, and what of the demo's is there.
-DATA = {'imagenet': 'imagenet', 'camvid/images': 'imagenet', 'coco': 'coco', 'ade/ADEChallengeData2016': 'ade'}
+DATA = {
+    'imagenet': 'imagenet',
+    'tiny-imagenet-50': 'imagenet',
+    'camvid/images': 'imagenet',
+    'camvid/annotations': 'imagenet/masks',
+    'coco': 'coco',
+    'ade/ADEChallengeData2016': 'ade',
+}
 VOC = """<annotation><size><width>9</width><height>9</height></size><object><name>WBC</name><bndbox>
 <xmin>1</xmin><ymin>1</ymin><xmax>3</xmax><ymax>4</ymax></bndbox></object></annotation>"""
 

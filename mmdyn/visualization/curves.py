@@ -1,13 +1,39 @@
 """Plots of what the tools measure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DEPTHS = matplotlib.colormaps['turbo']  # colours of layers, blue to red
+
+
+def unit_of(gflops: Iterable[float]) -> tuple[float, str]:
+    """What multiply-adds in 1e9 are multiplied with for an axis, and its unit: G, or M if all are below 1e9."""
+    return (1.0, 'G') if max(gflops, default=1.0) >= 1 else (1e3, 'M')
+
+
+def label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write the texts of points (x, y, text), in their order, but those that would hide one before."""
+    places = np.array([(x, y) for x, y, _ in points])
+    places = places / np.maximum(np.ptp(places, axis=0), 1e-12)
+    written: list[np.ndarray] = []
+    for (x, y, text), place in zip(points, places):
+        if all((abs(place - other) > (0.1, 0.06)).any() for other in written):
+            written.append(place)
+            axes.annotate(text, (x, y), (4, -8), textcoords='offset points', fontsize=7)  # below curves that rise
+
+
+def stack_stages(axes: Axes, points: Sequence[tuple[float, float, float]]) -> None:
+    """Images that are right at the coarse and at the fine stage, over multiply-adds in 1e9 (CF-ViT paper, figure 8)."""
+    factor, unit = unit_of(x for x, _, _ in points)
+    axes.stackplot(*zip(*[(factor * x, *right) for x, *right in points]), labels=['coarse stage', 'fine stage'])
+    axes.set(xlabel=f'multiply-adds of the backbone ({unit})', ylabel='images classified correctly')
+    axes.set_ylim(top=1.15 * max(coarse + fine for _, coarse, fine in points) or 1)
+    axes.legend(loc='upper left', ncols=2, fontsize=7)
 
 
 def draw_redundancy(
@@ -26,19 +52,19 @@ def draw_redundancy(
         metric: of the rows.
         path: of the picture.
     """
-    figure = Figure(figsize=(13, 4), layout='constrained')
+    figure = Figure(figsize=(11, 3.6), layout='constrained')
     left, middle, right = figure.subplots(1, 3)
-    left.bar(edges[:-1], 100 * histogram.mean(0), width=np.diff(edges), align='edge')
+    shares = histogram.mean(0)
+    left.bar(edges[:-1], 100 * shares, width=np.diff(edges), align='edge')
     left.set(xlabel='correlation with the mean of the 2 x 2 patch', ylabel='tokens (%)')
-    middle.plot([row['gflops'] for row in rows], [row[metric] for row in rows], '.-')
-    costs = [row['gflops'] for row in rows]
-    last = np.inf
-    for row in rows:
-        label = 'dense' if row['threshold'] is None else f'{row["threshold"]:g}'
-        if last - row['gflops'] > 0.03 * (max(costs) - min(costs)):  # or labels would hide each other
-            last = row['gflops']
-            middle.annotate(label, (last, row[metric]), (2, 3), textcoords='offset points', fontsize=7)
-    middle.set(xlabel='multiply-adds of the backbone (G)', ylabel=metric)
+    left.set_xlim(edges[np.searchsorted(shares.cumsum(), 0.01)], 1)  # all but one in a hundred
+    factor, unit = unit_of(row['gflops'] for row in rows)
+    names = ['dense' if row['threshold'] is None else f'{row["threshold"]:g}' for row in rows]
+    points = [(factor * row['gflops'], row[metric], name) for row, name in zip(rows, names)]
+    middle.plot([x for x, _, _ in points], [y for _, y, _ in points], '.-')
+    label_points(middle, points)
+    middle.margins(0.1)
+    middle.set(xlabel=f'multiply-adds of the backbone ({unit})', ylabel=metric)
     right.boxplot(of_images, whis=(0, 100))
     right.set(xlabel='block', ylabel='mean correlation of an image')
     figure.savefig(path, dpi=150)
@@ -46,7 +72,7 @@ def draw_redundancy(
 
 def draw_points(curves: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, path: str | Path) -> None:
     """Accuracy over a cost: (x, y) of each curve; a single point is a star."""
-    axes = (figure := Figure(figsize=(6, 4), layout='constrained')).subplots()
+    axes = (figure := Figure(figsize=(8, 3.6), layout='constrained')).subplots()
     for name, points in curves.items():
         many = len(points) > 40
         axes.plot(*zip(*points), '*' if len(points) == 1 else '-' if many else '.-', label=name, markersize=8)
@@ -74,9 +100,8 @@ def draw_stages(stages: dict[str, Sequence[tuple[float, float, float]]], path: s
     """Images that are classified correctly at each stage, over multiply-adds (CF-ViT paper, figure 8)."""
     figure = Figure(figsize=(5 * len(stages), 4), layout='constrained')
     for axes, (name, points) in zip(np.ravel(figure.subplots(1, len(stages))), stages.items()):
-        axes.stackplot(*zip(*points), labels=['coarse stage', 'fine stage'])
-        axes.set(xlabel='multiply-adds of the backbone (G)', ylabel='images classified correctly', title=name)
-        axes.legend(loc='lower right', fontsize=7)
+        stack_stages(axes, points)
+        axes.set(title=name)
     figure.savefig(path, dpi=150)
 
 
@@ -114,7 +139,7 @@ def draw_training(
 
 def draw_patches(accuracy: dict[str, Sequence[float]], every: float, count: int, path: str | Path) -> None:
     """Accuracy with the patches of the highest and lowest class attention of each block (CF-ViT paper, figure 1a)."""
-    axes = (figure := Figure(figsize=(6, 4), layout='constrained')).subplots()
+    axes = (figure := Figure(figsize=(8, 3.2), layout='constrained')).subplots()
     for name, values in accuracy.items():
         axes.plot(range(1, len(values) + 1), values, '.-', label=f'the {count} {name} patches')
     axes.axhline(every, linestyle=':', color='0.4', label='all patches')

@@ -83,9 +83,14 @@ def describe_stages(sample: BaseDataElement, dataset_meta: dict) -> list[str]:
 
 
 def with_title(picture: np.ndarray, title: str, colour: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
-    """A picture (H, W, 3) below a line of text, with a white margin on the right and at the bottom."""
-    line = np.full((18, picture.shape[1], 3), 255, np.uint8)
-    cv2.putText(line, title, (2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
+    """A picture (H, W, 3) below a line of text, with a white margin on the right and at the bottom.
+
+    Text that is wider than the picture is written smaller, by a third at most, and cut off behind that.
+    """
+    line, font = np.full((18, picture.shape[1], 3), 255, np.uint8), cv2.FONT_HERSHEY_SIMPLEX
+    (width, _), _ = cv2.getTextSize(title, font, 0.4, 1)
+    size = 0.4 * min(1.0, max(0.67, (picture.shape[1] - 4) / max(width, 1)))
+    cv2.putText(line, title, (2, 13), font, size, colour, 1, cv2.LINE_AA)
     return np.pad(np.concatenate([line, picture]), ((0, 4), (0, 4), (0, 0)), constant_values=255)
 
 

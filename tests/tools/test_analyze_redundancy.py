@@ -66,7 +66,7 @@ def test_accuracy_against_cost(run):
     )
     assert len(content['of_images']) == 6 and len(content['histogram'][0]) == 200
     assert f'{rows[3]["query_ratio"]:10.3f}' in out and 'threshold 0.5: accuracy/top1' in err
-    assert cv2.imread(str(run.folder / 'out/redundancy.png')).shape[1] == 13 * 150
+    assert cv2.imread(str(run.folder / 'out/redundancy.png')).shape[1] == 11 * 150
 
 
 def test_images_of_a_folder(run):

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,6 +65,14 @@ def test_table_and_pictures(run):
     assert pictures == ['0-0.png', '1-1.png'] and cv2.imread(str(out / 'patches.png')).std() > 0
     # The image, coarse and fine splitting, each of 60 pixels and a margin of 4, below a line of 18.
     assert cv2.imread(str(out / '0-0.png')).shape == (60 + 18 + 4, 3 * 64, 3)
+
+
+def test_progress_is_no_result(tmp_path, run):
+    """In a process of its own, as a tool that was imported has a stdout of the test's."""
+    paths = [str(tmp_path / name) for name in ('vit.py', 'vit.pth')]
+    words = [sys.executable, spec.origin, *paths, '--out', str(tmp_path / 'out'), '--patches', '20', '--num', '1']
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert done.stdout.split()[:3] == ['block', 'highest', 'lowest'] and 'ETA' in done.stderr
 
 
 def test_a_sheet(run):

@@ -188,6 +188,8 @@ def test_schemes_and_widths(scheme, background, browser, tmp_path):
     assert page.run('document.documentElement.scrollWidth <= 360')
     assert page.run('getComputedStyle(document.body).backgroundColor') == background
     assert page.run("document.querySelector('.tile b').textContent") == '\u2013'  # no number
+    numbers = page.run('[number(1.396), number(33.4, 4), number(1112), number(9.996), number(0.0998), number(0)]')
+    assert numbers == ['1.40', '33.40', '1110', '10.0', '0.0998', '0.00']
 
 
 @pytest.mark.parametrize('config', ['mask-rcnn_pvt-mini-dge_digits', 'fpn_pvt-mini-dge_digits'])

@@ -132,6 +132,20 @@ def test_prices_are_measured_on_images_of_all_classes(sweep, example):
     assert as_trained != pytest.approx(measured_alone(example, images=first, budget=None)[1])
 
 
+def test_routers_have_the_colour_of_their_checkpoint(monkeypatch, tmp_path):
+    """A star of its own, whatever the order of modes is."""
+    figures, row = [], dict(gflops=0.5, milliseconds=1.0, m=1.0)
+    monkeypatch.setattr(sweep_budget.Figure, 'savefig', lambda figure, path, dpi: figures.append(figure))
+    modes = [('a', 'router'), ('a', 'average'), ('a', 'exact'), ('b', 'router'), ('b', 'average'), ('c', 'router')]
+    sweep_budget.draw([dict(row, checkpoint=name, mode=mode) for name, mode in modes], 'm', tmp_path / 'x.png')
+    for axes in figures[0].axes:
+        colour = {line.get_label(): line.get_color() for line in axes.get_lines()}
+        assert list(colour) == [f'{name}, {mode}' for name, mode in modes]
+        assert colour['a, router'] == colour['a, average'] and colour['b, router'] == colour['b, average']
+        assert len(set(colour.values())) == 4
+    assert figures[0].axes[0].get_xlabel() == 'multiply-adds of the backbone (M)'
+
+
 def test_checkpoints_together(sweep, example):
     _, rows = sweep('--budgets', '0.5', '--modes', 'equal', '--images', '5', checkpoints=('first', 'second'))
     assert [(row['checkpoint'], row['mode']) for row in rows] == [

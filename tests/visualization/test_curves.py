@@ -19,6 +19,16 @@ def drawn(monkeypatch, tmp_path):
     return draw
 
 
+def test_multiply_adds_have_a_unit_that_can_be_read():
+    assert curves.unit_of([0.02, 1.5]) == (1, 'G') and curves.unit_of([0.02, 0.5]) == (1000, 'M')
+
+
+def test_labels_do_not_hide_each_other():
+    axes = curves.Figure().subplots()
+    curves.label_points(axes, [(0, 0, 'a'), (0.05, 0.05, 'beside a'), (0.05, 0.9, 'above a'), (1, 1, 'b')])
+    assert [text.get_text() for text in axes.texts] == ['a', 'above a', 'b']
+
+
 TRAINING = {
     'loss': [(50, 3.0), (100, 2.0)],
     'query_ratio': [(50, 1.0), (100, 0.5)],

@@ -78,6 +78,14 @@ def test_a_title_stands_above_the_picture():
     assert 0 < (ink != 255).any(1).sum() < len(ink) and (ink[:, 0] >= 200).all()
 
 
+def test_a_long_title_is_written_smaller():
+    """With 32 letters it would be 40 % wider than the picture, and ends within it; twice as long, it is cut off."""
+    picture = np.zeros((20, 200, 3), np.uint8)
+    short, long = (with_title(picture, 'o' * count)[:18, :200].min(-1) < 128 for count in (32, 64))
+    assert short.any(0)[190:].any() and not short.any(0)[198:].any()
+    assert long.any(0)[194:].any()
+
+
 def test_rows_and_their_sheet(tmp_path):
     """A blue and a red picture of an image, and of another image a picture that is higher and less wide."""
     blue, red, small = (np.full(size, value, np.uint8) for size, value in (((16, 32, 3), (0, 0, 255)),

@@ -8,6 +8,7 @@ sheet.jpg, in which each row is a column.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -67,7 +68,7 @@ def main() -> str:
     runner.load_checkpoint(args.checkpoint, map_location='cpu')
     model, loader = runner.model.eval(), runner.build_dataloader(cfg.test_dataloader)
 
-    found = accuracy_of_patches(model, track_iter_progress((loader, len(loader))), args.patches)
+    found = accuracy_of_patches(model, track_iter_progress((loader, len(loader)), file=sys.stderr), args.patches)
     (out / 'patches.json').write_text(json.dumps(dict(found, patches=args.patches), indent=1))
     draw_patches({name: found[name] for name in ('highest', 'lowest')}, found['all'], args.patches, out / 'patches.png')
     if files is None:

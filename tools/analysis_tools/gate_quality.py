@@ -7,6 +7,7 @@ models have the granularities {1, 2}. Prints a table, and writes gates.json and 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ METRICS = ('accuracy', 'mAP', 'mIoU')
 def quality_of_gradcam(runner: Runner, masks: ForegroundMasks) -> dict[str, float]:
     """The metrics of Grad-CAM on the images of the test set."""
     counts = []
-    for batch in track_iter_progress((runner.test_dataloader, len(runner.test_dataloader))):
+    for batch in track_iter_progress((runner.test_dataloader, len(runner.test_dataloader)), file=sys.stderr):
         data = runner.model.data_preprocessor(batch)
         scores = gradcam(runner.model, data['inputs']).cpu()
         for sample, score in zip(data['data_samples'], scores):

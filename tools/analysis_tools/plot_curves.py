@@ -14,7 +14,7 @@ from pathlib import Path
 import mmdyn  # noqa: F401
 from mmdyn.analysis.curves import Source, joined, read_source
 from mmdyn.engine.command import command, only_results, output_folder
-from mmdyn.visualization.curves import draw_layers, draw_points, draw_stages, draw_training
+from mmdyn.visualization.curves import draw_layers, draw_points, draw_stages, draw_training, unit_of
 
 
 def draw(sources: list[Source], metric: str | None, out: Path) -> list[str]:
@@ -31,7 +31,7 @@ def draw(sources: list[Source], metric: str | None, out: Path) -> list[str]:
         raise ValueError(f'The files tell different metrics, {metrics}: give --metric, or fewer files.')
     accuracy = metric or (metrics[0] if metrics else 'accuracy')
     if of['cost']:
-        factor, unit = (1, 'G') if max(x for points in of['cost'].values() for x, _ in points) >= 1 else (1e3, 'M')
+        factor, unit = unit_of(x for points in of['cost'].values() for x, _ in points)
         costs = {name: [(x * factor, y) for x, y in points] for name, points in of['cost'].items()}
         draw_points(costs, f'multiply-adds of the backbone ({unit})', accuracy, out / 'cost.png')
     if of['time']:

@@ -40,6 +40,7 @@ from mmdyn.engine.command import (
     read_config,
 )
 from mmdyn.engine.launch import build_tester
+from mmdyn.visualization.curves import unit_of
 
 
 def sweep_checkpoint(
@@ -72,19 +73,27 @@ def line(row: dict, metric: str) -> str:
 
 def draw(rows: list[dict], metric: str, path: Path) -> None:
     """Plot accuracy over multiply-adds and over time, a curve for each checkpoint and mode."""
-    figure = Figure(figsize=(10, 4), layout='constrained')
-    for axes, name, label in zip(
+    figure, colours = Figure(figsize=(10, 4), layout='constrained'), {}
+    curves = list(dict.fromkeys((row['checkpoint'], row['mode']) for row in rows))
+    for checkpoint, mode in sorted(curves, key=lambda curve: curve[1] == 'router'):
+        # As the first curve of the checkpoint, which is known before.
+        same = next((colours[of, other] for of, other in colours if of == checkpoint), None)
+        colours[checkpoint, mode] = same if mode == 'router' and same else f'C{len(colours)}'
+    giga, unit = unit_of(row['gflops'] for row in rows)
+    for axes, name, factor, label in zip(
         figure.subplots(1, 2, sharey=True),
         ('gflops', 'milliseconds'),
-        ('multiply-adds of the backbone (G)', 'time of the model for an image (ms)'),
+        (giga, 1),
+        (f'multiply-adds of the backbone ({unit})', 'time of the model for an image (ms)'),
     ):
-        for checkpoint, mode in dict.fromkeys((row['checkpoint'], row['mode']) for row in rows):
+        for checkpoint, mode in curves:
             points = [
-                (row[name], row.get(metric, math.nan))
+                (factor * row[name], row.get(metric, math.nan))
                 for row in rows
                 if (row['checkpoint'], row['mode']) == (checkpoint, mode)
             ]
-            axes.plot(*zip(*points), '*' if mode == 'router' else '.-', label=f'{checkpoint}, {mode}')
+            style = dict(color=colours[checkpoint, mode], label=f'{checkpoint}, {mode}')
+            axes.plot(*zip(*points), '*' if mode == 'router' else '.-', **style)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel=metric)

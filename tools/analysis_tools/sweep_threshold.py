@@ -26,6 +26,7 @@ from mmdyn.analysis.threshold import (
 )
 from mmdyn.engine.command import check_checkpoint, check_has, command, only_results, output_folder, read_config
 from mmdyn.engine.launch import build_runner
+from mmdyn.visualization.curves import label_points, stack_stages, unit_of
 
 UNITS = dict(K=1e3, M=1e6, G=1e9)
 
@@ -44,21 +45,28 @@ def line(point: dict) -> str:
 
 
 def draw(swept: Curve, chosen: dict, path: Path) -> None:
-    """Plot accuracy over multiply-adds, with each tenth of the threshold and the chosen points."""
-    axes = (figure := Figure(figsize=(6, 4), layout='constrained')).subplots()
-    axes.plot(swept.macs / 1e9, swept.top1)
-    # Of the thresholds that come to the same, the first alone is written.
-    points = [swept.point(index) for index in reversed(tenths(swept))]
-    for place, threshold in {(point['macs'] / 1e9, point['top1']): point['threshold'] for point in points}.items():
-        axes.plot(*place, '.', color='C0')
-        axes.annotate(f'{threshold:g}', place, (2, 3), textcoords='offset points', fontsize=7)
+    """Plot accuracy over multiply-adds, with tenths of the threshold and the chosen points, and each stage's part."""
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    axes, stages = figure.subplots(1, 2)
+    factor, unit = unit_of(swept.macs / 1e9)
+    axes.plot(swept.macs / 1e9 * factor, swept.top1)
+    tens = [swept.point(index) for index in reversed(tenths(swept))]
+    points = [(point['macs'] / 1e9 * factor, point['top1'], f'{point["threshold"]:g}') for point in tens]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], '.', color='C0')
+    label_points(axes, points)
+    axes.grid(alpha=0.3)
     for name, point in chosen.items():
         axes.plot(
-            point['macs'] / 1e9, point['top1'], 'o', mfc='none', label=f'{name}: threshold {point["threshold"]:.6g}'
+            point['macs'] / 1e9 * factor,
+            point['top1'],
+            'o',
+            mfc='none',
+            label=f'{name}: threshold {point["threshold"]:.6g}',
         )
     if chosen:
         axes.legend(loc='lower right')
-    axes.set(xlabel='multiply-adds of the backbone (G)', ylabel='top-1 accuracy (%)')
+    axes.set(xlabel=f'multiply-adds of the backbone ({unit})', ylabel='top-1 accuracy (%)')
+    stack_stages(stages, list(zip(swept.macs / 1e9, swept.coarse_right, swept.fine_right)))
     figure.savefig(path, dpi=150)
 
 
