@@ -243,6 +243,7 @@ def weights(config, name=None):
 DATA = {
     'imagenet': 'imagenet',
     'tiny-imagenet-50': 'imagenet',
+    'bccd': 'imagenet',
     'camvid/images': 'imagenet',
     'camvid/annotations': 'imagenet/masks',
     'coco': 'coco',

@@ -74,6 +74,14 @@ def test_images_of_a_folder(run):
     assert len(content['of_images']) == 2
 
 
+@pytest.mark.parametrize('given', [False, True])
+def test_images_are_evenly_spaced(given, run):
+    """Data are sorted by class: of six images, every second one."""
+    options = ['--thresholds', '0.9', *(['--images', str(run.folder / 'images')] if given else [])]
+    (_, every), (_, few) = run(*options), run(*options, '--num', '3')
+    assert few['of_images'] == [pytest.approx(image, abs=1e-6) for image in every['of_images'][::2]]
+
+
 @pytest.mark.parametrize(
     'args, message',
     [

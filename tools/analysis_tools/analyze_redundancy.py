@@ -1,8 +1,9 @@
 """How redundant are the queries of a plain ViT, and what does it cost to merge them? (DGE paper, figure 2)
 
 Measures before each block the Pearson correlation of each token with the mean of its 2 x 2 patch: a histogram, and the
-spread over images by block. Then tests the model with one query for all tokens of a patch whose correlation is above a
-threshold: accuracy against multiply-adds. Writes redundancy.json and redundancy.png.
+spread over images by block, of --num images that are evenly spaced. Then tests the model with one query for all tokens
+of a patch whose correlation is above a threshold: accuracy against multiply-adds. Writes redundancy.json and
+redundancy.png.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from mmengine.config import DictAction
 from mmengine.dataset import pseudo_collate
 
 import mmdyn  # noqa: F401
-from mmdyn.analysis.budget import evaluate, metric_of, model_and_loop
+from mmdyn.analysis.budget import evaluate, evenly_spaced, metric_of, model_and_loop
 from mmdyn.analysis.flops import image_files, pipeline_without_annotations
 from mmdyn.analysis.redundancy import measure_redundancy, merging, plain_vit
 from mmdyn.engine.command import check_checkpoint, check_has, command, only_results, output_folder, read_config
@@ -60,8 +61,10 @@ def main() -> str:
     backbone = plain_vit(runner.model)
     model, loop = model_and_loop(runner, args.checkpoint)
 
-    batches = loop.dataloader
+    batches = evenly_spaced(loop.dataloader, args.num)
     if files:
+        count = min(len(files), args.num)
+        files = [files[place * len(files) // count] for place in range(count)]
         pipeline = pipeline_without_annotations(cfg)
         batches = (pseudo_collate([pipeline(dict(img_path=str(file), img_id=0))]) for file in files)
     redundancy = measure_redundancy(model, batches, args.num)
