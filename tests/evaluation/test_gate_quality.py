@@ -280,6 +280,7 @@ def test_types(options, message, tmp_path):
 
 
 def test_nothing_is_left_behind(tmp_path):
+    gc.collect()  # of what tests before have left
     before = len(torch_module._global_forward_pre_hooks)
     metric = GateQuality(str(tmp_path))
     assert len(torch_module._global_forward_pre_hooks) == before + 1
