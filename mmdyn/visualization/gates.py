@@ -44,8 +44,8 @@ class Selectivity:
 
         Args:
             layer: name.
-            is_finest: (H, W) whether the finest granularity serves a pixel.
-            mask: (H, W) whether a pixel is of an object.
+            is_finest: (H, W), or (N) of those pixels that count, whether the finest granularity serves a pixel.
+            mask: as many, whether a pixel is of an object.
         """
         counts = mask.sum(), (~mask).sum(), (is_finest & mask).sum(), (is_finest & ~mask).sum()
         self._pixels.setdefault(layer, []).append(tuple(map(int, counts)))

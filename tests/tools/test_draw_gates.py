@@ -75,6 +75,27 @@ def test_layers_that_there_are(draw):
         draw('pvt-mini-dge_digits', '--layers', 'nowhere')
 
 
+def test_masks_of_several_classes_as_png_files(tmp_path, monkeypatch, capsys):
+    """Finest in the left half: all of class 2, half of 0 and 1, which are background; 255 does not count."""
+    config = ROOT / 'configs/demo/fpn_pvt-mini-dge_digits.py'
+    model = build_model(Config.fromfile(config))
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
+    mask = np.zeros((128, 128), np.uint8)
+    mask[32:] = 1
+    mask[64:, :64], mask[64:, 64:] = 2, 255
+    for folder, name, picture in (('images', 'a.jpg', np.zeros((128, 128, 3), np.uint8)), ('masks', 'a.png', mask)):
+        (tmp_path / folder).mkdir()
+        cv2.imwrite(str(tmp_path / folder / name), picture)
+    half = np.where(np.arange(128) < 64, 1, 2)[None].repeat(128, 0)
+    monkeypatch.setattr(draw_gates, 'granularity_of_pixels', lambda encoder, shape, size: half)
+    folders = [word for name in ('images', 'masks', 'out') for word in (f'--{name}', str(tmp_path / name))]
+    options = ['--background', '0', '1', '--ignore', '255', '--layers', 'stages.0.blocks.0', '--json']
+    monkeypatch.setattr(sys, 'argv', ['draw_gates.py', str(config), str(tmp_path / 'model.pth'), *folders, *options])
+    draw_gates.main()
+    (layer,) = json.loads(capsys.readouterr().out)['layers'].values()
+    assert (layer['object'], layer['background'], layer['selectivity']) == (1, 0.5, 0.5)
+
+
 def test_json_tells_of_each_layer(draw):
     printed, _ = draw('pvt-mini-dge_digits', '--json')
     found = json.loads(printed)

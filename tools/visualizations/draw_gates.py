@@ -4,15 +4,16 @@ Writes a row of pictures for each image: the image as the network sees it, with 
 drawn by its framework, then each DGE layer whose map has more than one region. Red is the finest granularity, then
 green, blue, yellow. --sheet draws all in one picture, sheet.jpg, in which each row is a column.
 
-With --masks, folders of the same names, the object's outline is drawn and the share of pixels that the finest
-granularity serves is printed, on objects and on background, over all images; and the difference of the two, the layer's
-selectivity, and how much of the variance of its choice lies within images.
+With --masks, files of the same names or as PNG files, the object's outline is drawn and the share of pixels that the
+finest granularity serves is printed, on objects and on background, over all images; and the difference of the two, the
+layer's selectivity, and how much of the variance of its choice lies within images.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
@@ -40,6 +41,15 @@ def chosen(layers: list, names: list[str] | None) -> list:
     return [layer for layer in layers if names is None or layer[0] in names]
 
 
+def mask_of(image: Path, images: str, masks: str) -> Path:
+    """The file in the folder of masks that has an image's name, or that as a PNG file."""
+    file = Path(masks) / image.relative_to(images)
+    for found in (file, file.with_suffix('.png')):
+        if found.exists():
+            return found
+    raise ValueError(f'no mask {file} for {image}.')
+
+
 @command
 @only_results
 def main() -> str:
@@ -48,7 +58,8 @@ def main() -> str:
     parser.add_argument('checkpoint')
     parser.add_argument('--images', required=True, help='folder of images')
     parser.add_argument('--masks', help='folder of masks with the same names')
-    parser.add_argument('--background', type=int, default=0, help='value of the background in the masks')
+    parser.add_argument('--background', type=int, nargs='+', default=[0], help='classes of background (default: 0)')
+    parser.add_argument('--ignore', type=int, help='class of pixels that do not count')
     parser.add_argument('--predictions', action='store_true', help='draw what the model predicts, too')
     parser.add_argument('--score-thr', type=float, default=0.3, help='least score of the instances to draw')
     parser.add_argument('--out', required=True, help='folder of the pictures')
@@ -73,22 +84,22 @@ def main() -> str:
     drawn = set(files[:: max(1, len(files) // args.num)][: args.num])
     selectivity, rows = Selectivity(), {}
     for gated in run_with_gates(model, backbone, cfg, files if args.masks else sorted(drawn)):
-        run, image, mask = gated.run, gated.image, None
+        run, image, mask, counted = gated.run, gated.image, None, None
         layers = chosen(gated.layers, args.layers)
         path, (height, width) = run.path, image.shape[:2]
         if args.masks:
-            mask_file = Path(args.masks) / path.relative_to(args.images)
-            if not mask_file.exists():
-                raise ValueError(f'no mask {mask_file} for {path}.')
             # The image's own pipeline, so that a mask is cropped and resized as the image was.
-            mask = pipeline(dict(img_path=str(mask_file), img_id=0))['inputs'].numpy()[0] != args.background
+            mask_file = mask_of(path, args.images, args.masks)
+            values = pipeline(dict(img_path=str(mask_file), img_id=0))['inputs'].numpy()[0]
+            mask, counted = ~np.isin(values, args.background), values != args.ignore
         row = [labelled(image if mask is None else draw_outline(image, mask), path.stem, args.side)]
         if visualizer and path in drawn:
             row.append(prediction_panel(visualizer, path, run.sample, args.side, args.score_thr))
         for name, encoder, shape in layers:
             phi = granularity_of_pixels(encoder, shape, gated.size)[:height, :width]
             if mask is not None:
-                selectivity.add(name, phi == min(filter(None, encoder.granularities)), mask)
+                is_finest = phi == min(filter(None, encoder.granularities))
+                selectivity.add(name, is_finest[counted], mask[counted])
             if path in drawn:
                 row.append(labelled(draw_gates(image, phi, encoder.granularities, mask), name, args.side))
         if path in drawn:
