@@ -6,8 +6,7 @@ _base_ = './pvt-mini-finetune_digits.py'
 model = dict(backbone=dict(dge=dict(granularities=((1, 2, 4), (1, 2, 4), (1, 2), (1, 2)))))
 # In so few iterations the routers grow confident only with a greater step, and hold the budget with a greater weight.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.router': dict(lr_mult=10.0, decay_mult=0.0)}))
-# Single layers have a share of it, too, or whole layers go fine and others coarse whatever an image shows.
 custom_hooks = [
-    dict(type='mmdyn.BudgetHook', budget=0.5, weight=10.0, layer_weight=1.5, schedule='cosine'),
+    dict(type='mmdyn.BudgetHook', budget=0.5, weight=10.0, schedule='cosine'),
     dict(type='mmdyn.GateNoiseHook'),
 ]
