@@ -62,7 +62,7 @@ def test_config_builds(path, quick):
     starts = '-pre_' in path.stem and path.stem.partition('-pre_')[0].endswith(('dense', 'plain'))
     expected = (
         ['BudgetHook'] * backbone.has_dge
-        + ['GateNoiseHook'] * (path.stem == 'pvt-mini-dge_digits' or starts and backbone.has_dge)
+        + ['GateNoiseHook'] * (path.stem == 'pvt-mini-dge_digits' or (starts and backbone.has_dge))
         + ['DenseTeacherHook'] * (starts and backbone.has_dge)
         + ['FineSelectionHook'] * two_stages
     )
