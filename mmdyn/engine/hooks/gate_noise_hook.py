@@ -14,11 +14,11 @@ from .loss_hook import unwrapped
 class GateNoiseHook(Hook):
     """Fade the noise that the gates of DGE are drawn with (eq. 4), so that training ends with the choices of inference.
 
-    Inference takes the greatest logit. Where a region's logits are near each other, noise still draws them all: a layer
-    that spends half of its queries in training may spend nearly all of them afterwards. In a short training most logits
-    are. The scale of the noise is 1 up to a share ``begin`` of the iterations, falls on a line, and is 0 from ``end``
-    on; it follows from the number of the iteration alone, also after resuming. It is best to begin when the budget's
-    schedule has come to its end: routers explore until then.
+    Inference takes the greatest logit. Where a region's logits are near each other, as most are after a short training,
+    noise still draws them all: a layer that spends half of its queries in training may spend nearly all of them
+    afterwards. The scale of the noise is 1 up to a share ``begin`` of the iterations, falls on a line, and is 0 from
+    ``end`` on; it follows from the number of the iteration alone, also after resuming. It is best to begin when the
+    budget's schedule has come to its end: routers explore until then.
 
     Args:
         begin: share of the training's iterations, in [0, 1), up to which the noise is whole.
