@@ -59,7 +59,7 @@ def test_row(results, name):
     if backbone.has_dge:  # its budget is the hook's in training, or told
         assert bool(hooks) != bool(row.budgets or 'test_budget' in config_with_dge(cfg.model).dge)
         for hook in hooks:
-            hook.prepare(SimpleNamespace(max_iters=500), model)  # which refuses budgets out of reach
+            hook.before_train(SimpleNamespace(model=model, max_iters=500))  # which refuses budgets out of reach
     if isinstance(backbone, CFViT) and row.train:
         assert 0 <= hooks[0].begin < cfg.train_cfg.max_epochs
     assert 'convert_dataset.py' in cfg.data_source

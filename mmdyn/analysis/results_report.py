@@ -217,7 +217,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
         axes.legend(fontsize=6)
     for axes in list(panels):
         axes.remove()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def read_times(folder: Path) -> dict[str, Any]:
