@@ -1,6 +1,6 @@
 """Which granularity each region of an image got, layer by layer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +54,25 @@ class GatedRun(NamedTuple):
 def image_of(run: ImageRun) -> np.ndarray:
     """The image of a pass, (h, w, 3) uint8, RGB, without padding."""
     return np.ascontiguousarray(run.view.numpy()[::-1].transpose(1, 2, 0))
+
+
+def classes_of_mask(image: Path, images: str | Path, masks: str | Path, pipeline: Callable) -> np.ndarray:
+    """What the mask of an image says of each pixel, (h, w), cropped and resized as the image was.
+
+    Args:
+        image: a file in the folder ``images``.
+        images: folder.
+        masks: folder of files with the same names, or these as PNG files.
+        pipeline: the image's own, without annotations.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    file = Path(masks) / image.relative_to(images)
+    found = next((path for path in (file, file.with_suffix('.png')) if path.exists()), None)
+    if found is None:
+        raise ValueError(f'no mask {file} for {image}.')
+    return pipeline(dict(img_path=str(found), img_id=0))['inputs'].numpy()[0]
 
 
 def layers_with_regions(backbone: DynamicStages) -> list[LayerGates]:

@@ -11,14 +11,13 @@ layer's selectivity, and how much of the variance of its choice lies within imag
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pipeline_without_annotations
-from mmdyn.analysis.gates import run_with_gates
+from mmdyn.analysis.gates import classes_of_mask, run_with_gates
 from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
 from mmdyn.visualization import (
     Selectivity,
@@ -39,15 +38,6 @@ def chosen(layers: list, names: list[str] | None) -> list:
     if unknown:
         raise ValueError(f'--layers {" ".join(sorted(unknown))}: no gates to draw; choose from {", ".join(found)}.')
     return [layer for layer in layers if names is None or layer[0] in names]
-
-
-def mask_of(image: Path, images: str, masks: str) -> Path:
-    """The file in the folder of masks that has an image's name, or that as a PNG file."""
-    file = Path(masks) / image.relative_to(images)
-    for found in (file, file.with_suffix('.png')):
-        if found.exists():
-            return found
-    raise ValueError(f'no mask {file} for {image}.')
 
 
 @command
@@ -88,10 +78,8 @@ def main() -> str:
         layers = chosen(gated.layers, args.layers)
         path, (height, width) = run.path, image.shape[:2]
         if args.masks:
-            # The image's own pipeline, so that a mask is cropped and resized as the image was.
-            mask_file = mask_of(path, args.images, args.masks)
-            values = pipeline(dict(img_path=str(mask_file), img_id=0))['inputs'].numpy()[0]
-            mask, counted = ~np.isin(values, args.background), values != args.ignore
+            classes = classes_of_mask(path, args.images, args.masks, pipeline)
+            mask, counted = ~np.isin(classes, args.background), classes != args.ignore
         row = [labelled(image if mask is None else draw_outline(image, mask), path.stem, args.side)]
         if visualizer and path in drawn:
             row.append(prediction_panel(visualizer, path, run.sample, args.side, args.score_thr))

@@ -8,7 +8,6 @@ that lie in split regions is printed, over all images.
 """
 
 import argparse
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,7 +15,7 @@ from mmengine.config import DictAction
 
 import mmdyn  # noqa: F401
 from mmdyn.analysis.flops import build_model, dynamic_backbone, image_files, pipeline_without_annotations, run_on_images
-from mmdyn.analysis.gates import image_of
+from mmdyn.analysis.gates import classes_of_mask, image_of
 from mmdyn.engine.command import command, load_weights, only_results, output_folder, read_config
 from mmdyn.models import CFViT
 from mmdyn.visualization import build_visualizer, describe_stages, draw_regions, split_pixels, with_title, write_rows
@@ -76,11 +75,7 @@ def main() -> str:
         name = path.relative_to(args.images)
         stopped += run.sample.exit_stage == 0
         if args.masks and 'regions' in run.sample:
-            mask_file = Path(args.masks) / name
-            if not mask_file.exists():
-                raise ValueError(f'no mask {mask_file} for {path}.')
-            # The image's own pipeline, so that a mask is cropped and resized as the image was.
-            mask = pipeline(dict(img_path=str(mask_file)))['inputs'].numpy()[0] != args.background
+            mask = classes_of_mask(path, args.images, args.masks, pipeline) != args.background
             split = split_pixels(run.sample.regions.tolist(), backbone.coarse_size, mask.shape)
             pixels += [[(split & part).sum(), part.sum()] for part in (~mask, mask)]
         if path in drawn:
