@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ..models.backbones.base import DynamicStages
 from ..models.dge import DynamicGrainedEncoder
 from ..models.dge.routing import grid
+from ..models.dge.selectivity import index_of_finest
 from ..registry import METRICS
 from ..values import check_integer, check_type
 
@@ -324,8 +325,8 @@ def finest_score(
         (B, H, W), in [0, 1].
     """
     side = encoder.decision_side(shape)
-    finest = min(range(len(encoder.granularities)), key=lambda k: encoder.granularities[k] or 1e9)
-    score = encoder.router.logits(tokens, shape, side, num_extra).softmax(-1)[..., finest]
+    scores = encoder.router.logits(tokens, shape, side, num_extra).softmax(-1)
+    score = scores[..., index_of_finest(encoder.granularities)]
     # Regions hang over the map, and over the image, at the bottom and on the right.
     whole = [round(count * side * length / cells) for count, length, cells in zip(score.shape[1:], size, shape)]
     score = F.interpolate(score[:, None].float(), size=whole, mode='bilinear', align_corners=False)[:, 0]
